@@ -1,0 +1,99 @@
+"""One interface to the device we run on: CUDA with NCCL, or CPU with gloo."""
+
+import os
+from functools import cache
+
+import torch
+
+from mcore_swift.accelerator.cpu_seam import install_cpu_seam
+
+
+class Accelerator:
+    """The device of this process and what the rest of the code asks of it.
+
+    device: where parameters and batches live.
+    backend: the torch.distributed backend that serves the device.
+    """
+
+    device: torch.device
+    backend: str
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def name(self) -> str:
+        raise NotImplementedError
+
+    def install(self) -> None:
+        """Make megatron-core ready for this device. Called once a process, before a model is built."""
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all that was asked of it."""
+
+    def memory_peak_bytes(self) -> int:
+        """The most memory this process has used on the device since `reset_peak`."""
+        raise NotImplementedError
+
+    def reset_peak(self) -> None:
+        """Start counting the memory peak anew, where the device can."""
+
+    def empty_cache(self) -> None:
+        """Give unused memory back, so that another process on the device can take it."""
+
+
+class CudaAccelerator(Accelerator):
+    """The GPU of this local rank, with NCCL."""
+
+    backend = "nccl"
+
+    def __init__(self) -> None:
+        index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+        self.device = torch.device("cuda", index)
+
+    @property
+    def name(self) -> str:
+        return torch.cuda.get_device_name(self.device)
+
+    def install(self) -> None:
+        torch.cuda.set_device(self.device)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.device)
+
+    def memory_peak_bytes(self) -> int:
+        return torch.cuda.max_memory_allocated(self.device)
+
+    def reset_peak(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def empty_cache(self) -> None:
+        torch.cuda.empty_cache()
+
+
+class CpuAccelerator(Accelerator):
+    """The host, with gloo. Memory is the resident set of the process."""
+
+    backend = "gloo"
+    device = torch.device("cpu")
+
+    @property
+    def name(self) -> str:
+        return "cpu"
+
+    def install(self) -> None:
+        install_cpu_seam()
+
+    def memory_peak_bytes(self) -> int:
+        with open("/proc/self/status") as status:
+            for line in status:
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+        return 0
+
+
+@cache
+def get_accelerator() -> Accelerator:
+    """The accelerator of this process: CUDA where there is a GPU, else the CPU."""
+    return CudaAccelerator() if torch.cuda.is_available() else CpuAccelerator()

@@ -1,0 +1,183 @@
+"""Lets megatron-core run where there is no CUDA: its calls to torch.cuda are answered by the CPU.
+
+Installed by a call, never by an import, and only on a machine without CUDA. Three things are needed:
+
+* functions of torch.cuda that megatron-core calls unconditionally (current device, RNG state, streams, events)
+  answer for the CPU or do nothing;
+* about eighty places in megatron-core name the device "cuda" literally: a TorchFunctionMode reads that as "cpu",
+  and lets `Tensor.type()` answer with the CUDA type names the optimizers compare with;
+* megatron-core compiles small functions with torch.compile as it is imported; importing the compiler takes
+  seconds and compiled functions gain nothing here, so they stay as they are written.
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+_installed: "_CudaMeansCpu | None" = None
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Reads the device "cuda" as "cpu" in every torch call."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if kwargs:
+            device = kwargs.get("device")
+            if device is not None and _is_cuda(device):
+                kwargs["device"] = _CPU
+        elif func is torch.Tensor.type and len(args) == 1:
+            # The mixed-precision optimizers sort parameters by these names.
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], _CPU, *args[2:])
+        return func(*args, **(kwargs or {}))
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, str):
+        return device.startswith("cuda")
+    return isinstance(device, torch.device) and device.type == "cuda"
+
+
+class _Stream:
+    """A stream or an event on a device that does everything in order: nothing to wait for."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.device = _CPU
+
+    def wait_stream(self, stream: Any) -> None:
+        """Earlier work is done already."""
+
+    wait_event = record = wait = wait_stream
+
+    def record_event(self, event: Any = None) -> Any:
+        return event or _Stream()
+
+    def synchronize(self) -> None:
+        """Earlier work is done already."""
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: Any) -> float:
+        return 0.0
+
+    def __enter__(self) -> "_Stream":
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        return None
+
+
+@contextlib.contextmanager
+def _in_order(*args: Any, **kwargs: Any) -> Iterator[None]:
+    yield
+
+
+def _answer(value: Any) -> Callable:
+    """A function that returns `value` whatever it is asked; a new one each time, since torch keys tables by it."""
+
+    def answer(*args: Any, **kwargs: Any) -> Any:
+        return value
+
+    return answer
+
+
+def _get_rng_state(device: Any = None) -> torch.Tensor:
+    return torch.default_generator.get_state()
+
+
+def _set_rng_state(new_state: torch.Tensor, device: Any = None) -> None:
+    torch.default_generator.set_state(new_state)
+
+
+def _manual_seed(seed: int) -> None:
+    # torch.manual_seed would call torch.cuda.manual_seed_all, which is this function.
+    torch.default_generator.manual_seed(int(seed))
+
+
+_CUDA_ANSWERS: dict[str, Any] = {
+    "current_device": _answer(_CPU),
+    "set_device": _answer(None),
+    "device": _in_order,
+    "Stream": _Stream,
+    "Event": _Stream,
+    "stream": _in_order,
+    "current_stream": _Stream,
+    "default_stream": _Stream,
+    "synchronize": _answer(None),
+    "empty_cache": _answer(None),
+    "manual_seed": _manual_seed,
+    "manual_seed_all": _answer(None),
+    "get_rng_state": _get_rng_state,
+    "set_rng_state": _set_rng_state,
+    "memory_allocated": _answer(0),
+    "max_memory_allocated": _answer(0),
+    "memory_reserved": _answer(0),
+    "max_memory_reserved": _answer(0),
+    "reset_peak_memory_stats": _answer(None),
+}
+
+
+def install_cpu_seam() -> None:
+    """Answer megatron-core's CUDA calls with the CPU, from now on, in this process. Calling it twice is harmless.
+
+    Raises RuntimeError on a machine that has CUDA: nothing should pretend there.
+    """
+    global _installed
+    if _installed is not None:
+        return
+    if torch.cuda.is_available():
+        raise RuntimeError("the CPU seam is for machines without CUDA")
+    _import_megatron_uncompiled()
+    for name, answer in _CUDA_ANSWERS.items():
+        setattr(torch.cuda, name, answer)
+    for name in ("get_rng_state", "set_rng_state", "manual_seed", "manual_seed_all"):
+        setattr(torch.cuda.random, name, _CUDA_ANSWERS[name])
+    for name in ("range_push", "range_pop", "mark"):
+        setattr(torch.cuda.nvtx, name, _answer(None))
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    _patch_megatron_random()
+    _installed = _CudaMeansCpu()
+    _installed.__enter__()
+
+
+def _import_megatron_uncompiled() -> None:
+    compiler, torch.compile = torch.compile, _leave_as_is
+    try:
+        import megatron.core
+        import megatron.core.models.gpt  # noqa: F401  the modules whose functions would be compiled
+
+        megatron.core.jit.disable_jit_fuser()
+    finally:
+        torch.compile = compiler
+
+
+def _leave_as_is(function: Callable | None = None, **_: Any) -> Callable:
+    return function if function is not None else _leave_as_is
+
+
+def _patch_megatron_random() -> None:
+    """The RNG tracker sets states through torch's lazily started CUDA runtime; here through the CPU generator."""
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    def get_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+        return torch.default_generator.get_state()
+
+    def set_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
+        torch.default_generator.set_state(new_state)
+
+    megatron_random._get_cuda_rng_state = get_state
+    megatron_random._set_cuda_rng_state = set_state
+    for module in list(sys.modules.values()):
+        # Modules that took the functions by name before the seam was installed.
+        if getattr(module, "__name__", "").startswith("megatron.core"):
+            for name, function in (("_get_cuda_rng_state", get_state), ("_set_cuda_rng_state", set_state)):
+                if hasattr(module, name):
+                    setattr(module, name, function)

@@ -1,0 +1,93 @@
+"""The Megatron engine: one model in any layout, and its optimizer."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mcore_swift.accelerator import get_accelerator
+from mcore_swift.data.batch import Batch
+from mcore_swift.engines.base import StepResult
+from mcore_swift.engines.megatron.forward_backward import (
+    Microbatch,
+    reduce_over_ranks,
+    run_microbatches,
+    to_device,
+)
+from mcore_swift.engines.megatron.optimizer import build_optimizer, set_hyperparameters, wrap_for_gradients
+from mcore_swift.models.build import ModelPlan, build_model, transformer_config
+from mcore_swift.models.specs import choose_implementation
+from mcore_swift.objectives.base import Objective
+from mcore_swift.plan.layout import Layout
+
+
+class MegatronEngine:
+    """A megatron-core GPT model laid out over the processes of the run; implements `engines.base.Engine`.
+
+    chunks: the bare GPTModels of this rank, one for each virtual pipeline stage.
+    """
+
+    def __init__(self, plan: ModelPlan, layout: Layout, args: Any, dtype: torch.dtype, *, train: bool = True) -> None:
+        self.plan = plan
+        self.layout = layout
+        self.dtype = dtype
+        self.implementation = choose_implementation(args.transformer_impl)
+        config = transformer_config(plan, layout, dtype, model_options(args))
+        self.chunks = build_model(plan, config, self.implementation)
+        self.model: list[Any] = wrap_for_gradients(self.chunks, args) if train else self.chunks
+        self.optimizer = build_optimizer(self.model, args) if train else None
+
+    def train_step(
+        self, microbatches: Sequence[Batch], objective: Objective, *, lr: float, weight_decay: float
+    ) -> StepResult:
+        """One optimizer step. Raises FloatingPointError, leaving the weights untouched, if the loss is not finite."""
+        for chunk in self.model:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        result = self._run(microbatches, objective, forward_only=False)
+        if not math.isfinite(result.loss):
+            raise FloatingPointError(f"the loss is {result.loss}")
+        set_hyperparameters(self.optimizer, lr=lr, weight_decay=weight_decay)
+        _, grad_norm, _ = self.optimizer.step()
+        result.grad_norm = float(grad_norm) if grad_norm is not None else None
+        return result
+
+    @torch.no_grad()
+    def evaluate_step(self, microbatches: Sequence[Batch], objective: Objective) -> StepResult:
+        """Mean loss of the microbatches of all ranks, without dropout."""
+        for chunk in self.model:
+            chunk.eval()
+        return self._run(microbatches, objective, forward_only=True)
+
+    def _run(self, microbatches: Sequence[Batch], objective: Objective, *, forward_only: bool) -> StepResult:
+        prepared = [self._prepare(batch) for batch in microbatches]
+        sums = run_microbatches(self.model, prepared, objective, forward_only=forward_only)
+        loss, count, *metrics = reduce_over_ranks(sums)
+        divisor = max(count, 1)
+        named = {name: value / divisor for name, value in zip(objective.metrics, metrics, strict=True)}
+        return StepResult(loss / divisor, int(count), metrics=named)
+
+    def _prepare(self, batch: Batch) -> Microbatch:
+        return to_device(batch, get_accelerator().device, thd=self.implementation == "transformer_engine")
+
+
+def model_options(args: Any) -> dict[str, Any]:
+    """Fields of TransformerConfig that come from the user's flags rather than from the model."""
+    options: dict[str, Any] = {
+        "calculate_per_token_loss": args.calculate_per_token_loss is not False,
+        "attention_softmax_in_fp32": args.attention_softmax_in_fp32,
+    }
+    if args.recompute_granularity != "none":
+        options["recompute_granularity"] = args.recompute_granularity
+    if args.recompute_granularity == "full":
+        options["recompute_method"] = args.recompute_method or "uniform"
+        options["recompute_num_layers"] = args.recompute_num_layers or 1
+    if args.recompute_granularity == "selective":
+        options["recompute_modules"] = list(args.recompute_modules)
+    if get_accelerator().is_cuda:
+        for name in ("masked_softmax_fusion", "bias_dropout_fusion", "bias_activation_fusion", "apply_rope_fusion",
+                     "gradient_accumulation_fusion", "cross_entropy_loss_fusion"):
+            options[name] = getattr(args, name)
+    return options

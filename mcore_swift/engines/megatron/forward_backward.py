@@ -1,0 +1,91 @@
+"""One pass of microbatches through the pipeline: batch in, loss out, gradients in their buffers."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from mcore_swift.data.batch import Batch
+from mcore_swift.models.packing import Packing
+from mcore_swift.objectives.base import Objective
+
+
+@dataclass
+class Microbatch:
+    """A batch on the device, with the packing that every layer of every model chunk takes."""
+
+    batch: Batch
+    packing: Packing | None
+
+
+def to_device(batch: Batch, device: torch.device, *, thd: bool) -> Microbatch:
+    """thd: pack for Transformer Engine's attention rather than for ours."""
+    packing = Packing.of(batch.cu_seqlens, device, thd=thd) if batch.cu_seqlens is not None else None
+    tensors = {
+        name: getattr(batch, name).to(device, non_blocking=True)
+        for name in ("input_ids", "labels", "loss_mask", "position_ids")
+    }
+    return Microbatch(replace(batch, **tensors), packing)
+
+
+def run_microbatches(
+    model: list[Any], microbatches: Sequence[Microbatch], objective: Objective, *, forward_only: bool
+) -> Tensor:
+    """Forward (and backward) over the microbatches of one step of this rank.
+
+    Returns fp64 `[2 + metrics]`: the sums of loss, count and each metric over the microbatches, on the last
+    pipeline stage; zeros elsewhere. Gradients, when asked for, are complete when it returns: summed over data
+    parallel ranks and divided by the global count.
+    """
+    b, s = microbatches[0].batch.input_ids.shape
+    pass_through = get_forward_backward_func()
+    reports = pass_through(
+        forward_step_func=partial(_forward_step, objective=objective),
+        data_iterator=[iter(microbatches) for _ in model] if len(model) > 1 else iter(microbatches),
+        model=model if len(model) > 1 else model[0],
+        num_microbatches=len(microbatches),
+        seq_length=s,
+        micro_batch_size=b,
+        forward_only=forward_only,
+    )
+    if reports:
+        return torch.stack(reports).sum(dim=0)
+    return torch.zeros(2 + len(objective.metrics), dtype=torch.float64, device=microbatches[0].batch.input_ids.device)
+
+
+def _forward_step(
+    data: Any, model: Any, objective: Objective
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
+    microbatch: Microbatch = next(data)
+    batch = microbatch.batch
+    output = model(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        attention_mask=None,
+        labels=batch.labels,
+        packed_seq_params=microbatch.packing,
+    )
+    return output, partial(_loss, batch=batch, objective=objective)
+
+
+def _loss(token_nll: Tensor, batch: Batch, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
+    """What megatron-core's schedules take: a loss sum, its count, and a report of ours."""
+    loss = objective(token_nll.float(), batch)
+    report = [loss.sum, loss.count, *(loss.metrics[name] for name in objective.metrics)]
+    # The schedules add the counts into an int32 tensor.
+    return loss.sum, loss.count.to(torch.int32), torch.stack([value.detach().double() for value in report])
+
+
+def reduce_over_ranks(sums: Tensor) -> list[float]:
+    """Sums of this rank's microbatches -> sums of the whole step, on every rank. Collective over all ranks."""
+    # All tensor-parallel ranks of the last stage hold the same sums; one of them speaks.
+    if parallel_state.get_tensor_model_parallel_rank() != 0:
+        sums = torch.zeros_like(sums)
+    dist.all_reduce(sums)
+    return sums.tolist()

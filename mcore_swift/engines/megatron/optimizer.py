@@ -1,0 +1,72 @@
+"""megatron-core's optimizer, set up from our arguments."""
+
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+
+def wrap_for_gradients(model: list[Any], args: Any) -> list[DistributedDataParallel]:
+    """Give each model chunk the buffers in which gradients are summed over data-parallel ranks."""
+    config = model[0].config
+    ddp = DistributedDataParallelConfig(
+        # Sums of many small bf16 numbers lose what they add; fp32 unless the user insists otherwise.
+        grad_reduce_in_fp32=wants_fp32_gradients(args, config.params_dtype),
+        overlap_grad_reduce=args.overlap_grad_reduce,
+        overlap_param_gather=args.overlap_param_gather,
+        use_distributed_optimizer=args.use_distributed_optimizer,
+        check_for_nan_in_grad=False,  # the loss is checked before each step instead
+    )
+    # Interleaved chunks other than the first finish their gradients in bursts: one bucket, no overlap.
+    wrapped = [
+        DistributedDataParallel(config, ddp, chunk, disable_bucketing=index > 0) for index, chunk in enumerate(model)
+    ]
+    config.finalize_model_grads_func = finalize_model_grads
+    if args.overlap_grad_reduce:
+        config.no_sync_func = [chunk.no_sync for chunk in wrapped]
+        config.grad_sync_func = [chunk.start_grad_sync for chunk in wrapped]
+        if len(wrapped) == 1:
+            config.no_sync_func, config.grad_sync_func = config.no_sync_func[0], None
+    if args.overlap_param_gather:
+        config.param_sync_func = [chunk.start_param_sync for chunk in wrapped]
+        if len(wrapped) == 1:
+            config.param_sync_func = config.param_sync_func[0]
+    return wrapped
+
+
+def wants_fp32_gradients(args: Any, dtype: torch.dtype) -> bool:
+    chosen = args.accumulate_allreduce_grads_in_fp32
+    return dtype is not torch.float32 if chosen is None else chosen
+
+
+def build_optimizer(model: list[DistributedDataParallel], args: Any) -> Any:
+    """AdamW or SGD over the chunks' parameters; norms and biases are not decayed."""
+    dtype = model[0].config.params_dtype
+    config = OptimizerConfig(
+        optimizer=args.optimizer,
+        lr=args.lr,
+        min_lr=args.min_lr,
+        weight_decay=args.weight_decay,
+        apply_wd_to_qk_layernorm=args.apply_wd_to_qk_layernorm,
+        bf16=dtype is torch.bfloat16,
+        params_dtype=dtype,
+        adam_beta1=args.adam_beta1,
+        adam_beta2=args.adam_beta2,
+        adam_eps=args.adam_eps,
+        sgd_momentum=args.sgd_momentum,
+        clip_grad=args.clip_grad,
+        use_distributed_optimizer=args.use_distributed_optimizer,
+        overlap_param_gather=args.overlap_param_gather,
+    )
+    optimizer = get_megatron_optimizer(config, model, use_gloo_process_groups=False)
+    model[0].config.grad_scale_func = optimizer.scale_loss
+    return optimizer
+
+
+def set_hyperparameters(optimizer: Any, *, lr: float, weight_decay: float) -> None:
+    """Set this step's learning rate and weight decay in every group, by the group's own factors."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_mult", 1.0)
+        group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)

@@ -1,0 +1,1 @@
+"""Model families: HF config -> TransformerConfig, layer spec, weight rules."""

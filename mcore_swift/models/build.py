@@ -1,0 +1,118 @@
+"""From a HF config to the model chunks of this rank."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from mcore_swift.accelerator import get_accelerator
+from mcore_swift.errors import UserError
+from mcore_swift.models.family import Family, HFConfig, family_of
+from mcore_swift.models.rope import Rotary, inverse_frequencies
+from mcore_swift.models.rules import RuleTable
+from mcore_swift.models.specs import block_spec, choose_implementation
+from mcore_swift.plan.layout import Layout
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """A model before it is built: its HF config, its family, and how its weights are named.
+
+    Reading it is cheap and needs no process group.
+    """
+
+    hf: HFConfig
+    family: Family
+    table: RuleTable
+
+
+def read_model(model_dir: str) -> ModelPlan:
+    """Read `<model_dir>/config.json`.
+
+    Raises UserError for an architecture, or an option of one, that is not supported.
+    """
+    from transformers import AutoConfig
+
+    hf = AutoConfig.from_pretrained(model_dir)
+    family = family_of(hf)
+    refused = family.unsupported(hf)
+    if refused:
+        raise UserError(f"{model_dir}/config.json asks for what is not supported: {'; '.join(refused)}")
+    inverse_frequencies(hf)
+    return ModelPlan(hf, family, family.rules(hf))
+
+
+def transformer_config(
+    plan: ModelPlan, layout: Layout, dtype: torch.dtype, options: dict[str, Any] | None = None
+) -> TransformerConfig:
+    """megatron-core's config of a model in a layout.
+
+    options: further fields of TransformerConfig (recompute, fusions, loss normalisation); they win.
+    """
+    cuda = get_accelerator().is_cuda
+    interleaved = (layout.vpp or 1) > 1
+    fields: dict[str, Any] = {
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "virtual_pipeline_model_parallel_size": layout.vpp if interleaved else None,
+        "sequence_parallel": layout.sequence_parallel and layout.tp > 1,
+        # Interleaved stages exchange forward and backward messages between the same two ranks; batched, they
+        # are mixed up silently over gloo.
+        "overlap_p2p_comm": interleaved,
+        "batch_p2p_comm": not interleaved,
+        "deallocate_pipeline_outputs": True,
+        # One master weight cut into shards: the same initial weights whatever TP is.
+        "use_cpu_initialization": not cuda,
+        "persist_layer_norm": cuda,
+        # These need kernels that only exist on CUDA (some through torch.compile, which costs a CPU run more
+        # time to compile than it saves).
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False,
+        "bias_dropout_fusion": False,
+        "bias_activation_fusion": False,
+        "cross_entropy_loss_fusion": False,
+    }
+    return TransformerConfig(**(fields | plan.family.config(plan.hf) | (options or {})))
+
+
+def build_model(
+    plan: ModelPlan, config: TransformerConfig, implementation: str = "auto", vocab_divisible_by: int = 128
+) -> list[GPTModel]:
+    """The model chunks of this rank, one for each virtual pipeline stage, on the accelerator's device.
+
+    The vocabulary is padded so that each tensor-parallel rank holds a multiple of `vocab_divisible_by` rows.
+    megatron-core's process groups must exist.
+    """
+    implementation = choose_implementation(implementation)
+    virtual = config.virtual_pipeline_model_parallel_size
+    chunks = []
+    for stage in range(virtual or 1):
+        vp_stage = stage if virtual else None
+        model_fields = plan.family.model(plan.hf)
+        vocab_size = model_fields.pop("vocab_size")
+        model = GPTModel(
+            config=config,
+            transformer_layer_spec=block_spec(config, implementation, vp_stage),
+            vocab_size=padded_vocab_size(vocab_size, vocab_divisible_by, config.tensor_model_parallel_size),
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            parallel_output=True,
+            vp_stage=vp_stage,
+            **model_fields,
+        )
+        device = get_accelerator().device
+        model.rotary_pos_emb = Rotary(inverse_frequencies(plan.hf).to(device))
+        chunks.append(model.to(device))
+    return chunks
+
+
+def padded_vocab_size(vocab_size: int, divisible_by: int, tp: int) -> int:
+    """The smallest size, at least `vocab_size`, of which each of `tp` ranks holds a multiple of `divisible_by`."""
+    multiple = divisible_by * tp
+    return -(-vocab_size // multiple) * multiple

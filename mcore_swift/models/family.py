@@ -1,0 +1,68 @@
+"""What a family of models declares, and how an architecture finds its family."""
+
+import importlib
+from typing import Any, ClassVar
+
+from mcore_swift.errors import UserError
+from mcore_swift.models.catalog import SUPPORTED_ARCHITECTURES
+from mcore_swift.models.rules import Rule, RuleTable
+
+HFConfig = Any
+"""A transformers PretrainedConfig, which has the attributes of the checkpoint's config.json."""
+
+
+class Family:
+    """An architecture: how its HF config reads as megatron-core's, and which weights it has.
+
+    Subclasses override `config` and `layer_rules`; everything that loads, exports or checks weights is
+    derived from these.
+    """
+
+    name: ClassVar[str]
+
+    def config(self, hf: HFConfig) -> dict[str, Any]:
+        """Keyword arguments for megatron-core's TransformerConfig."""
+        raise NotImplementedError
+
+    def model(self, hf: HFConfig) -> dict[str, Any]:
+        """Keyword arguments for megatron-core's GPTModel: vocabulary, rotary embedding, tied weights."""
+        raise NotImplementedError
+
+    def layer_rules(self, hf: HFConfig, mcore_layer: str, hf_layer: str) -> list[Rule]:
+        """Rules of one decoder layer, given the prefixes of its names, such as 'decoder.layers.3'."""
+        raise NotImplementedError
+
+    def outer_rules(self, hf: HFConfig) -> list[Rule]:
+        """Rules of what is not inside a layer: embedding, final norm, output layer."""
+        raise NotImplementedError
+
+    def optional_hf(self, hf: HFConfig) -> list[str]:
+        """HF tensors that a checkpoint may hold and that carry nothing of their own."""
+        return []
+
+    def rules(self, hf: HFConfig) -> RuleTable:
+        layers = [
+            rule
+            for layer in range(hf.num_hidden_layers)
+            for rule in self.layer_rules(hf, f"decoder.layers.{layer}", f"model.layers.{layer}")
+        ]
+        embedding, *outer = self.outer_rules(hf)
+        return RuleTable([embedding, *layers, *outer], self.optional_hf(hf))
+
+
+def family_of(hf: HFConfig) -> Family:
+    """The family of a HF config, by the architecture it names.
+
+    Raises UserError for an architecture we do not know.
+    """
+    architectures = getattr(hf, "architectures", None) or []
+    for architecture in architectures:
+        name = SUPPORTED_ARCHITECTURES.get(architecture)
+        if name is not None:
+            module = importlib.import_module(f"mcore_swift.models.families.{name}")
+            return module.FAMILY
+    named = ", ".join(architectures) or f"no architecture (model_type {getattr(hf, 'model_type', None)!r})"
+    raise UserError(
+        f"the checkpoint's config.json names {named}, which is not supported",
+        remedy=f"supported architectures: {', '.join(sorted(SUPPORTED_ARCHITECTURES))}",
+    )

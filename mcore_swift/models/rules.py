@@ -1,0 +1,214 @@
+"""Weight rules: how Hugging Face tensors and one megatron-core tensor hold the same numbers.
+
+A rule speaks of *whole* tensors, as if nothing were sharded, and answers one question: for a region of the
+megatron-core tensor, which region of which HF tensor holds the same values? The answer is a list of `Block`s.
+Copying blocks one way loads a checkpoint, the other way exports it, so export inverts load by construction.
+Where a rank's shard lies in the whole tensor is megatron-core's own knowledge (`ShardedTensor.global_offset`),
+so no rule knows of TP, PP, EP or ETP, and every layout is served by the same table.
+
+Tensors are named by their key in a megatron-core distributed checkpoint, which is the same for the local and
+the Transformer Engine layer specs.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+Shape = tuple[int, ...]
+Region = tuple[tuple[int, int], ...]
+"""Half-open interval `(start, stop)` along each dimension of a tensor."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A region of one HF tensor and the equal-shaped region of the megatron-core tensor with the same values.
+
+    `mcore` is counted from the start of the region that was asked for, so it indexes a rank's shard directly.
+    """
+
+    name: str
+    hf: Region
+    mcore: Region
+
+
+def full_region(shape: Shape) -> Region:
+    return tuple((0, size) for size in shape)
+
+
+def region_shape(region: Region) -> Shape:
+    return tuple(stop - start for start, stop in region)
+
+
+def as_slices(region: Region) -> tuple[slice, ...]:
+    return tuple(slice(start, stop) for start, stop in region)
+
+
+@dataclass(frozen=True)
+class Rule(ABC):
+    """One megatron-core tensor `mcore` and the HF tensors `hf` it is made of."""
+
+    mcore: str
+    hf: tuple[str, ...]
+
+    @abstractmethod
+    def shape(self, hf_shapes: Mapping[str, Shape]) -> Shape:
+        """Shape of the whole megatron-core tensor, without vocabulary padding.
+
+        Raises ValueError if the HF shapes do not fit together.
+        """
+
+    @abstractmethod
+    def hf_shapes(self, mcore_shape: Shape) -> dict[str, Shape]:
+        """Shapes of the HF tensors, from the shape of the whole megatron-core tensor (the inverse of `shape`)."""
+
+    @abstractmethod
+    def blocks(self, region: Region, hf_shapes: Mapping[str, Shape]) -> Iterator[Block]:
+        """The blocks that cover `region` of the whole megatron-core tensor, in the order of its first dimension.
+
+        A part of the region that no HF tensor holds (vocabulary padding) is covered by no block.
+        """
+
+
+@dataclass(frozen=True)
+class Same(Rule):
+    """One HF tensor, laid out alike. `mcore` and `hf[0]`: any shape."""
+
+    def shape(self, hf_shapes: Mapping[str, Shape]) -> Shape:
+        return hf_shapes[self.hf[0]]
+
+    def hf_shapes(self, mcore_shape: Shape) -> dict[str, Shape]:
+        return {self.hf[0]: mcore_shape}
+
+    def blocks(self, region: Region, hf_shapes: Mapping[str, Shape]) -> Iterator[Block]:
+        yield Block(self.hf[0], region, full_region(region_shape(region)))
+
+
+@dataclass(frozen=True)
+class Vocab(Rule):
+    """Embedding or output layer: `[vocabulary (padded in megatron-core), hidden]`.
+
+    Rows past the HF vocabulary exist only in a running model, where the padded size depends on TP; they are
+    zero after loading and never exported.
+    """
+
+    vocab_size: int
+
+    def shape(self, hf_shapes: Mapping[str, Shape]) -> Shape:
+        return hf_shapes[self.hf[0]]
+
+    def hf_shapes(self, mcore_shape: Shape) -> dict[str, Shape]:
+        return {self.hf[0]: (min(self.vocab_size, mcore_shape[0]), *mcore_shape[1:])}
+
+    def blocks(self, region: Region, hf_shapes: Mapping[str, Shape]) -> Iterator[Block]:
+        (start, stop), *rest = region
+        stop = min(stop, hf_shapes[self.hf[0]][0])
+        if start < stop:
+            yield Block(
+                self.hf[0], ((start, stop), *rest), ((0, stop - start), *full_region(region_shape(tuple(rest))))
+            )
+
+
+@dataclass(frozen=True)
+class Stacked(Rule):
+    """HF tensors of one shape stacked along the first dimension: gate above up in a gated MLP.
+
+    mcore: `[parts * rows, ...]`, HF: `[rows, ...]` each. (A running model interleaves the halves per TP rank;
+    megatron-core's checkpoint metadata already tells them apart, so the whole tensor is simply stacked.)
+    """
+
+    def shape(self, hf_shapes: Mapping[str, Shape]) -> Shape:
+        shapes = {hf_shapes[name] for name in self.hf}
+        if len(shapes) != 1:
+            raise ValueError(f"{', '.join(self.hf)} should have one shape, not {sorted(shapes)}")
+        rows, *rest = shapes.pop()
+        return (rows * len(self.hf), *rest)
+
+    def hf_shapes(self, mcore_shape: Shape) -> dict[str, Shape]:
+        return dict.fromkeys(self.hf, (mcore_shape[0] // len(self.hf), *mcore_shape[1:]))
+
+    def blocks(self, region: Region, hf_shapes: Mapping[str, Shape]) -> Iterator[Block]:
+        (start, stop), *rest = region
+        first = 0
+        for name in self.hf:
+            last = first + hf_shapes[name][0]
+            yield from _row_block(name, first, last, start, stop, tuple(rest))
+            first = last
+
+
+@dataclass(frozen=True)
+class QKV(Rule):
+    """Query, key and value projections interleaved by query group; weight or bias.
+
+    mcore: `[groups * (heads_per_group + 2) * head_dim, ...]`, per group its query heads, its key, its value.
+    HF:    q `[groups * heads_per_group * head_dim, ...]`, k and v `[groups * head_dim, ...]`.
+    """
+
+    num_query_groups: int
+    heads_per_group: int
+    head_dim: int
+
+    def shape(self, hf_shapes: Mapping[str, Shape]) -> Shape:
+        (q_rows, *rest), (k_rows, *_), (v_rows, *_) = (hf_shapes[name] for name in self.hf)
+        kv_rows = self.num_query_groups * self.head_dim
+        if (q_rows, k_rows, v_rows) != (kv_rows * self.heads_per_group, kv_rows, kv_rows):
+            raise ValueError(
+                f"{', '.join(self.hf)} have {q_rows}, {k_rows} and {v_rows} rows, but the config means"
+                f" {kv_rows * self.heads_per_group}, {kv_rows} and {kv_rows}"
+            )
+        return (q_rows + k_rows + v_rows, *rest)
+
+    def hf_shapes(self, mcore_shape: Shape) -> dict[str, Shape]:
+        kv_rows = self.num_query_groups * self.head_dim
+        rows = (kv_rows * self.heads_per_group, kv_rows, kv_rows)
+        return {name: (size, *mcore_shape[1:]) for name, size in zip(self.hf, rows, strict=True)}
+
+    def blocks(self, region: Region, hf_shapes: Mapping[str, Shape]) -> Iterator[Block]:
+        (start, stop), *rest = region
+        heads = (self.heads_per_group, 1, 1)
+        group_rows = sum(heads) * self.head_dim
+        for group in range(start // group_rows, -(-stop // group_rows)):
+            first = group * group_rows
+            for name, count in zip(self.hf, heads, strict=True):
+                rows = count * self.head_dim
+                yield from _row_block(name, first, first + rows, start, stop, tuple(rest), group * rows)
+                first += rows
+
+
+def _row_block(
+    name: str, first: int, last: int, start: int, stop: int, rest: Region, hf_first: int = 0
+) -> Iterator[Block]:
+    """The part of mcore rows [first, last), held by HF rows from `hf_first` on, that lies in [start, stop)."""
+    low, high = max(first, start), min(last, stop)
+    if low < high:
+        yield Block(
+            name,
+            ((hf_first + low - first, hf_first + high - first), *rest),
+            ((low - start, high - start), *full_region(region_shape(rest))),
+        )
+
+
+class RuleTable:
+    """All rules of one model, found by megatron-core key or by HF name.
+
+    `optional_hf` names HF tensors that may be in a checkpoint and carry nothing of their own: buffers of old
+    exports, or the output layer of a model with tied embeddings.
+    """
+
+    def __init__(self, rules: Iterable[Rule], optional_hf: Iterable[str] = ()) -> None:
+        self.rules: list[Rule] = list(rules)
+        self.by_mcore = {rule.mcore: rule for rule in self.rules}
+        self.by_hf = {name: rule for rule in self.rules for name in rule.hf}
+        self.optional_hf = frozenset(optional_hf)
+        if len(self.by_mcore) != len(self.rules):
+            raise ValueError("two rules claim the same megatron-core tensor")
+        if len(self.by_hf) != sum(len(rule.hf) for rule in self.rules):
+            raise ValueError("two rules claim the same Hugging Face tensor")
+
+    def missing_hf(self, names: Iterable[str]) -> list[str]:
+        """HF tensors the model needs that are not among `names`."""
+        names = set(names)
+        return [name for name in self.by_hf if name not in names]
+
+    def unclaimed_hf(self, names: Iterable[str]) -> list[str]:
+        """HF tensors among `names` that no rule uses and that are not known to be dispensable."""
+        return [name for name in names if name not in self.by_hf and name not in self.optional_hf]

@@ -1,0 +1,86 @@
+"""Layer specs: which modules a layer is made of, on a machine with Transformer Engine and on one without."""
+
+import importlib.util
+from typing import Any
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_with_transformer_engine_spec,
+    get_mlp_module_spec_for_backend,
+)
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from mcore_swift.errors import UserError
+from mcore_swift.models.attention import CoreAttention
+from mcore_swift.models.norm import RMSNorm
+
+# The checkpoint keeps Transformer Engine's names, where a norm is part of the linear layer that follows it.
+_CHECKPOINT_NAMES = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+
+
+def have_transformer_engine() -> bool:
+    """Whether Transformer Engine can serve: it is only ever imported where there is CUDA."""
+    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def choose_implementation(wanted: str) -> str:
+    """'local' or 'transformer_engine', from `--transformer_impl` auto | local | transformer_engine.
+
+    Raises UserError if Transformer Engine is asked for and cannot serve here.
+    """
+    if wanted == "auto":
+        return "transformer_engine" if have_transformer_engine() else "local"
+    if wanted == "transformer_engine" and not have_transformer_engine():
+        raise UserError(
+            "--transformer_impl transformer_engine needs a CUDA device and the package transformer-engine",
+            remedy="install mcore-swift[te] on the GPU machine, or use --transformer_impl auto",
+        )
+    return wanted
+
+
+def block_spec(config: Any, implementation: str, vp_stage: int | None) -> Any:
+    """The spec of this rank's part of the decoder: its layers, and the norm after the last one."""
+    if implementation == "transformer_engine":
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    layers = get_num_layers_to_build(config, vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[_local_layer(config)] * layers, layer_norm=RMSNorm)
+
+
+def _local_layer(config: Any) -> ModuleSpec:
+    head_norm = RMSNorm if config.qk_layernorm else IdentityOp
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=CoreAttention,
+                    linear_proj=RowParallelLinear,
+                    q_layernorm=head_norm,
+                    k_layernorm=head_norm,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=get_mlp_module_spec_for_backend(backend=LocalSpecProvider()),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=_CHECKPOINT_NAMES,
+        ),
+    )

@@ -1,0 +1,24 @@
+"""Next-token prediction: supervised fine-tuning and pre-training."""
+
+from typing import TYPE_CHECKING, ClassVar
+
+from mcore_swift.objectives.base import Loss
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mcore_swift.data.batch import Batch
+
+
+class NextToken:
+    """Sum of loss_mask * token_nll over the tokens to learn; the count is the number of such tokens.
+
+    A weight in the mask other than 1 scales its token's term and still counts as one token, as ms-swift's
+    loss_scale does.
+    """
+
+    metrics: ClassVar[tuple[str, ...]] = ()
+
+    def __call__(self, token_nll: "Tensor", batch: "Batch") -> Loss:
+        mask = batch.loss_mask
+        return Loss((token_nll * mask).sum(), (mask > 0).sum())
