@@ -1,0 +1,27 @@
+"""Arguments of every command: the one source of the flags, the YAML keys, `--help` and the docs.
+
+    from mcore_swift.config import MegatronSftArguments, parse
+    args = parse(MegatronSftArguments, ["run.yaml", "--lr", "1e-4"])
+
+Importing this package imports neither torch nor megatron.
+"""
+
+from .arguments import COMMANDS, MegatronExportArguments, MegatronPretrainArguments, MegatronSftArguments
+from .base import ARGS_FILE, Arguments
+from .checkpoint import size_bytes
+from .parser import Reading, parse, parse_command, print_notice, read
+
+__all__ = [
+    "ARGS_FILE",
+    "COMMANDS",
+    "Arguments",
+    "MegatronExportArguments",
+    "MegatronPretrainArguments",
+    "MegatronSftArguments",
+    "Reading",
+    "parse",
+    "parse_command",
+    "print_notice",
+    "read",
+    "size_bytes",
+]

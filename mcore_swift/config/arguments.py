@@ -1,0 +1,115 @@
+"""The arguments of each command, composed of the groups."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar
+
+from ..errors import UserError
+from .base import Arguments
+from .checkpoint import CheckpointArguments, HFSaveArguments
+from .data import DataArguments, PackingArguments
+from .fields import arg, with_default
+from .logging import LoggingArguments
+from .model import ModelArguments, TemplateArguments
+from .optimizer import OptimizerArguments, ScheduleArguments
+from .parallel import DataParallelArguments, ParallelArguments
+from .training import KernelArguments, RecomputeArguments, TrainArguments
+
+
+@dataclasses.dataclass(kw_only=True)
+class CommonArguments(Arguments):
+    TITLE: ClassVar[str] = "Command line"
+
+    ignore_args_error: bool = arg(False, "warn of unknown flags instead of stopping")
+
+
+@dataclasses.dataclass(kw_only=True)
+class MegatronSftArguments(
+    ModelArguments,
+    DataArguments,
+    TemplateArguments,
+    PackingArguments,
+    TrainArguments,
+    ScheduleArguments,
+    OptimizerArguments,
+    ParallelArguments,
+    DataParallelArguments,
+    CheckpointArguments,
+    LoggingArguments,
+    RecomputeArguments,
+    KernelArguments,
+    CommonArguments,
+):
+    """Supervised fine-tuning on Megatron-core."""
+
+    COMMAND: ClassVar[str] = "sft"
+    REQUIRED: ClassVar[tuple[str, ...]] = ("model", "dataset")
+
+
+@dataclasses.dataclass(kw_only=True)
+class MegatronPretrainArguments(MegatronSftArguments):
+    """Pre-training: the same, on plain text with a loss on every token."""
+
+    COMMAND: ClassVar[str] = "pt"
+
+    use_chat_template: bool = with_default(MegatronSftArguments, "use_chat_template", False)
+    loss_scale: str = with_default(MegatronSftArguments, "loss_scale", "all")
+
+
+@dataclasses.dataclass(kw_only=True)
+class MegatronExportArguments(ModelArguments, ParallelArguments, HFSaveArguments, CommonArguments):
+    """Hugging Face checkpoint to megatron-core's, and back."""
+
+    TITLE: ClassVar[str] = "Export"
+    COMMAND: ClassVar[str] = "export"
+    REQUIRED: ClassVar[tuple[str, ...]] = ("model",)
+
+    to_mcore: bool = arg(False, "Hugging Face checkpoint (--model) to a megatron-core checkpoint")
+    to_hf: bool = arg(False, "megatron-core checkpoint (--mcore_model) to a Hugging Face checkpoint")
+    mcore_model: str | None = arg(
+        None,
+        "megatron-core checkpoint to convert; its args.json tells --model, the source of config and "
+        "tokenizer",
+    )
+    output_dir: str | None = arg(
+        None, "folder to write", default_text="<source folder>-mcore or <source folder>-hf"
+    )
+    exist_ok: bool = arg(False, "write into --output_dir even when it holds something")
+    test_convert_precision: bool = arg(
+        False, "run both models on the same tokens and compare; a mismatch makes the command fail"
+    )
+    test_convert_dtype: str = arg(
+        "float32",
+        "precision of that comparison",
+        choices=("float32", "bfloat16"),
+        refused={"float16": "models are not built in float16 yet"},
+    )
+    seed: int = arg(42, "seed of the tokens compared", at_least=0)
+
+    def fill(self) -> None:
+        source = self.mcore_model if self.to_hf else self.model
+        if self.output_dir is None and source and self.to_hf != self.to_mcore:
+            folder = Path(source)
+            self.output_dir = str(folder.with_name(folder.name + ("-hf" if self.to_hf else "-mcore")))
+
+    def check(self) -> Iterator[UserError]:
+        if self.to_mcore == self.to_hf:
+            both = "both --to_mcore and --to_hf" if self.to_hf else "neither --to_mcore nor --to_hf"
+            yield UserError(
+                f"{both} given: the direction is not clear", "give --to_mcore true or --to_hf true"
+            )
+        elif self.to_hf and not self.mcore_model:
+            yield UserError(
+                "--to_hf converts a megatron-core checkpoint, and none is named", "add --mcore_model <folder>"
+            )
+        elif self.to_mcore and self.mcore_model:
+            yield UserError(
+                "--to_mcore reads the Hugging Face checkpoint in --model, and --mcore_model is given too",
+                "drop --mcore_model, or use --to_hf",
+            )
+
+
+COMMANDS: dict[str, type[Arguments]] = {
+    cls.COMMAND: cls for cls in (MegatronSftArguments, MegatronPretrainArguments, MegatronExportArguments)
+}

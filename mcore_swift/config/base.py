@@ -1,0 +1,102 @@
+"""What all argument classes share: derived values, checks, and the way to args.json and back."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from .. import __version__
+from ..errors import UserError
+from .fields import flags_of
+from .values import BadValue, convert
+
+ARGS_FILE = "args.json"
+
+
+@dataclasses.dataclass(kw_only=True)
+class Arguments:
+    """Base of the mixins and of the classes composed of them: one flat namespace of attributes.
+
+    A mixin may define `fill(self)`, which replaces "not given" by what follows from the other values, and
+    `check(self)`, which yields a UserError for each inconsistency. Both run for every mixin; neither reads
+    files, and `fill` changes nothing the second time, so that args.json reads back equal.
+    """
+
+    TITLE: ClassVar[str] = "General"
+    COMMAND: ClassVar[str] = ""
+    REQUIRED: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        for fill in self._own("fill"):
+            fill(self)
+
+    def problems(self) -> list[UserError]:
+        """Everything that is inconsistent in the values, found together."""
+        missing = [
+            UserError(f"--{name} is missing", f"add --{name} {_EXAMPLES.get(name, '<value>')}")
+            for name in self.REQUIRED
+            if not getattr(self, name)
+        ]
+        return missing + [problem for check in self._own("check") for problem in check(self)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All values as plain JSON, with the command and the version that wrote them."""
+        about = {"command": self.COMMAND, "mcore_swift_version": __version__}
+        return about | dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The arguments that `to_dict` wrote. Keys that are no flag of this class are left out.
+
+        Raises UserError for a value that does not fit its flag.
+        """
+        known = {}
+        for name, flag in flags_of(cls).items():
+            if name not in values:
+                continue
+            try:
+                known[name] = [] if values[name] == [] else convert(flag, [values[name]])
+            except BadValue as error:
+                raise UserError(f"{ARGS_FILE}: {name} {error}", error.remedy) from None
+        return cls(**known)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `folder`/args.json; returns its path."""
+        path = Path(folder) / ARGS_FILE
+        path.write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        return path
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Read `folder`/args.json. Raises UserError when it is missing or no JSON."""
+        return cls.from_dict(read_args_file(folder))
+
+    def _own(self, method: str) -> Iterator[Any]:
+        """The method as each class of the family defines it, mixins first."""
+        for cls in reversed(type(self).__mro__):
+            if method in cls.__dict__:
+                yield cls.__dict__[method]
+
+
+_EXAMPLES = {"model": "<folder of a Hugging Face checkpoint>", "dataset": "<file.jsonl> [more files]"}
+
+
+def read_args_file(folder: str | Path) -> dict[str, Any]:
+    """args.json of a checkpoint or run folder as a dict. Raises UserError when it is missing or no JSON."""
+    path = Path(folder) / ARGS_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file", "give a checkpoint folder that holds args.json") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds {type(values).__name__}, not an object of arguments")
+    return values
+
+
+def names(problem_flags: Iterable[str]) -> str:
+    """'--a, --b and --c', for messages."""
+    flags = [f"--{name}" for name in problem_flags]
+    return flags[0] if len(flags) == 1 else f"{', '.join(flags[:-1])} and {flags[-1]}"

@@ -1,0 +1,113 @@
+"""What is saved, how often, and from what a run starts or continues."""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar
+
+from ..errors import UserError
+from .base import Arguments
+from .fields import arg
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
+_POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+def size_bytes(text: str) -> int:
+    """Bytes of a size such as 5GB (powers of 1000, as Hugging Face counts) or 512MiB (of 1024).
+
+    Raises ValueError.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if not match:
+        raise ValueError(f"'{text}' is no size such as 5GB or 512MiB")
+    unit = (match[2] or "").upper()
+    return int(float(match[1]) * (1024 if unit.endswith("I") else 1000) ** _POWERS[unit.rstrip("I")])
+
+
+@dataclasses.dataclass(kw_only=True)
+class HFSaveArguments(Arguments):
+    TITLE: ClassVar[str] = "Hugging Face files"
+
+    max_shard_size: str = arg("5GB", "largest safetensors file written, as 5GB or 512MiB")
+
+    def check(self) -> Iterator[UserError]:
+        try:
+            if size_bytes(self.max_shard_size) == 0:
+                yield UserError("--max_shard_size is 0: nothing fits", "use --max_shard_size 5GB")
+        except ValueError as error:
+            yield UserError(f"--max_shard_size {error}", "use --max_shard_size 5GB")
+
+
+@dataclasses.dataclass(kw_only=True)
+class StartArguments(Arguments):
+    TITLE: ClassVar[str] = "Start and resume"
+
+    mcore_model: str | None = arg(
+        None,
+        "megatron-core checkpoint to start from, in place of the weights in --model (weights only, step 0; "
+        "with --finetune false the same as --resume)",
+    )
+    resume: str = arg(
+        "none",
+        "a checkpoint or run folder: continue it with its weights, optimizer, random state, step and "
+        "place in the data, under any parallel layout. auto: continue the newest complete checkpoint in "
+        "--output_dir, or start when there is none (implies --add_version false). none: start",
+    )
+    finetune: bool = arg(True, "with --mcore_model, take weights only and start at step 0")
+    no_load_optim: bool = arg(False, "when resuming, leave out the optimizer's state")
+    no_load_rng: bool = arg(False, "when resuming, leave out the random state")
+
+    def fill(self) -> None:
+        if self.mcore_model and not self.finetune and self.resume == "none":
+            # ms-swift's way to continue a run; from here on there is one way only
+            self.resume, self.mcore_model = self.mcore_model, None
+
+    def check(self) -> Iterator[UserError]:
+        if self.mcore_model and self.resume != "none":
+            yield UserError(
+                "--mcore_model starts a new run from weights, --resume continues a run", "give one of them"
+            )
+        if not self.finetune and self.resume == "none":
+            yield UserError(
+                "--finetune false continues a run, but none is named",
+                "add --resume <checkpoint or run folder>",
+            )
+
+
+@dataclasses.dataclass(kw_only=True)
+class CheckpointArguments(HFSaveArguments, StartArguments):
+    TITLE: ClassVar[str] = "Output and checkpoints"
+
+    output_dir: str | None = arg(
+        None, "folder of the run: logs and checkpoints", default_text="megatron_output/<name of the model>"
+    )
+    add_version: bool = arg(True, "write into a new sub-folder vN-<time>, so that runs never mix")
+    save_strategy: str = arg(
+        "steps", "save every --save_steps steps, or after every epoch", choices=("steps", "epoch")
+    )
+    save_steps: int = arg(500, "steps between checkpoints; the last step is saved in any case", at_least=1)
+    save_total_limit: int | None = arg(
+        None, "checkpoints to keep, the newest and the best among them", at_least=1, default_text="all"
+    )
+    save_safetensors: bool = arg(True, "write the Hugging Face checkpoint too, each time")
+    no_save_optim: bool = arg(False, "leave out the optimizer's state; such a checkpoint cannot be resumed")
+    no_save_rng: bool = arg(False, "leave out the random state; such a checkpoint cannot be resumed exactly")
+    async_save: bool = arg(False, "write checkpoints in the background while training goes on")
+    metric_for_best_model: str = arg(
+        "loss", "validation metric that says which checkpoint is best", choices=("loss",)
+    )
+    greater_is_better: bool = arg(False, "whether a larger metric is better")
+
+    def fill(self) -> None:
+        if self.output_dir is None and getattr(self, "model", None):
+            self.output_dir = str(Path("megatron_output") / Path(self.model).resolve().name)
+        if self.resume == "auto":
+            self.add_version = False
+
+    def check(self) -> Iterator[UserError]:
+        if self.greater_is_better:
+            yield UserError(
+                "--greater_is_better true: of a loss the smaller is better", "drop --greater_is_better"
+            )

@@ -1,0 +1,91 @@
+"""Where samples come from, how they are cached and packed, in which order they are read."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+from ..errors import UserError
+from .base import Arguments
+from .fields import arg
+
+
+@dataclasses.dataclass(kw_only=True)
+class DataArguments(Arguments):
+    TITLE: ClassVar[str] = "Data"
+
+    dataset: list[str] = arg(
+        [],
+        "training files or folders (json, jsonl, csv, parquet, txt), several are joined; path#N takes N rows",
+    )
+    val_dataset: list[str] = arg([], "validation files, written as --dataset is")
+    split_dataset_ratio: float = arg(
+        0.0,
+        "share of the training rows held back for validation when there is no --val_dataset",
+        at_least=0,
+        below=1,
+    )
+    columns: dict[str, Any] | None = arg(
+        None, 'rename columns, JSON: {"question": "query", "answer": "response"}'
+    )
+    strict: bool | None = arg(
+        None,
+        "true: the first row that cannot be used stops the run; false: such rows are dropped, counted and "
+        "reported",
+        default_text="dropped, but a row that is broken (no JSON, no known columns) stops the run",
+    )
+    dataset_shuffle: bool = arg(True, "shuffle rows when sources are joined, split or sampled")
+    data_seed: int = arg(42, "seed of row sampling, splitting and order", at_least=0)
+    dataset_num_proc: int = arg(1, "processes that tokenize", at_least=1)
+    load_from_cache_file: bool = arg(
+        True, "reuse tokens of an earlier run on the same rows, tokenizer and settings; false tokenizes again"
+    )
+    cache_dir: str | None = arg(
+        None, "folder of the token cache", default_text="$MCORE_SWIFT_CACHE or ~/.cache/mcore_swift"
+    )
+    train_dataloader_shuffle: bool = arg(
+        True, "a new order in every epoch; false reads in the order of the files"
+    )
+    dataloader_num_workers: int = arg(
+        4, "threads that prepare batches ahead of the step; 0 prepares them in the step", at_least=0
+    )
+    dataloader_prefetch_factor: int = arg(2, "batches each of them keeps ready", at_least=1)
+
+    def check(self) -> Iterator[UserError]:
+        if self.val_dataset and self.split_dataset_ratio > 0:
+            yield UserError(
+                "--val_dataset and --split_dataset_ratio both say what to validate on", "give one of them"
+            )
+
+
+@dataclasses.dataclass(kw_only=True)
+class PackingArguments(Arguments):
+    TITLE: ClassVar[str] = "Packing"
+
+    packing: bool = arg(
+        False, "fill rows of --packing_length with whole samples; attention does not cross between them"
+    )
+    packing_length: int | None = arg(None, "tokens of a packed row", above=1, default_text="--max_length")
+    packing_strategy: str = arg(
+        "binpack",
+        "which samples share a row: those that fill it best (binpack) or neighbours in order (sequential)",
+        choices=("binpack", "sequential"),
+    )
+    padding_free: bool = arg(
+        True, "lay the samples of a microbatch end to end in one row; false pads them to the longest"
+    )
+
+    def check(self) -> Iterator[UserError]:
+        if self.packing and not self.padding_free:
+            yield UserError(
+                "--packing true lays samples end to end, --padding_free false pads each to a row of its own",
+                "drop one of the two",
+            )
+        if self.packing_length is not None and not self.packing:
+            yield UserError("--packing_length has no meaning without packing", "add --packing true")
+        limit = getattr(self, "max_length", None)
+        if self.packing_length is not None and limit is not None and self.packing_length < limit:
+            yield UserError(
+                f"--packing_length {self.packing_length} is below --max_length {limit}: a sample of full "
+                "length fits into no row",
+                f"use --packing_length {limit} or more",
+            )

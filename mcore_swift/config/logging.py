@@ -1,0 +1,44 @@
+"""What a run says about itself, and how often it validates."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import ClassVar
+
+from ..errors import UserError
+from .base import Arguments
+from .fields import arg
+
+
+@dataclasses.dataclass(kw_only=True)
+class LoggingArguments(Arguments):
+    TITLE: ClassVar[str] = "Logging and evaluation"
+
+    logging_steps: int = arg(5, "steps between log lines", at_least=1)
+    report_to: list[str] = arg(
+        ["tensorboard"],
+        "where metrics go beside the terminal and logging.jsonl",
+        choices=("tensorboard", "none"),
+        refused=dict.fromkeys(("wandb", "swanlab", "all"), "only tensorboard is supported yet"),
+    )
+    eval_steps: int | None = arg(
+        None, "steps between evaluations on the validation set", at_least=1, default_text="--save_steps"
+    )
+    eval_iters: int = arg(
+        -1, "batches of --global_batch_size an evaluation takes; -1 takes them all", at_least=-1
+    )
+    device_peak_tflops: float | None = arg(
+        None,
+        "peak TFLOP/s of one device in the training precision, for MFU on devices we have no figure of",
+        above=0,
+        default_text="by the device's name",
+    )
+
+    def fill(self) -> None:
+        if self.eval_steps is None:
+            self.eval_steps = getattr(self, "save_steps", None)
+        if self.report_to == ["none"]:
+            self.report_to = []
+
+    def check(self) -> Iterator[UserError]:
+        if "none" in self.report_to:
+            yield UserError("--report_to names none beside others", "give none alone, or leave it out")

@@ -1,0 +1,70 @@
+"""How the model and the batch are spread over processes, and how those talk."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import ClassVar
+
+from ..errors import UserError
+from .base import Arguments
+from .fields import arg
+
+
+@dataclasses.dataclass(kw_only=True)
+class ParallelArguments(Arguments):
+    TITLE: ClassVar[str] = "Parallelism"
+
+    tensor_model_parallel_size: int = arg(1, "processes that share every layer's matrices (TP)", at_least=1)
+    pipeline_model_parallel_size: int = arg(1, "groups of layers, each on its own processes (PP)", at_least=1)
+    virtual_pipeline_model_parallel_size: int | None = arg(
+        None, "groups of layers each pipeline stage holds, interleaved (VPP)", at_least=1
+    )
+    sequence_parallel: bool = arg(
+        False, "spread norms and dropout over the tensor-parallel processes too; saves activation memory (SP)"
+    )
+    ddp_backend: str = arg(
+        "auto",
+        "communication library; auto is nccl with CUDA and gloo without",
+        choices=("auto", "nccl", "gloo"),
+    )
+    ddp_timeout: int = arg(
+        600,
+        "seconds a process waits for the others before the run stops and names what hung (ms-swift waits "
+        "208 days)",
+        above=0,
+    )
+
+    def fill(self) -> None:
+        if self.virtual_pipeline_model_parallel_size == 1:
+            self.virtual_pipeline_model_parallel_size = None
+        if self.tensor_model_parallel_size == 1:
+            self.sequence_parallel = False  # nothing to spread over
+
+    def check(self) -> Iterator[UserError]:
+        vpp, pp = self.virtual_pipeline_model_parallel_size, self.pipeline_model_parallel_size
+        if vpp is not None and pp == 1:
+            yield UserError(
+                f"--virtual_pipeline_model_parallel_size {vpp} interleaves the groups of a pipeline, and "
+                "there is none",
+                "add --pipeline_model_parallel_size 2 or more",
+            )
+
+
+@dataclasses.dataclass(kw_only=True)
+class DataParallelArguments(Arguments):
+    TITLE: ClassVar[str] = "Data parallelism"
+
+    use_distributed_optimizer: bool = arg(
+        True, "every data-parallel process keeps and steps only its share of the optimizer state"
+    )
+    overlap_grad_reduce: bool = arg(False, "reduce gradients while the backward pass still runs")
+    overlap_param_gather: bool = arg(False, "gather stepped parameters while the next forward pass runs")
+    accumulate_allreduce_grads_in_fp32: bool = arg(
+        False,
+        "keep and reduce gradients in float32 where parameters are bfloat16: more exact, twice the memory",
+    )
+
+    def check(self) -> Iterator[UserError]:
+        if self.overlap_param_gather:
+            for needed in ("use_distributed_optimizer", "overlap_grad_reduce"):
+                if not getattr(self, needed):
+                    yield UserError(f"--overlap_param_gather needs --{needed}", f"add --{needed} true")

@@ -1,0 +1,127 @@
+"""How much one step does, how long training lasts, what is recomputed and fused."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import ClassVar
+
+from ..errors import UserError
+from .base import Arguments
+from .fields import arg
+
+_ONLY_CUDA = (
+    "; takes effect where the kernel exists (CUDA), elsewhere the plain operations give the same result"
+)
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrainArguments(Arguments):
+    TITLE: ClassVar[str] = "Training"
+
+    tuner_type: str = arg(
+        "full",
+        "which parameters train",
+        choices=("full",),
+        refused=dict.fromkeys(("lora", "lora_llm"), "LoRA is not supported yet"),
+    )
+    micro_batch_size: int = arg(1, "samples (with packing: rows) one process takes at a time", at_least=1)
+    global_batch_size: int = arg(
+        16, "samples (with packing: rows) of one step, over all processes", at_least=1
+    )
+    num_train_epochs: int | None = arg(None, "passes over the training data", at_least=1)
+    train_iters: int | None = arg(None, "steps to train, in place of epochs", at_least=1)
+    seed: int = arg(42, "seed of initial weights and dropout", at_least=0)
+    calculate_per_token_loss: bool | None = arg(
+        None,
+        "true: a step's loss is the mean over its tokens; false: the mean of the microbatches' means",
+        default_text="true",
+    )
+    perform_initialization: bool = arg(
+        False, "start from random weights of the shape config.json gives; --model then needs no weights"
+    )
+    manual_gc: bool = arg(
+        False, "collect Python's garbage on all processes in the same step, not when each likes"
+    )
+    manual_gc_steps: int = arg(0, "with --manual_gc, steps between collections; 0 never collects", at_least=0)
+    manual_gc_eval: bool = arg(True, "with --manual_gc, collect before and after evaluation too")
+
+    def fill(self) -> None:
+        if self.calculate_per_token_loss is None:
+            self.calculate_per_token_loss = True
+
+    def check(self) -> Iterator[UserError]:
+        if self.num_train_epochs is None and self.train_iters is None:
+            yield UserError(
+                "neither --num_train_epochs nor --train_iters says when to stop", "add --num_train_epochs 1"
+            )
+        if self.num_train_epochs is not None and self.train_iters is not None:
+            yield UserError("--num_train_epochs and --train_iters both say when to stop", "give one of them")
+        if self.global_batch_size % self.micro_batch_size:
+            up = -(-self.global_batch_size // self.micro_batch_size) * self.micro_batch_size
+            yield UserError(
+                f"--global_batch_size {self.global_batch_size} is no multiple of --micro_batch_size "
+                f"{self.micro_batch_size}",
+                f"use --global_batch_size {up}",
+            )
+
+
+@dataclasses.dataclass(kw_only=True)
+class RecomputeArguments(Arguments):
+    TITLE: ClassVar[str] = "Recomputation (memory for time)"
+
+    recompute_granularity: str = arg(
+        "selective",
+        "what the backward pass computes again instead of keeping: the parts in --recompute_modules "
+        "(selective), whole layers (full), nothing (none)",
+        choices=("selective", "full", "none"),
+    )
+    recompute_modules: list[str] = arg(
+        ["core_attn"],
+        "parts that selective recomputes",
+        choices=("core_attn", "layernorm", "mlp", "moe", "moe_act", "mla_up_proj"),
+    )
+    recompute_method: str | None = arg(
+        None,
+        "which layers full recomputes: all, in chunks of --recompute_num_layers (uniform), or that many "
+        "of each pipeline stage (block)",
+        choices=("uniform", "block"),
+        default_text="uniform with full",
+    )
+    recompute_num_layers: int | None = arg(
+        None, "layers a chunk (uniform) or a stage (block)", at_least=1, default_text="1 with full"
+    )
+
+    def fill(self) -> None:
+        if self.recompute_granularity == "full":
+            self.recompute_method = self.recompute_method or "uniform"
+            self.recompute_num_layers = self.recompute_num_layers or 1
+
+    def check(self) -> Iterator[UserError]:
+        if self.recompute_granularity != "full":
+            for name in ("recompute_method", "recompute_num_layers"):
+                if getattr(self, name) is not None:
+                    yield UserError(
+                        f"--{name} is for whole layers, and --recompute_granularity is "
+                        f"{self.recompute_granularity}",
+                        f"add --recompute_granularity full, or drop --{name}",
+                    )
+
+
+@dataclasses.dataclass(kw_only=True)
+class KernelArguments(Arguments):
+    TITLE: ClassVar[str] = "Kernels"
+
+    attention_softmax_in_fp32: bool = arg(True, "softmax of attention in float32")
+    masked_softmax_fusion: bool = arg(True, "mask and softmax in one kernel" + _ONLY_CUDA)
+    bias_dropout_fusion: bool = arg(True, "bias, dropout and residual in one kernel" + _ONLY_CUDA)
+    bias_activation_fusion: bool = arg(True, "bias and activation in one kernel" + _ONLY_CUDA)
+    apply_rope_fusion: bool = arg(
+        False, "rotary embedding in one kernel; needs Transformer Engine" + _ONLY_CUDA
+    )
+    gradient_accumulation_fusion: bool = arg(
+        True,
+        "add weight gradients inside the matrix product; needs NVIDIA's apex or Transformer Engine"
+        + _ONLY_CUDA,
+    )
+    cross_entropy_loss_fusion: bool = arg(
+        True, "vocabulary-parallel cross entropy in one kernel" + _ONLY_CUDA
+    )
