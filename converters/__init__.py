@@ -1,0 +1,11 @@
+"""Weights between Hugging Face checkpoints and megatron-core, by the rule tables of `mcore_swift.models`.
+
+    HFReader            regions of a safetensors checkpoint
+    load.load_hf        Hugging Face checkpoint -> live model, each rank its own slices
+    export.export_hf    live model -> Hugging Face checkpoint, each rank its own files
+    export.hf_weights   live model -> Hugging Face named tensors, bucket by bucket
+    stream              Hugging Face <-> megatron-core checkpoint, without a model
+    verify              logits against transformers
+
+Needs no training code, and no process group when there is one process.
+"""

@@ -1,0 +1,130 @@
+"""Reading a Hugging Face checkpoint by regions: one safetensors file, or several with an index."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from converters.safetensors_format import parse_file
+from converters.stored import RegionReader, StoredTensor
+from mcore_swift.errors import UserError, raise_together
+from mcore_swift.models.rules import Region, Shape, full_region, region_shape
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+GET_AGAIN = "copy or download the file again"
+
+
+class HFReader:
+    """The tensors of a checkpoint folder, by name. Opening reads the headers only; nothing stays mapped.
+
+        with HFReader("Qwen/Qwen3-0.6B") as reader:
+            rows = reader.read("model.embed_tokens.weight", ((0, 16), (0, 1024)))
+
+    Raises UserError, or UserErrors with all that is wrong, if the folder is no complete checkpoint.
+    """
+
+    def __init__(self, model_dir: str | Path) -> None:
+        self.model_dir = Path(model_dir)
+        self.tensors: dict[str, StoredTensor] = _find_tensors(self.model_dir)
+        self._reader = RegionReader()
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.tensors)
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
+
+    def shape(self, name: str) -> Shape:
+        return self.tensors[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.tensors[name].dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensors that were read from files so far."""
+        return self._reader.bytes_read
+
+    def read(self, name: str, region: Region | None = None) -> torch.Tensor:
+        """A region of a tensor (all of it by default) as a new CPU tensor of the stored dtype."""
+        region = full_region(self.shape(name)) if region is None else region
+        out = torch.empty(region_shape(region), dtype=self.dtype(name))
+        self._reader.copy(self.tensors[name], region, out)
+        return out
+
+    def copy_into(self, name: str, region: Region, out: torch.Tensor) -> None:
+        """Fill `out`, of the region's shape, converting to its dtype and device.
+
+        A contiguous CPU tensor of the stored dtype is filled without a buffer between, any other through
+        one of a few megabytes.
+        """
+        self._reader.copy(self.tensors[name], region, out)
+
+    def close(self) -> None:
+        self._reader.close()
+
+    def __enter__(self) -> "HFReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _find_tensors(model_dir: Path) -> dict[str, StoredTensor]:
+    if not model_dir.is_dir():
+        raise UserError(
+            f"model folder {model_dir} does not exist",
+            remedy="give the path of a Hugging Face checkpoint folder",
+        )
+    if (model_dir / SINGLE_FILE).is_file():
+        return parse_file(model_dir / SINGLE_FILE)
+    if (model_dir / INDEX_FILE).is_file():
+        return _read_indexed(model_dir / INDEX_FILE)
+    if any(model_dir.glob("pytorch_model*.bin")):
+        raise UserError(
+            f"{model_dir} holds pytorch_model.bin weights; only safetensors are read",
+            remedy="save it anew: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)",
+        )
+    raise UserError(
+        f"{model_dir} holds neither {SINGLE_FILE} nor {INDEX_FILE}",
+        remedy="give the path of a Hugging Face checkpoint folder with safetensors weights",
+    )
+
+
+def _read_indexed(index: Path) -> dict[str, StoredTensor]:
+    try:
+        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        file_names = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{index} is no safetensors index", remedy=GET_AGAIN) from None
+    errors: list[UserError] = []
+    found: dict[str, dict[str, StoredTensor]] = {}
+    for file_name in file_names:
+        path = index.parent / file_name
+        if not path.is_file():
+            errors.append(UserError(f"{index} names {file_name}, which is missing", remedy=GET_AGAIN))
+            continue
+        try:
+            found[file_name] = parse_file(path)
+        except UserError as error:
+            errors.append(error)
+    for file_name, tensors in found.items():
+        absent = [name for name, place in weight_map.items() if place == file_name and name not in tensors]
+        if absent:
+            errors.append(
+                UserError(
+                    f"{index} places {', '.join(absent)} in {file_name}, which does not hold it",
+                    remedy="index and files are of different checkpoints: copy or download all of them again",
+                )
+            )
+    raise_together(errors)
+    return {name: found[file_name][name] for name, file_name in weight_map.items()}

@@ -1,0 +1,69 @@
+"""A Hugging Face checkpoint into a live model: each rank reads the byte ranges of its own shards."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from converters.coverage import check_hf, check_model
+from converters.hf_reader import HFReader
+from converters.ranks import Ranks
+from converters.regions import numel
+from converters.shards import LiveShard, live_shards
+from mcore_swift.errors import UserError
+from mcore_swift.models.rules import RuleTable, Shape, as_slices
+
+
+@dataclass(frozen=True)
+class LoadStats:
+    """What loading took on this rank. bytes_read: of tensors, from files."""
+
+    bytes_read: int
+    seconds: float
+
+
+def load_hf(
+    model_chunks: nn.Module | Sequence[nn.Module],
+    reader: HFReader,
+    table: RuleTable,
+    ranks: Ranks | None = None,
+) -> LoadStats:
+    """Fill every parameter of the model chunks of this rank, converting to its dtype.
+
+    Rows of vocabulary padding become zero. Collective over `ranks` (the default process group): all ranks
+    that share the model call it. Afterwards reload the fp32 main weights of an optimizer, if there is one.
+
+    Raises UserErrors on every rank, before a parameter has changed, if a tensor of the checkpoint is missing,
+    not used or of the wrong shape, or a parameter would stay unfilled.
+    """
+    started, before = time.monotonic(), reader.bytes_read
+    shards = live_shards(model_chunks)
+    check_coverage(shards, reader, table, ranks or Ranks())
+    shapes = reader.shapes
+    with torch.no_grad():
+        for shard in shards:
+            _fill(shard, reader, table, shapes)
+    return LoadStats(reader.bytes_read - before, time.monotonic() - started)
+
+
+def check_coverage(shards: Sequence[LiveShard], reader: HFReader, table: RuleTable, ranks: Ranks) -> None:
+    """Raise UserErrors unless checkpoint, table and model fit each other completely. Collective."""
+    error, source = None, str(reader.model_dir)
+    model_shapes: dict[str, Shape] = {}
+    for held in ranks.gather({shard.key: shard.global_shape for shard in shards}):
+        model_shapes.update(held)
+    try:
+        check_model(table, check_hf(table, reader.shapes, source), model_shapes, source)
+    except UserError as mistake:
+        error = mistake
+    ranks.agree(error)
+
+
+def _fill(shard: LiveShard, reader: HFReader, table: RuleTable, shapes: dict[str, Shape]) -> None:
+    blocks = list(table.by_mcore[shard.key].blocks(shard.region, shapes))
+    if sum(numel(block.mcore) for block in blocks) < shard.data.numel():
+        shard.data.zero_()
+    for block in blocks:
+        reader.copy_into(block.name, block.hf, shard.data[as_slices(block.mcore)])

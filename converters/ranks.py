@@ -1,0 +1,46 @@
+"""What converters need of a process group: nothing at all when there is one process."""
+
+from typing import Any
+
+import torch.distributed as dist
+
+from mcore_swift.errors import UserError, raise_together
+
+
+class Ranks:
+    """The processes that convert together: a process group (the default one), or this process alone."""
+
+    def __init__(self, group: "dist.ProcessGroup | None" = None) -> None:
+        self.group = group
+        active = dist.is_available() and dist.is_initialized()
+        self.rank: int = dist.get_rank(group) if active else 0
+        self.size: int = dist.get_world_size(group) if active else 1
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value` of every rank, on every rank. Collective."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def agree(self, error: Exception | None) -> None:
+        """Raise on every rank what went wrong on any of them. Collective, and so also a barrier.
+
+        A rank that found a mistake waits here for the others, and none waits for ever for a rank that left.
+        """
+        told = error if error is None or isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        failures = [(rank, failure) for rank, failure in enumerate(self.gather(told)) if failure is not None]
+        if not failures:
+            return
+        if error is not None and not isinstance(error, UserError):
+            raise error
+        mistakes = {str(failure): failure for _, failure in failures if isinstance(failure, UserError)}
+        defects = [f"rank {rank}: {failure}" for rank, failure in failures if isinstance(failure, str)]
+        if defects:
+            raise RuntimeError("; ".join(defects))
+        raise_together(mistakes.values())

@@ -1,0 +1,59 @@
+"""Arithmetic on regions: half-open boxes `((start, stop), ...)`, an interval for each dimension."""
+
+from collections.abc import Iterator
+
+from mcore_swift.models.rules import Block, Region, Shape
+
+
+def intersection(first: Region, second: Region) -> Region | None:
+    """The box that both cover, or None if they have no element in common."""
+    low_high = tuple((max(a[0], b[0]), min(a[1], b[1])) for a, b in zip(first, second, strict=True))
+    return None if any(low >= high for low, high in low_high) else low_high
+
+
+def relative(region: Region, origin: Region) -> Region:
+    """`region` counted from the start of `origin`."""
+    return tuple((start - base, stop - base) for (start, stop), (base, _) in zip(region, origin, strict=True))
+
+
+def absolute(region: Region, origin: Region) -> Region:
+    """The inverse of `relative`."""
+    return tuple((start + base, stop + base) for (start, stop), (base, _) in zip(region, origin, strict=True))
+
+
+def numel(region: Region) -> int:
+    size = 1
+    for start, stop in region:
+        size *= stop - start
+    return size
+
+
+def clip(block: Block, region: Region) -> Block | None:
+    """The part of `block` whose HF side lies in `region` of its HF tensor."""
+    hf = intersection(block.hf, region)
+    return None if hf is None else Block(block.name, hf, absolute(relative(hf, block.hf), block.mcore))
+
+
+def slabs(shape: Shape, itemsize: int, max_bytes: int) -> Iterator[Region]:
+    """Cut a tensor along its leading dimensions into boxes of at most `max_bytes` (one element at least).
+
+    The boxes come in row-major order and each is contiguous, so writing them one after another writes the
+    tensor. A tensor without elements gives none; a scalar gives `()`.
+    """
+    if 0 in shape:
+        return
+    if not shape:
+        yield ()
+        return
+    row_bytes = itemsize
+    for size in shape[1:]:
+        row_bytes *= size
+    rows = max_bytes // row_bytes
+    if rows:
+        inner = tuple((0, size) for size in shape[1:])
+        for start in range(0, shape[0], rows):
+            yield ((start, min(start + rows, shape[0])), *inner)
+        return
+    for row in range(shape[0]):
+        for rest in slabs(shape[1:], itemsize, max_bytes):
+            yield ((row, row + 1), *rest)
