@@ -1,0 +1,12 @@
+"""From a command to running processes. Importing this imports no torch.
+
+    exit_code = launch.run("sft", argv, "mcore_swift.cli.sft:train")
+
+starts the processes that the environment asks for (NPROC_PER_NODE, NNODES, NODE_RANK, MASTER_ADDR,
+MASTER_PORT), or joins those that torchrun or srun has started, or runs here alone.
+"""
+
+from .environment import Place, read_place, world_size_from_env
+from .run import run
+
+__all__ = ["Place", "read_place", "run", "world_size_from_env"]

@@ -1,0 +1,145 @@
+"""`run`: a command's work in this process, or in the processes that the environment asks for."""
+
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+
+from mcore_swift.errors import UserError
+
+from . import report
+from .environment import Place, read_place
+
+Target = str | Callable[[list[str]], int | None]
+
+RANK_ZERO_FIRST_SECONDS = 3.0
+LEAVE_SECONDS = 30.0
+
+
+def run(command: str, argv: Sequence[str], target: Target) -> int:
+    """Do the work of a command and return the exit code: 0, 2 for a user's mistake, 1 for a defect.
+
+    command: its name, for messages. target: a function of argv, or where to find it as 'module:function'
+    (which keeps its imports out of the process that only starts others). It runs on every rank with RANK,
+    WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT set, parses argv itself, and returns
+    None or an exit code; what it raises is printed here, once for all ranks. A worker killed by a signal gives
+    128 + its number. Raises nothing of its own, and leaves the environment as it was.
+    """
+    try:
+        place = read_place()
+    except UserError as error:
+        return report.print_user_error(error)
+    with _restored_environment():
+        # megatron-core relies on kernels starting in the order they were launched; read by CUDA alone
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        if place.processes_here > 1:
+            os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_process(place.processes_here)))
+        if place.mode == "start":
+            from .start import start
+
+            return start(place, command, list(argv), name_of(target))
+        os.environ.update(place.as_environment())
+        return _run_here(place, list(argv), target)
+
+
+def threads_per_process(processes: int) -> int:
+    """CPU threads that each of a node's processes may use: the cores there are, shared out; at least 1."""
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on every system
+        cores = os.cpu_count() or 1
+    per_task = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    if per_task.isdigit():
+        return max(1, int(per_task))
+    return max(1, cores // processes)
+
+
+def name_of(target: Target) -> str:
+    """'module:function' of a target, for another process to find it. Raises ValueError where it could not."""
+    if isinstance(target, str):
+        return target
+    module, name = target.__module__, target.__qualname__
+    if module == "__main__" or "<" in name:
+        raise ValueError(f"{module}:{name} cannot be imported by a worker: put it at the top of a module")
+    return f"{module}:{name}"
+
+
+def call(target: Target, argv: list[str]) -> int:
+    """Run a target; its exit code. Lets through what it raises."""
+    if isinstance(target, str):
+        module, _, name = target.partition(":")
+        function = import_module(module)
+        for part in name.split("."):
+            function = getattr(function, part)
+    else:
+        function = target
+    return function(argv) or 0
+
+
+def _run_here(place: Place, argv: list[str], target: Target) -> int:
+    try:
+        return call(target, argv)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return report.INTERRUPTED
+    except Exception as error:
+        if place.mode == "joined":
+            return _fail_joined(place, error)
+        if isinstance(error, UserError):
+            return report.print_user_error(error)
+        traceback.print_exc()
+        return report.FAILED
+
+
+def _fail_joined(place: Place, error: Exception) -> int:
+    """Tell the failure of one of the processes that another program started.
+
+    All ranks usually stumble over the same mistake. Rank 0 tells it at once; the others wait a little, in
+    which torchrun or srun ends them, and speak up only if they are still there.
+    """
+    _write_torchelastic_file(error)
+    if place.rank:
+        time.sleep(RANK_ZERO_FIRST_SECONDS)
+    end_this_process_soon(error.exit_code if isinstance(error, UserError) else report.FAILED)
+    if isinstance(error, UserError):
+        return report.print_user_error(error, prefix=f"[rank {place.rank}] ")
+    print(f"[rank {place.rank}] error:\n{traceback.format_exc().rstrip()}", file=sys.stderr, flush=True)
+    return report.FAILED
+
+
+def end_this_process_soon(code: int) -> None:
+    """A failed rank must end, for its peers wait for it: a thread or library that blocks the exit is cut off."""
+
+    def cut_off() -> None:
+        time.sleep(LEAVE_SECONDS)
+        os._exit(code)
+
+    threading.Thread(target=cut_off, daemon=True, name="leave").start()
+
+
+def _write_torchelastic_file(error: Exception) -> None:
+    """Give torchrun the message for its own summary, in the form it reads."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return
+    extra = {"py_callstack": "".join(traceback.format_exception(error)), "timestamp": str(int(time.time()))}
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": {"message": str(error), "extraInfo": extra}}, file)
+    except OSError:
+        return  # the summary is a courtesy; the message itself goes to stderr
+
+
+@contextmanager
+def _restored_environment() -> Iterator[None]:
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)

@@ -1,0 +1,26 @@
+"""Sizes and estimates in plain Python: nothing here imports torch or transformers.
+
+A bad layout or a broken checkpoint folder is refused here, before a process is started.
+"""
+
+from .check import check_layout, nearest_layout, notices
+from .flops import flops_per_token, forward_flops, training_flops
+from .layout import Layout
+from .peaks import peak_tflops
+from .preflight import preflight
+from .shape import ModelShape, padded_vocab_size, parameters
+
+__all__ = [
+    "Layout",
+    "ModelShape",
+    "check_layout",
+    "flops_per_token",
+    "forward_flops",
+    "nearest_layout",
+    "notices",
+    "padded_vocab_size",
+    "parameters",
+    "peak_tflops",
+    "preflight",
+    "training_flops",
+]

@@ -1,0 +1,83 @@
+"""Looks at a model folder and a layout before any process is started: milliseconds, no torch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError, UserErrors
+from .check import check_layout, notices
+from .layout import Layout
+from .shape import ModelShape
+from .weights import weight_problems
+
+
+def preflight(args: Any, world_size: int) -> list[UserError]:
+    """Everything wrong with `args.model` and with the layout on `world_size` processes, found together.
+
+    Reads config.json, the safetensors index and the headers of the safetensors files, no weights. The files
+    of weights are left alone where a Megatron checkpoint (`args.mcore_model`) is read in their place. Without
+    `args.model` only the layout's own sizes can be looked at, and nothing is.
+    """
+    if not getattr(args, "model", None):
+        return []
+    try:
+        folder = model_folder(args.model)
+    except UserError as error:
+        return [error]
+    problems: list[UserError] = []
+    try:
+        shape = read_shape(folder)
+        problems += check_layout(Layout.from_args(args, world_size), shape, args, world_size)
+    except UserErrors as error:
+        problems += error.errors
+    except UserError as error:
+        problems.append(error)
+    if not getattr(args, "mcore_model", None):
+        problems += weight_problems(folder)
+    return problems
+
+
+def preflight_notices(args: Any, world_size: int) -> list[str]:
+    """What a user should know before a run that `preflight` has nothing against, one line each."""
+    if not getattr(args, "model", None):
+        return []
+    shape = read_shape(model_folder(args.model))
+    return notices(Layout.from_args(args, world_size), shape, args)
+
+
+def model_folder(model: str) -> Path:
+    """The folder of a Hugging Face checkpoint. Raises UserError if it is none."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise UserError(f"--model {model} is a file", f"give the folder it is in: {folder.parent}")
+    remedy = "give the folder that holds config.json and the safetensors files"
+    if model.count("/") == 1 and not model.startswith((".", "~", "/")):  # looks like a name on the hub
+        remedy += f"; to fetch it from the hub: hf download {model} --local-dir {folder.name}"
+    raise UserError(f"--model {model}: no such folder", remedy)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a checkpoint folder as a dict. Raises UserError if it is missing or no JSON object."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: no such file", "--model takes the folder of a Hugging Face checkpoint"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}:{error.lineno}: no valid JSON ({error.msg})", "copy the file from the checkpoint again"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})", "check its permissions and content") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: is no JSON object", "copy the file from the checkpoint again")
+    return config
+
+
+def read_shape(folder: Path) -> ModelShape:
+    """Sizes of the model in a checkpoint folder. Raises UserError."""
+    return ModelShape.from_config_dict(read_config(folder), str(folder / "config.json"))
