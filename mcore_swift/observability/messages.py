@@ -1,0 +1,86 @@
+"""The logger of the project, and quiet for the chatter of others. Nothing changes before the call."""
+
+import logging
+import os
+import sys
+import warnings
+
+from ..errors import UserError
+
+NAME = "mcore_swift"
+LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+_CHATTY = (
+    "transformers",
+    "datasets",
+    "megatron",
+    "torch",
+    "matplotlib",
+    "filelock",
+    "fsspec",
+    "urllib3",
+    "PIL",
+)
+
+
+class _Formatter(logging.Formatter):
+    """`WARNING: text`, with the rank in front on every rank but the first; INFO lines have no level."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self._rank = f"[rank {rank}] " if rank else ""
+
+    def format(self, record: logging.LogRecord) -> str:
+        level = "" if record.levelno == logging.INFO else f"{record.levelname}: "
+        text = super().format(record)
+        return "\n".join(
+            f"{self._rank}{level if not i else ''}{line}" for i, line in enumerate(text.split("\n"))
+        )
+
+
+class _Handler(logging.StreamHandler):
+    """Writes to the standard error of the moment, above a progress bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            text = self.format(record)
+            bar = sys.modules.get("tqdm")
+            if bar is not None and sys.stderr.isatty():
+                bar.tqdm.write(text, file=sys.stderr)
+            else:
+                print(text, file=sys.stderr, flush=True)
+        except Exception:
+            self.handleError(record)
+
+
+def configure_logging(rank: int | None = None, *, level: str | None = None) -> logging.Logger:
+    """Set up the logger `mcore_swift` and quiet others; calling it again replaces the set-up.
+
+    rank: None reads RANK. Ranks other than 0 say only warnings and worse, since they would repeat rank 0.
+    level: None reads LOG_LEVEL, INFO if unset; at DEBUG every rank and every library speaks.
+    Raises UserError for a level that there is not.
+    """
+    rank = int(os.environ.get("RANK", "0")) if rank is None else rank
+    name = (level or os.environ.get("LOG_LEVEL") or "INFO").upper()
+    if name not in LEVELS:
+        raise UserError(f"LOG_LEVEL={name}: there is no such level", f"use one of {', '.join(LEVELS)}")
+    chosen = getattr(logging, name)
+    logger = logging.getLogger(NAME)
+    logger.setLevel(max(chosen, logging.WARNING) if rank and chosen > logging.DEBUG else chosen)
+    logger.propagate = False
+    for old in [handler for handler in logger.handlers if isinstance(handler, _Handler)]:
+        logger.removeHandler(old)
+    handler = _Handler()
+    handler.setFormatter(_Formatter(rank))
+    logger.addHandler(handler)
+    if chosen > logging.DEBUG:
+        _quiet()
+    return logger
+
+
+def _quiet() -> None:
+    """Other libraries' logs from ERROR on; their warnings about what we chose on purpose not at all."""
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    for module in ("megatron", "torch", "transformers"):
+        warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")

@@ -1,0 +1,60 @@
+"""A limit on how long a phase may take: a hang ends with the phase's name and the stacks, not in silence."""
+
+import faulthandler
+import os
+import sys
+import threading
+
+
+class Limit:
+    """Ends the process when a block takes longer than it may.
+
+        with Limit("save of checkpoint-500", seconds=1800):
+            save()
+
+    When the time is over, standard error gets one line with the phase and the rank, then the Python stack of
+    every thread, and the process exits with code 1 at once, so that the launcher ends the others too. Nothing
+    is cleaned up: a collective that hangs cannot be interrupted. Limits may nest and run in several threads.
+
+    Raises ValueError when `seconds` is not positive: every wait has a limit.
+    """
+
+    EXIT_CODE = 1
+
+    def __init__(self, name: str, seconds: float, *, remedy: str = "", rank: int | None = None) -> None:
+        if not seconds > 0:
+            raise ValueError(f"the limit of {name} must be positive, not {seconds}")
+        self.name = name
+        self.seconds = seconds
+        self.remedy = remedy
+        self.rank = int(os.environ.get("RANK", "0")) if rank is None else rank
+        self._timer: threading.Timer | None = None
+
+    def __enter__(self) -> "Limit":
+        # a timer's wait is capped by the platform at about 292 years; longer means for ever by mistake
+        self._timer = threading.Timer(min(self.seconds, threading.TIMEOUT_MAX), self._expire)
+        self._timer.daemon = True
+        self._timer.name = f"limit of {self.name}"
+        self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def message(self) -> str:
+        text = (
+            f"rank {self.rank}: {self.name} did not finish within {self.seconds:g} s; stopping this process"
+        )
+        return f"{text}\n  remedy: {self.remedy}" if self.remedy else text
+
+    def _expire(self) -> None:
+        # the real standard error: nobody may have put something without a file descriptor in its place
+        stream = sys.__stderr__ or sys.stderr
+        try:
+            print(self.message(), file=stream, flush=True)
+            faulthandler.dump_traceback(file=stream, all_threads=True)
+            stream.flush()
+        finally:
+            os._exit(self.EXIT_CODE)
