@@ -10,10 +10,10 @@ from .base import Arguments
 from .checkpoint import CheckpointArguments, HFSaveArguments
 from .data import DataArguments, PackingArguments
 from .fields import arg, with_default
-from .logging import LoggingArguments
 from .model import ModelArguments, TemplateArguments
 from .optimizer import OptimizerArguments, ScheduleArguments
 from .parallel import DataParallelArguments, ParallelArguments
+from .reporting import LoggingArguments
 from .training import KernelArguments, RecomputeArguments, TrainArguments
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from .values import BadValue, convert, same_value
 
 # what describes the model and its text: taken from a checkpoint's args.json where the command is silent
 LOADED = ("model", "model_type", "torch_dtype", "system", "max_length", "truncation_strategy", "loss_scale")
+
+_FLAG = re.compile(r"--([A-Za-z0-9_]+)")
 
 T = TypeVar("T", bound=Arguments)
 
@@ -54,8 +57,17 @@ class Reading(Generic[T]):
     bad: set[str]
 
     def concerns(self, error: UserError) -> bool:
-        """Whether an error found later says something new: not when it is about a value that was bad."""
-        return not any(f"--{name} " in f"{error.message} " for name in self.bad)
+        """Whether an error found later says something new: not when its flag was found wrong before."""
+        named = _FLAG.findall(error.message)
+        return self.bad.isdisjoint(named) and not (named and named[0] in self.told())
+
+    def add(self, errors: list[UserError]) -> None:
+        """Take in what another check found, less what follows from mistakes known already."""
+        self.errors += [error for error in errors if self.concerns(error)]
+
+    def told(self) -> set[str]:
+        """The flags that the errors so far are about: the first that each names."""
+        return {match[1] for error in self.errors if (match := _FLAG.search(error.message))}
 
 
 def parse(cls: type[T], argv: Sequence[str], *, notify: Callable[[str], None] | None = None) -> T:
@@ -192,7 +204,7 @@ class _Reader:
             self.errors += self.unknown
         self._load_args(typed)
         reading = Reading(self.cls(**typed), self.errors, self.notices, self.bad)
-        reading.errors += [error for error in reading.args.problems() if reading.concerns(error)]
+        reading.add(reading.args.problems())
         return reading
 
     def _not_a_flag(self, one: Given) -> None:

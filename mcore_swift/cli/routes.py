@@ -1,0 +1,97 @@
+"""Which commands there are, and which names of ms-swift are refused for now, with what to use instead."""
+
+import dataclasses
+from collections.abc import Mapping
+
+
+@dataclasses.dataclass(frozen=True)
+class Route:
+    """A sub-command: the module whose `run` does it, and a line for `--help`."""
+
+    module: str
+    about: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """A sub-command of ms-swift we do not have yet."""
+
+    reason: str
+    instead: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A console command. commands: by name; a Program among them has commands of its own."""
+
+    name: str
+    about: str
+    commands: "Mapping[str, Route | Program]"
+    refused: Mapping[str, Refusal] = dataclasses.field(default_factory=dict)
+
+
+_SFT = Route("mcore_swift.cli.sft", "fine-tune on conversations")
+_PT = Route("mcore_swift.cli.pt", "pre-train on plain text")
+_EXPORT = Route("mcore_swift.cli.export", "convert checkpoints: Hugging Face to megatron-core and back")
+_DOCTOR = Route("mcore_swift.cli.doctor", "say what is installed, what is missing, what this machine can run")
+_LIST_MODELS = Route("mcore_swift.cli.list_models", "list the model families that can be trained")
+
+_RLHF = Refusal(
+    "preference learning and RL are not supported yet", "fine-tune on chosen answers with `megatron sft`"
+)
+_ON_MEGATRON = "the HF trainer is not supported yet"
+_EXPORTED = "export with `megatron export --to_hf true` and load the folder with transformers or vLLM"
+
+
+def _not_there(what: str, instead: str) -> Refusal:
+    return Refusal(f"{what} is not supported yet", instead)
+
+
+MEGATRON = Program(
+    "megatron",
+    "Train with Megatron-core, from and to Hugging Face checkpoints.",
+    {"sft": _SFT, "pt": _PT, "export": _EXPORT},
+    {"rlhf": _RLHF},
+)
+
+SWIFT = Program(
+    "swift",
+    "The commands that users of ms-swift type, as far as they are there.",
+    {
+        "export": Route(
+            "mcore_swift.cli.swift_export", "--to_mcore and --to_hf, the same as `megatron export`"
+        ),
+        "list-models": _LIST_MODELS,
+        "doctor": _DOCTOR,
+    },
+    {
+        "sft": Refusal(_ON_MEGATRON, "use `megatron sft`, also on one process or a CPU"),
+        "pt": Refusal(_ON_MEGATRON, "use `megatron pt`, also on one process or a CPU"),
+        "rlhf": _RLHF,
+        "infer": _not_there("inference", _EXPORTED),
+        "deploy": _not_there("serving", _EXPORTED),
+        "rollout": _not_there("the rollout server", _EXPORTED),
+        "sample": _not_there("sampling", _EXPORTED),
+        "eval": _not_there("evaluation by benchmarks", _EXPORTED),
+        "app": _not_there("the chat page", _EXPORTED),
+        "web-ui": _not_there(
+            "the training page", "write the flags into a YAML file: `megatron sft run.yaml`"
+        ),
+        "merge-lora": _not_there("LoRA", "train all parameters with `megatron sft`"),
+        "list-datasets": _not_there("a list of datasets", "give your files to --dataset"),
+    },
+)
+
+MCORE_SWIFT = Program(
+    "mcore-swift",
+    "Hugging Face checkpoints in, Megatron-core training, Hugging Face checkpoints out.",
+    {
+        "sft": _SFT,
+        "pt": _PT,
+        "export": _EXPORT,
+        "doctor": _DOCTOR,
+        "list-models": _LIST_MODELS,
+        "megatron": MEGATRON,
+        "swift": SWIFT,
+    },
+)

@@ -1,0 +1,85 @@
+"""From the flags of a command to its work: help, all checks together, then the processes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import launch
+from launch.run import call
+
+from ..config import COMMANDS, Arguments, parse, print_notice, read
+from ..config.help import help_text
+from ..errors import UserError, raise_together
+
+
+def start(command: str, argv: Sequence[str], target: str, examples: str = "") -> int:
+    """Check the command line, then do the command's work in the processes the environment asks for.
+
+    target: 'module:function' of argv, run in each of them. examples: for --help. Returns the exit code.
+    Raises UserError with all mistakes that show before anything heavy is imported or a process is started.
+    """
+    argv = list(argv)
+    if wants_help(argv):
+        print(help_text(COMMANDS[command], f"megatron {command}", examples), end="")
+        return 0
+    if launch.read_place().mode != "joined":
+        check(command, argv)
+        return launch.run(command, argv, target)
+
+    def check_and_work(argv: list[str]) -> int:
+        check(command, argv)
+        return call(target, argv)
+
+    # every process stands here and finds the same mistakes: `run` tells them once
+    return launch.run(command, argv, check_and_work)
+
+
+def wants_help(argv: Sequence[str]) -> bool:
+    """Whether a command line asks for `--help` and nothing else counts."""
+    return not argv or "--help" in argv or "-h" in argv or argv[0] == "help"
+
+
+def arguments(command: str, argv: Sequence[str]) -> Arguments:
+    """The arguments of a command whose line `start` has checked, without telling its notices again."""
+    return parse(COMMANDS[command], argv, notify=lambda notice: None)
+
+
+def check(command: str, argv: Sequence[str]) -> None:
+    """Print the notices of a command line.
+
+    Raises UserError with everything that is wrong with it, with the files it names and with the layout.
+    """
+    from ..plan.preflight import preflight, preflight_notices
+
+    reading = read(COMMANDS[command], argv)
+    args = reading.args
+    world_size = launch.world_size_from_env()  # now, since the file's ENV section may have a say in it
+    reading.add(folder_problems(args))
+    reading.add(preflight(args, world_size))
+    if getattr(args, "dataset", None):
+        from ..data import check_sources
+
+        reading.add(check_sources(args))
+    for notice in reading.notices:
+        print_notice(notice)
+    raise_together(reading.errors)
+    for notice in preflight_notices(args, world_size):
+        print_notice(notice)
+
+
+def folder_problems(args: Arguments) -> list[UserError]:
+    """Folders that the arguments name and that are missing, or are in the way."""
+    problems = []
+    for name in ("mcore_model", "resume"):
+        value = getattr(args, name, None)
+        if value not in (None, "none", "auto") and not Path(value).is_dir():
+            problems.append(UserError(f"--{name} {value}: no such folder", "give the folder of a checkpoint"))
+    if not args.output_dir:
+        return problems
+    output = Path(args.output_dir)
+    if output.exists() and not output.is_dir():
+        problems.append(UserError(f"--output_dir {output} is a file", "give a folder, or one to be made"))
+    elif not getattr(args, "exist_ok", True) and output.is_dir() and any(output.iterdir()):
+        problems.append(
+            UserError(f"--output_dir {output} is not empty", "give another, or add --exist_ok true")
+        )
+    return problems
