@@ -7,6 +7,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from mcore_swift.accelerator import get_accelerator
 from mcore_swift.errors import UserError
@@ -66,7 +67,8 @@ def transformer_config(
         # are mixed up silently over gloo.
         "overlap_p2p_comm": interleaved,
         "batch_p2p_comm": not interleaved,
-        "deallocate_pipeline_outputs": True,
+        # A stage's output may be freed once it is sent; gloo sends in the background and would send freed memory.
+        "deallocate_pipeline_outputs": cuda,
         # One master weight cut into shards: the same initial weights whatever TP is.
         "use_cpu_initialization": not cuda,
         "persist_layer_norm": cuda,
@@ -81,9 +83,30 @@ def transformer_config(
     return TransformerConfig(**(fields | plan.family.config(plan.hf) | (options or {})))
 
 
+class Model(GPTModel):
+    """megatron-core's GPT model with an output layer that never predicts the padding of the vocabulary.
+
+    megatron-core lets padded rows take part in the softmax, so that a loss would depend on how far the
+    vocabulary had to be padded for TP, and differ from the Hugging Face model's.
+    """
+
+    def __init__(self, *args: Any, real_vocab_size: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.real_vocab_size = real_vocab_size
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """labels `[b, s]`, logits `[s, b, vocabulary / TP]` -> negative log-likelihood `[b, s]`."""
+        shard = logits.size(-1)
+        real = self.real_vocab_size - shard * parallel_state.get_tensor_model_parallel_rank()
+        if real < shard:
+            padding = torch.arange(shard, device=logits.device) >= real
+            logits = logits.masked_fill(padding, float("-inf"))
+        return super().compute_language_model_loss(labels, logits)
+
+
 def build_model(
     plan: ModelPlan, config: TransformerConfig, implementation: str = "auto", vocab_divisible_by: int = 128
-) -> list[GPTModel]:
+) -> list[Model]:
     """The model chunks of this rank, one for each virtual pipeline stage, on the accelerator's device.
 
     The vocabulary is padded so that each tensor-parallel rank holds a multiple of `vocab_divisible_by` rows.
@@ -96,9 +119,10 @@ def build_model(
         vp_stage = stage if virtual else None
         model_fields = plan.family.model(plan.hf)
         vocab_size = model_fields.pop("vocab_size")
-        model = GPTModel(
+        model = Model(
             config=config,
             transformer_layer_spec=block_spec(config, implementation, vp_stage),
+            real_vocab_size=vocab_size,
             vocab_size=padded_vocab_size(vocab_size, vocab_divisible_by, config.tensor_model_parallel_size),
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
