@@ -130,7 +130,7 @@ def test_a_random_model_scores_nothing_or_next_to_nothing(made):
 
 
 class Knows:
-    """A model that answers every question but those whose second number is odd, of which it says one too many."""
+    """A model that adds rightly when the second number is even, and says one too many when it is odd."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
