@@ -3,6 +3,7 @@
 A sub-command is a module with `run(argv) -> exit code`, imported when it is asked for.
 """
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
@@ -33,7 +34,9 @@ def swift_main(argv: Sequence[str] | None = None) -> int:
 def _guarded(program: Program, argv: Sequence[str] | None) -> int:
     """Run a program; a user's mistake is printed and gives exit code 2, without a traceback."""
     try:
-        return _dispatch(program, list(sys.argv[1:] if argv is None else argv))
+        code = _dispatch(program, list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()  # here, where a reader that has gone away can be caught
+        return code
     except UserError as error:
         from launch.report import print_user_error
 
@@ -42,7 +45,7 @@ def _guarded(program: Program, argv: Sequence[str] | None) -> int:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        sys.stderr.close()  # nothing more to say, not even Python's own complaint at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again at exit
         return BROKEN_PIPE
 
 
