@@ -15,8 +15,8 @@ class Limit:
     When the time is over, standard error gets one line with the phase and the rank, then the Python stack of
     every thread, and the process exits with code 1 at once, so that the launcher ends the others too. Nothing
     is cleaned up: a collective that hangs cannot be interrupted. Limits may nest and run in several threads.
-    Code that never lets go of the interpreter's lock escapes: the limit is a thread like any other. Waiting in
-    torch.distributed, in files and in queues lets go of it.
+    Code that never lets go of the interpreter's lock escapes, since the limit is a thread like any other;
+    waiting in torch.distributed, for files and for queues lets go of it.
 
     Raises ValueError when `seconds` is not positive: every wait has a limit.
     """
