@@ -1,0 +1,100 @@
+"""What a forward pass gets: the tensors of one microbatch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+
+from .cache import TokenStore
+
+
+@dataclass
+class Batch:
+    """One microbatch of b rows and s positions. With packing or padding-free b == 1: samples lie end to end.
+
+    input_ids    int64 [b, s]
+    labels       int64 [b, s]   next-token ids, already shifted: labels[t] is the target of position t; 0 where
+                                loss_mask is 0
+    loss_mask    float32 [b, s] how much the label counts: 1 or a weight, 0 on prompts, padding and the last token of
+                                each sample
+    position_ids int64 [b, s]   restart at 0 for each sample
+    cu_seqlens   int32 [n + 1] or None: b == 1, where each sample of the row starts; the last is s. Trailing padding
+                                is a segment of its own. None: every row is one sample, padded on the right
+    max_seqlen   longest segment of cu_seqlens, None without
+    num_samples  real samples; num_tokens: real tokens, padding not counted
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    loss_mask: torch.Tensor
+    position_ids: torch.Tensor
+    cu_seqlens: torch.Tensor | None
+    max_seqlen: int | None
+    num_samples: int
+    num_tokens: int
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
+        """The same batch with its tensors on `device`."""
+        moved = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, torch.Tensor):
+                moved[field.name] = value.to(device, non_blocking=non_blocking)
+        return replace(self, **moved)
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory, from which copies to a GPU can overlap with work."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("max_seqlen",)}
+        return replace(self, **{k: v.pin_memory() for k, v in tensors.items() if isinstance(v, torch.Tensor)})
+
+
+class _Rows:
+    """Arrays of a batch, filled sample by sample."""
+
+    def __init__(self, b: int, s: int, pad: int) -> None:
+        self.input_ids = np.full((b, s), pad, np.int64)
+        self.labels = np.zeros((b, s), np.int64)
+        self.loss_mask = np.zeros((b, s), np.float32)
+        self.position_ids = np.zeros((b, s), np.int64)
+
+    def put(self, row: int, at: int, store: TokenStore, sample: int) -> int:
+        """Write a sample from position `at`; returns where it ends."""
+        ids, weights = store.ids(sample), store.weights(sample)
+        end = at + len(ids)
+        self.input_ids[row, at:end] = ids
+        self.loss_mask[row, at : end - 1] = weights[1:]
+        self.labels[row, at : end - 1] = np.where(weights[1:] != 0, ids[1:], 0)
+        self.position_ids[row, at:end] = np.arange(len(ids))
+        return end
+
+    def batch(self, cu_seqlens: list[int] | None, num_samples: int, num_tokens: int) -> Batch:
+        edges = None if cu_seqlens is None else np.array(cu_seqlens, np.int32)
+        return Batch(
+            *(torch.from_numpy(x) for x in (self.input_ids, self.labels, self.loss_mask, self.position_ids)),
+            cu_seqlens=None if edges is None else torch.from_numpy(edges),
+            max_seqlen=None if edges is None else int(np.diff(edges).max()),
+            num_samples=num_samples,
+            num_tokens=num_tokens,
+        )
+
+
+def end_to_end(store: TokenStore, samples: Sequence[int], s: int, pad: int) -> Batch:
+    """One row [1, s] with `samples` one after the other, the rest padding. No samples: all padding."""
+    rows, edges, at = _Rows(1, s, pad), [0], 0
+    for sample in samples:
+        at = rows.put(0, at, store, sample)
+        edges.append(at)
+    if at < s:
+        rows.position_ids[0, at:] = np.arange(s - at)
+        edges.append(s)
+    return rows.batch(edges, len(samples), at)
+
+
+def padded(store: TokenStore, samples: Sequence[int], b: int, s: int, pad: int) -> Batch:
+    """Rows [b, s], one sample each, padded on the right; rows beyond `samples` are all padding."""
+    rows, tokens = _Rows(b, s, pad), 0
+    rows.position_ids[:] = np.arange(s)
+    for row, sample in enumerate(samples):
+        tokens += rows.put(row, 0, store, sample)
+    return rows.batch(None, len(samples), tokens)

@@ -1,0 +1,69 @@
+"""Look at the sources in milliseconds, before anything heavy is imported."""
+
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from .problems import RowError
+from .readers import parse_row, read_rows
+from .settings import DataSettings
+from .sources import parse_sources
+
+_LOOKED_AT = 20  # first rows whose columns are compared with --columns
+
+
+def check_sources(args: Any) -> list[UserError]:
+    """Everything wrong with the sources of `args` that their first rows show.
+
+    Finds missing paths, unknown extensions, empty or broken files (first row), names in `--columns` that no first
+    row has. Imports neither torch nor transformers (parquet needs pyarrow). Never raises UserError.
+    """
+    try:
+        settings = DataSettings.from_args(args)
+    except UserError as error:
+        return [error]
+    errors: list[UserError] = []
+    if not settings.dataset:
+        errors.append(UserError("no data to train on", "add --dataset FILE"))
+    sources, missing = parse_sources(settings.dataset)
+    val_sources, val_missing = parse_sources(settings.val_dataset, "--val_dataset")
+    errors += missing + val_missing
+    names: set[str] = set()
+    for path in {path: None for source in sources + val_sources for path in source.files}:
+        try:
+            names |= _look(path, settings)
+        except UserError as error:
+            errors.append(error)
+    if not errors:
+        errors += unknown_columns(settings.columns, names)
+    return errors
+
+
+def unknown_columns(columns: dict[str, str], names: set[str]) -> list[UserError]:
+    """An error for each name that `--columns` renames and no row has."""
+    return [
+        UserError(f"--columns: no row has a column {old!r}", f"the rows have: {', '.join(sorted(names))}")
+        for old in columns
+        if old not in names
+    ]
+
+
+def _look(path: Path, settings: DataSettings) -> set[str]:
+    """Columns of the first rows. Raises UserError if there is no row, or the first is broken (strict false: all)."""
+    names: set[str] = set()
+    broken: UserError | None = None
+    number = 0
+    for number, row in enumerate(read_rows(path), 1):
+        try:
+            names |= set(parse_row(row.data))
+        except RowError as error:
+            broken = broken or UserError(f"{path}:{row.line}: {error.message}")
+            if number == 1 and settings.strict is not False:
+                raise broken from None
+        if number == _LOOKED_AT or (names and not settings.columns):
+            break
+    if broken and not names:
+        raise broken
+    if number == 0:
+        raise UserError(f"{path}: the file has no rows")
+    return names

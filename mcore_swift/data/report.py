@@ -1,0 +1,69 @@
+"""What became of the rows: counted, so that nothing is dropped in silence."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class PartReport:
+    """One data set (train or val): rows read, samples and tokens kept, rows dropped by reason with examples.
+
+    learnt_tokens: tokens that count in the loss. seconds: time to tokenize them, when that was done.
+    """
+
+    rows: int = 0
+    samples: int = 0
+    tokens: int = 0
+    learnt_tokens: int = 0
+    longest: int = 0
+    truncated: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def lines(self, name: str) -> list[str]:
+        """The counts as text, one line and one for each reason to drop rows."""
+        share = self.learnt_tokens / max(self.tokens, 1)
+        mean = self.tokens / max(self.samples, 1)
+        text = (
+            f"{name}: {self.samples} samples of {self.rows} rows, {self.tokens} tokens ({share:.0%} learnt), "
+            f"mean length {mean:.0f}, longest {self.longest}"
+        )
+        if self.truncated:
+            text += f", {self.truncated} truncated"
+        lines = [text]
+        for reason, count in self.dropped.items():
+            lines.append(f"{name}: dropped {count} rows: {reason}; e.g. {self.examples[reason][0]}")
+        return lines
+
+
+@dataclass
+class DataReport:
+    """Reports of the training and the validation set, where their tokens are cached, and what a user should know."""
+
+    train: PartReport
+    val: PartReport | None = None
+    cache: dict[str, str] = field(default_factory=dict)  # part -> folder
+    from_cache: dict[str, bool] = field(default_factory=dict)  # part -> found complete, not built now
+    packs: dict[str, int] = field(default_factory=dict)  # part -> packed rows
+    warnings: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """All of it as lines for a log."""
+        lines = []
+        for name, part in (("train", self.train), ("val", self.val)):
+            if part is None:
+                continue
+            lines += part.lines(name)
+            if name in self.packs:
+                lines.append(f"{name}: packed into {self.packs[name]} rows")
+            how = (
+                "read from the cache"
+                if self.from_cache.get(name)
+                else f"tokenized in {part.seconds:.1f} s into"
+            )
+            lines.append(f"{name}: {how} {self.cache.get(name, '')}")
+        return lines + [f"warning: {warning}" for warning in self.warnings]

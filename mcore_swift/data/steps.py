@@ -1,0 +1,242 @@
+"""Which samples each step, rank and microbatch gets: random access, equal on every rank without a word between them."""
+
+import math
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..errors import UserError
+from .batch import Batch, end_to_end, padded
+from .cache import TokenStore
+from .order import EPOCH, permutation
+from .packing import Units
+from .settings import DataSettings
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How samples lie in a batch. packed_length: tokens of a packed row, None without packing."""
+
+    padding_free: bool
+    packed_length: int | None
+    padding_multiple: int
+    pad_id: int
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """One step over all data-parallel ranks: what is in it, and the share of its positions that are padding."""
+
+    num_samples: int
+    num_tokens: int
+    shape: tuple[int, int]  # [b, s] of every microbatch
+    padding_share: float
+
+
+class _Batches:
+    """Steps made of units that a subclass chooses (`_units`: int64 [global_batch_size], -1 is filling)."""
+
+    total_steps: int
+
+    def __init__(self, store: TokenStore, units: Units, settings: DataSettings, layout: Layout) -> None:
+        self.store, self.units, self.layout = store, units, layout
+        self.micro_batch_size, self.global_batch_size = settings.micro_batch_size, settings.global_batch_size
+
+    def __len__(self) -> int:
+        return self.total_steps
+
+    def _units(self, k: int) -> np.ndarray:
+        raise NotImplementedError
+
+    def step(self, k: int, dp_rank: int = 0, dp_size: int = 1) -> list[Batch]:
+        """The microbatches of data-parallel rank `dp_rank` of `dp_size` in step `k`, counted from 0.
+
+        All microbatches of a step have one shape on all ranks. Raises UserError if the global batch does not divide
+        by micro_batch_size * dp_size.
+        """
+        self.check_divides(dp_size)
+        micro = self._microbatches(k)
+        b, s = self._shape(micro)
+        return [self._batch(units[units >= 0], b, s) for units in micro[dp_rank::dp_size]]
+
+    def info(self, k: int) -> StepInfo:
+        """Counts of step `k` over all ranks, from the lengths alone."""
+        micro = self._microbatches(k)
+        b, s = self._shape(micro)
+        units = micro[micro >= 0]
+        tokens = int(self.units.tokens[units].sum())
+        samples = int((self.units.starts[units + 1] - self.units.starts[units]).sum())
+        return StepInfo(samples, tokens, (b, s), 1 - tokens / (len(micro) * b * s))
+
+    def check_divides(self, dp_size: int) -> None:
+        """Raise UserError if a global batch cannot be dealt to `dp_size` ranks in whole microbatches."""
+        unit = self.micro_batch_size * dp_size
+        if self.global_batch_size % unit:
+            up = -(-self.global_batch_size // unit) * unit
+            raise UserError(
+                f"--global_batch_size {self.global_batch_size} is no multiple of --micro_batch_size "
+                f"{self.micro_batch_size} times {dp_size} data-parallel ranks",
+                f"use --global_batch_size {up}, or another --micro_batch_size",
+            )
+
+    def _microbatches(self, k: int) -> np.ndarray:
+        """Units of each microbatch, int64 [microbatches, micro_batch_size]. Rank r takes each dp_size-th from r."""
+        units = self._units(k)
+        if self.micro_batch_size > 1 and self.layout.padding_free and self.layout.packed_length is None:
+            units = self._balanced(units)
+        return units.reshape(-1, self.micro_batch_size)
+
+    def _balanced(self, units: np.ndarray) -> np.ndarray:
+        """Deal long and short samples out evenly (down, up, down ...), so that rows end to end need little padding."""
+        lengths = np.where(units >= 0, self.units.tokens[units], 0)
+        dealt = units[np.argsort(-lengths, kind="stable")].reshape(self.micro_batch_size, -1)
+        dealt[1::2] = dealt[1::2, ::-1]
+        return dealt.T.reshape(-1)
+
+    def _shape(self, micro: np.ndarray) -> tuple[int, int]:
+        lengths = np.where(micro >= 0, self.units.tokens[micro], 0)
+        if self.layout.packed_length is not None:
+            b, s = 1, self.layout.packed_length * self.micro_batch_size
+        elif self.layout.padding_free:
+            b, s = 1, int(lengths.sum(axis=1).max())
+        else:
+            b, s = self.micro_batch_size, int(lengths.max())
+        multiple = self.layout.padding_multiple
+        return b, -(-s // multiple) * multiple
+
+    def _batch(self, units: np.ndarray, b: int, s: int) -> Batch:
+        samples = [int(sample) for unit in units for sample in self.units.samples(unit)]
+        if self.layout.padding_free:
+            return end_to_end(self.store, samples, s, self.layout.pad_id)
+        return padded(self.store, samples, b, s, self.layout.pad_id)
+
+
+class Steps(_Batches):
+    """Training steps.
+
+    Unit number g of the run (counted over all epochs) is unit g % n of the order of epoch g // n, and step k takes
+    the global_batch_size units from k * global_batch_size on. So every unit comes once an epoch, and neither the
+    number of ranks nor micro_batch_size changes which samples a step holds.
+    """
+
+    def __init__(
+        self,
+        store: TokenStore,
+        units: Units,
+        settings: DataSettings,
+        layout: Layout,
+        fingerprint: str,
+        warn: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        super().__init__(store, units, settings, layout)
+        self.fingerprint = fingerprint
+        self._seed, self._shuffle = settings.data_seed, settings.train_dataloader_shuffle
+        self._iters, self._epochs = settings.train_iters, settings.num_train_epochs
+        self._base = (0, 0)  # (step, units consumed before it)
+        self._orders: dict[int, np.ndarray] = {}
+        self._lock = threading.Lock()
+        n = len(units)
+        if n < self.global_batch_size:
+            what = "packed rows" if layout.packed_length is not None else "samples"
+            warn(
+                f"there are only {n} {what} for a --global_batch_size of {self.global_batch_size}: a step takes some of "
+                "them more than once"
+            )
+        self.total_steps = self._total()
+
+    def _total(self) -> int:
+        if self._iters is not None:
+            return int(self._iters)
+        if self._epochs is None:
+            raise UserError(
+                "neither --num_train_epochs nor --train_iters says when to stop", "add --num_train_epochs 1"
+            )
+        step, consumed = self._base
+        left = math.floor(self._epochs * len(self.units) + 1e-9) - consumed
+        return max(1, step + max(0, left // self.global_batch_size))
+
+    def consumed(self, k: int) -> int:
+        """Units that are used up before step `k`."""
+        step, consumed = self._base
+        if k < step:
+            raise ValueError(f"step {k} is before step {step}, from which this run was resumed")
+        return consumed + (k - step) * self.global_batch_size
+
+    def epoch(self, k: int) -> float:
+        """Passes over the data before step `k`."""
+        return self.consumed(k) / len(self.units)
+
+    def _units(self, k: int) -> np.ndarray:
+        place = self.consumed(k) + np.arange(self.global_batch_size)
+        epochs, within = np.divmod(place, len(self.units))
+        units = np.empty_like(place)
+        for epoch in np.unique(epochs):
+            units[epochs == epoch] = self._order(int(epoch))[within[epochs == epoch]]
+        return units
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if not self._shuffle:
+            epoch = 0
+        with self._lock:  # the prefetch thread and the loop both ask
+            if epoch not in self._orders:
+                n = len(self.units)
+                order = permutation(n, self._seed, EPOCH, epoch) if self._shuffle else np.arange(n)
+                recent = {e: o for e, o in self._orders.items() if e >= epoch - 1}
+                self._orders = recent | {epoch: order}
+            return self._orders[epoch]
+
+    def state_dict(self, k: int) -> dict[str, Any]:
+        """The position before step `k`, as plain JSON values."""
+        return {
+            "step": k,
+            "consumed_samples": self.consumed(k),
+            "num_samples": len(self.units),
+            "global_batch_size": self.global_batch_size,
+            "seed": self._seed,
+            "fingerprint": self.fingerprint,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> list[str]:
+        """Continue where `state` was taken; returns warnings for what has changed since.
+
+        With another global_batch_size the run goes on from the samples consumed, and total_steps follows.
+        """
+        self._base = (int(state["step"]), int(state["consumed_samples"]))
+        self.total_steps = self._total()
+        warnings = []
+        if state["fingerprint"] != self.fingerprint:
+            warnings.append(
+                f"the training data or how it is tokenized and packed has changed since the checkpoint ({len(self.units)} "
+                f"samples now, {state['num_samples']} then): the run goes on after {state['consumed_samples']} samples of "
+                "the new order, so some samples may come twice or not at all in this epoch"
+            )
+        if state["seed"] != self._seed:
+            warnings.append(
+                f"--data_seed {self._seed} is not the checkpoint's {state['seed']}: the order of samples changes"
+            )
+        if state["global_batch_size"] != self.global_batch_size:
+            warnings.append(
+                f"--global_batch_size {self.global_batch_size} is not the checkpoint's {state['global_batch_size']}: going "
+                f"on after {state['consumed_samples']} samples, {self.total_steps} steps in all"
+            )
+        return warnings
+
+
+class EvalSteps(_Batches):
+    """Evaluation steps: every unit once, in order; the last step is filled up with rows of padding."""
+
+    def __init__(self, store: TokenStore, units: Units, settings: DataSettings, layout: Layout) -> None:
+        super().__init__(store, units, settings, layout)
+        self.total_steps = -(-len(units) // self.global_batch_size)
+
+    def _units(self, k: int) -> np.ndarray:
+        if not 0 <= k < self.total_steps:
+            raise IndexError(f"evaluation step {k} of {self.total_steps}")
+        units = np.full(self.global_batch_size, -1, np.int64)
+        first = k * self.global_batch_size
+        real = min(self.global_batch_size, len(self.units) - first)
+        units[:real] = np.arange(first, first + real)
+        return units

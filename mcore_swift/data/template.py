@@ -1,0 +1,249 @@
+"""Render a conversation with the tokenizer's own chat template and locate the assistant turns in the text.
+
+Nothing is searched for in what users and assistants say. The turns are found by rendering the conversation once
+more with invisible marks inside the messages: where a mark comes out is where the message is, whatever the template
+strips, reorders or adds, and taking the marks out again must give the plain rendering, letter for letter. What
+stands between a message and the next is found in the same way, from renderings of the conversation's beginnings:
+
+    text:     ...<user>How<|im_end|>\\n<|im_start|>assistant\\nThus.<|im_end|>\\n<user>...
+                     ^ mark   |--------- header ----------|     ^ mark
+                                                          |=== learnt ===|
+
+- header: what follows the mark of the message before, in a rendering of everything up to there with the generation
+  prompt, which is what the model is given when it is its turn. A turn starts where the header ends.
+- tail: what follows the turn's own mark when the conversation ends there, cut after the end-of-turn token.
+
+A template that cannot be marked (it looks at the first or last letters of a message, say) is taken by prefixes: the
+turn is what a rendering with the message has more than the one without. If that fails too, the row is refused.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..errors import UserError
+from .messages import Conversation, Turn
+from .problems import RowError
+
+_OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # noncharacters of Unicode: never part of text that is exchanged
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """The text of a conversation, and the character spans [start, end) of its assistant turns, in order."""
+
+    text: str
+    spans: list[tuple[int, int]]
+
+
+class _CannotMark(Exception):
+    """The marked rendering is not the plain one plus marks."""
+
+
+class ChatTemplate:
+    """The chat template of a transformers tokenizer.
+
+    enable_thinking: passed to the template unless None; a row's chat_template_kwargs come after it.
+    Raises UserError when the tokenizer has no chat template.
+    """
+
+    def __init__(self, tokenizer: Any, enable_thinking: bool | None = None) -> None:
+        if not getattr(tokenizer, "chat_template", None):
+            raise UserError(
+                f"the tokenizer {getattr(tokenizer, 'name_or_path', '') or ''} has no chat template, so rows cannot be "
+                "rendered as conversations",
+                "use the tokenizer of an instruct or chat model (chat_template.jinja or chat_template in "
+                "tokenizer_config.json), or train on plain text with `megatron pt` / --use_chat_template false",
+            )
+        self._tokenizer = tokenizer
+        self._kwargs = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+        self._special = {
+            str(t) for t in (*tokenizer.all_special_tokens, *(t for t in added if t.special)) if str(t)
+        }
+        self._no_think = self._empty_thinking()
+
+    def render(self, conversation: Conversation) -> Rendered:
+        """The text of the whole conversation and its assistant turns. Raises RowError."""
+        turns = conversation.turns
+        text = self._render(conversation, turns)
+        try:
+            spans = self._spans_by_marks(conversation, text)
+        except _CannotMark:
+            spans = self._spans_by_prefixes(conversation, text)
+        spans = [(self._after_empty_thinking(text, start), end) for start, end in spans]
+        ordered = all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False))
+        if not ordered or any(start > end for start, end in spans):
+            raise _unlocatable()
+        return Rendered(text, spans)
+
+    def _render(self, conversation: Conversation, turns: list[Turn], prompt: bool = False) -> str:
+        try:
+            return self._tokenizer.apply_chat_template(
+                [turn.chat() for turn in turns],
+                tools=conversation.tools,
+                tokenize=False,
+                add_generation_prompt=prompt,
+                **(self._kwargs | conversation.template_kwargs),
+            )
+        except (
+            Exception
+        ) as error:  # jinja raises anything: its own errors, raise_exception, TypeError in an expression
+            raise RowError(
+                "chat template refuses the row", f"the chat template refuses it: {error}"
+            ) from None
+
+    # --- by marks ---------------------------------------------------------------------------------------------
+
+    def _spans_by_marks(self, conversation: Conversation, text: str) -> list[tuple[int, int]]:
+        marked = [_mark(index, turn) for index, turn in enumerate(conversation.turns)]
+        whole = self._render(conversation, marked)
+        bare, places = _take_marks_out(whole)
+        if bare != text:
+            raise _CannotMark
+        spans = []
+        for i in conversation.assistants():
+            if f"e{i}" not in places:
+                if conversation.turns[i].tool_calls:
+                    raise RowError(
+                        "tool calls not rendered", "the tokenizer's chat template leaves tool calls out"
+                    )
+                raise _CannotMark
+            start = self._start(conversation, marked, i, text, places)
+            upto = whole if i == len(marked) - 1 else self._render(conversation, marked[: i + 1])
+            own = places[f"e{i}"]
+            spans.append((start, own + self._tail(_after_mark(upto, f"e{i}"), text[own:])))
+        return spans
+
+    def _start(
+        self, conversation: Conversation, marked: list[Turn], i: int, text: str, places: dict[str, int]
+    ) -> int:
+        content = places.get(f"b{i}")  # absent where the template drops what the content begins with
+        before = places.get(f"e{i - 1}")
+        if before is None:
+            if content is None:
+                raise _CannotMark
+            return content
+        header = _after_mark(self._render(conversation, marked[:i], prompt=True), f"e{i - 1}")
+        common = _common_prefix(header, text[before : before + len(header)])
+        if common < len(header) and content is None:
+            # the prompt goes on ("<think>") where the rendered turn does not: ask for the header of a plain answer
+            plain = _mark(i, Turn("assistant", "x"))
+            between = _after_mark(self._render(conversation, [*marked[:i], plain]), f"e{i - 1}")
+            content = before + min(common, len(between.split(_OPEN)[0]))
+        start = before + common
+        return start if content is None else min(start, content)
+
+    def _tail(self, tail: str, text: str) -> int:
+        """How much of `text`, which follows a turn's content, still belongs to the turn that ends with `tail`."""
+        common = _common_prefix(tail, text)
+        cut = self._after_last_special(tail[:common])
+        if cut == 0 and common < len(tail):
+            raise _CannotMark
+        return cut or len(tail)
+
+    # --- by prefixes ------------------------------------------------------------------------------------------
+
+    def _spans_by_prefixes(self, conversation: Conversation, text: str) -> list[tuple[int, int]]:
+        turns, spans = conversation.turns, []
+        for i in conversation.assistants():
+            before = self._render(conversation, turns[:i], prompt=True) if i else ""
+            upto = text if i == len(turns) - 1 else self._render(conversation, turns[: i + 1])
+            if not (text.startswith(before) and text.startswith(upto) and len(before) < len(upto)):
+                raise _unlocatable()
+            cut = self._after_last_special(upto[len(before) :])
+            rest = upto[len(before) + cut :]
+            spans.append((len(before), len(before) + cut if cut and not rest.strip() else len(upto)))
+        return spans
+
+    def _after_last_special(self, tail: str) -> int:
+        """Where the last special token of a piece of template text ends; 0 if there is none."""
+        return max((tail.rfind(token) + len(token) for token in self._special if token in tail), default=0)
+
+    # --- thinking ---------------------------------------------------------------------------------------------
+
+    def _empty_thinking(self) -> str:
+        """What a hybrid-thinking template puts before an answer without thoughts, "" for other templates.
+
+        It is given to the model (enable_thinking false), not said by it, so it is no target, as in ms-swift
+        (`ignore_empty_think`).
+        """
+        asked = Conversation([Turn("user", "x")])
+        try:
+            prompt = self._render(asked, asked.turns, prompt=True)
+            silent = self._render(
+                replace(asked, template_kwargs={"enable_thinking": False}), asked.turns, prompt=True
+            )
+        except RowError:
+            return ""
+        return silent[len(prompt) :] if silent.startswith(prompt) else ""
+
+    def _after_empty_thinking(self, text: str, start: int) -> int:
+        return (
+            start + len(self._no_think)
+            if self._no_think and text.startswith(self._no_think, start)
+            else start
+        )
+
+
+def _mark(index: int, turn: Turn) -> Turn:
+    """The turn with an end mark (and, for an answer, a begin mark).
+
+    Prompts are marked in their middle, as templates look at how they begin and end; answers at the ends of their
+    text without white space, which templates strip; tool calls behind the last function's name.
+    """
+    end, content = f"{_OPEN}e{index}{_CLOSE}", turn.content
+    if _OPEN in content:
+        raise _CannotMark
+    if turn.role != "assistant":
+        half = len(content) // 2
+        return replace(turn, content=content[:half] + end + content[half:])
+    core = content.strip()
+    if core:
+        lead = content[: content.index(core)]
+        begin = f"{_OPEN}b{index}{_CLOSE}"
+        trail = content[len(lead) + len(core) :]
+        content = lead + begin + core + ("" if turn.tool_calls else end) + trail
+    elif not turn.tool_calls:
+        content = content + end
+    if not turn.tool_calls:
+        return replace(turn, content=content)
+    *others, last = turn.tool_calls
+    last = {**last, "function": {**last["function"], "name": last["function"]["name"] + end}}
+    return replace(turn, content=content, tool_calls=[*others, last])
+
+
+def _take_marks_out(marked: str) -> tuple[str, dict[str, int]]:
+    """The text without marks, and where in it each mark was. Raises if a mark came out twice."""
+    pieces = marked.split(_OPEN)
+    bare, places = [pieces[0]], {}
+    at = len(pieces[0])
+    for piece in pieces[1:]:
+        name, _, rest = piece.partition(_CLOSE)
+        if name in places:
+            raise _CannotMark
+        places[name] = at
+        bare.append(rest)
+        at += len(rest)
+    return "".join(bare), places
+
+
+def _after_mark(marked: str, name: str) -> str:
+    """What follows the mark `name`, up to the end, other marks taken out."""
+    _, found, rest = marked.partition(f"{_OPEN}{name}{_CLOSE}")
+    if not found:
+        raise _CannotMark
+    return _take_marks_out(rest)[0] if _OPEN in rest else rest
+
+
+def _common_prefix(a: str, b: str) -> int:
+    if b.startswith(a):
+        return len(a)
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _unlocatable() -> RowError:
+    return RowError(
+        "assistant turns not found",
+        "the chat template rewrites this conversation so that its assistant turns cannot be told apart (a row for each "
+        "turn can)",
+    )
