@@ -63,10 +63,9 @@ def _can_run(machine: Machine, optional: dict[str, Finding]) -> Iterator[str]:
         why = (
             "torch is a CPU build" if built is None else f"torch is built for CUDA {built}, see `nvidia-smi`"
         )
-        yield f"not the {len(machine.gpus)} GPUs of the driver: torch cannot use them ({why})"
+        yield f"not on the GPUs of the driver ({len(machine.gpus)}): torch cannot use them, {why}"
     if answers["gloo"]:
-        cores = machine.cores
-        yield f"training on the CPU over gloo, best with up to {cores} process{'es' * (cores > 1)} (one a core)"
+        yield f"training on the CPU over gloo, best with one process a core (at most {machine.cores})"
     else:
         yield "one process only: this torch has no gloo"
 

@@ -62,7 +62,7 @@ def check(command: str, argv: Sequence[str]) -> None:
     for notice in reading.notices:
         print_notice(notice)
     raise_together(reading.errors)
-    for notice in preflight_notices(args, world_size):
+    for notice in preflight_notices(args):
         print_notice(notice)
 
 

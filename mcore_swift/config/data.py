@@ -29,9 +29,9 @@ class DataArguments(Arguments):
     )
     strict: bool | None = arg(
         None,
-        "true: the first row that cannot be used stops the run; false: such rows are dropped, counted and "
+        "true: rows that cannot be used stop the run, and are listed; false: they are dropped, counted and "
         "reported",
-        default_text="dropped, but a row that is broken (no JSON, no known columns) stops the run",
+        default_text="true",
     )
     dataset_shuffle: bool = arg(True, "shuffle rows when sources are joined, split or sampled")
     data_seed: int = arg(42, "seed of row sampling, splitting and order", at_least=0)

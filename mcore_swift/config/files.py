@@ -51,8 +51,12 @@ def _env_text(value: Any) -> str:
 
 
 def _parse_json(path: str, text: str) -> Any:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        _refuse_twice(path, [name for name, _ in pairs])
+        return dict(pairs)
+
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=once)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
 
@@ -61,8 +65,20 @@ def _parse_yaml(path: str, text: str) -> Any:
     import yaml  # only those who give a YAML file wait for it
 
     try:
+        tree = yaml.compose(text, yaml.SafeLoader)
+        if isinstance(tree, yaml.MappingNode):
+            keys = [key for key, _ in tree.value]
+            _refuse_twice(path, [key.value for key in keys], [key.start_mark.line + 1 for key in keys])
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else path
         raise UserError(f"{place}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+
+
+def _refuse_twice(path: str, names: list[Any], lines: list[int] | None = None) -> None:
+    """Raise UserError for a name that stands twice, of which parsers silently take the last."""
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            place = f"{path}:{lines[index]}" if lines else path
+            raise UserError(f"{place}: {name} is given twice", "leave one of them out")

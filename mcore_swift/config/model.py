@@ -85,6 +85,11 @@ class TemplateArguments(Arguments):
         True,
         "render rows with the tokenizer's chat template; false trains on plain text, as pre-training does",
     )
+    enable_thinking: bool | None = arg(
+        None,
+        "given to the chat template of models that think before they answer; a row's own setting wins",
+        default_text="left to the template",
+    )
 
     def check(self) -> Iterator[UserError]:
         if self.truncation_strategy == "split" and self.use_chat_template:

@@ -14,7 +14,8 @@ from .arguments import COMMANDS
 from .base import ARGS_FILE, Arguments, read_args_file
 from .fields import Flag, flags_of
 from .files import SUFFIXES, apply_env, read_config
-from .not_yet import EXPORT_HARMLESS, NOT_YET, NotYet
+from .known import NotYet
+from .not_yet import EXPORT_HARMLESS, NOT_YET
 from .values import BadValue, convert, same_value
 
 # what describes the model and its text: taken from a checkpoint's args.json where the command is silent

@@ -9,6 +9,7 @@ from .fields import Flag
 _TRUE = {"true", "t", "yes", "y", "on", "1"}
 _FALSE = {"false", "f", "no", "n", "off", "0"}
 _NONE = {"none", "null", ""}
+_NOTHING = _NONE | {"[]", "{}"}
 
 
 class BadValue(ValueError):
@@ -52,15 +53,15 @@ def as_bool(value: Any) -> bool:
 
 
 def same_value(left: Any, right: Any) -> bool:
-    """Whether two values, typed or as text, say the same: 1 and '1.0', True and 'true', None and 'none'."""
+    """Whether two values, typed or as text, say the same: 1 and '1.0', True and 'true', None and []."""
     return _plain(left) == _plain(right)
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple) and value:
         return [_plain(item) for item in value]
     text = str(value).strip().lower()
-    if text in _NONE:
+    if text in _NOTHING:
         return None
     if text in ("true", "false"):
         return text
