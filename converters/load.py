@@ -11,9 +11,9 @@ from converters.coverage import check_hf, check_model
 from converters.hf_reader import HFReader
 from converters.ranks import Ranks
 from converters.regions import numel
-from converters.shards import LiveShard, live_shards
 from mcore_swift.errors import UserError
 from mcore_swift.models.rules import RuleTable, Shape, as_slices
+from mcore_swift.models.shards import LiveShard, live_shards
 
 
 @dataclass(frozen=True)

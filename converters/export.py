@@ -1,0 +1,223 @@
+"""A live model out to Hugging Face names: as an iterator of tensors, or into a folder that every rank writes to.
+
+Each HF tensor has one owner, which receives the parts that other ranks of its model copy hold, point to point
+and a bucket at a time. Nothing crosses pipeline stages, and no rank holds more than a bucket (or one tensor).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from converters.export_plan import Holding, Piece, TensorPlan, plan_export
+from converters.hf_writer import HFWriter, plan_files, write_index
+from converters.pending import check_free_space, pending_directory
+from converters.ranks import Ranks
+from converters.side_files import copy_side_files
+from mcore_swift.errors import UserError
+from mcore_swift.models.rules import RuleTable, as_slices, region_shape
+from mcore_swift.models.shards import LiveShard, live_shards
+
+BUCKET_BYTES = 256 << 20
+MAX_SHARD_BYTES = 5_000_000_000
+
+Chunks = nn.Module | Sequence[nn.Module]
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Whole HF tensors that this rank owns, by name. They may share memory with the model: do not change them."""
+
+    tensors: dict[str, torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def hf_weights(
+    model_chunks: Chunks,
+    table: RuleTable,
+    bucket_bytes: int = BUCKET_BYTES,
+    dtype: torch.dtype | None = None,
+    ranks: Ranks | None = None,
+) -> Iterator[Bucket]:
+    """The model's weights under their HF names, each exactly once over all ranks, on the model's device.
+
+    bucket_bytes: bound of what a rank gathers at a time; a tensor that is larger comes alone.
+    dtype: of the tensors given; None keeps the parameters'.
+    Collective over `ranks` (the default process group): every rank must run the iterator to its end.
+    """
+    ranks = ranks or Ranks()
+    shards = live_shards(model_chunks)
+    yield from _gather(_plan(shards, table, bucket_bytes, dtype, ranks), shards, ranks)
+
+
+def export_hf(
+    model_chunks: Chunks,
+    table: RuleTable,
+    source_dir: str | Path,
+    out_dir: str | Path,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    dtype: torch.dtype | None = None,
+    exist_ok: bool = False,
+    ranks: Ranks | None = None,
+) -> None:
+    """Write the model as a Hugging Face checkpoint that appears under `out_dir` only when it is complete.
+
+    source_dir: where config, tokenizer and chat template are copied from.
+    Collective. Raises UserError on every rank if `out_dir` is not empty (unless exist_ok) or the disk is full.
+    """
+    ranks = ranks or Ranks()
+    with pending_directory(out_dir, ranks, exist_ok) as folder:
+        write_hf(model_chunks, table, source_dir, folder, max_shard_bytes, dtype, ranks)
+
+
+def write_hf(
+    model_chunks: Chunks,
+    table: RuleTable,
+    source_dir: str | Path,
+    folder: str | Path,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    dtype: torch.dtype | None = None,
+    ranks: Ranks | None = None,
+) -> None:
+    """What `export_hf` does, straight into an existing folder: for a caller that makes the folder atomic itself."""
+    ranks, folder = ranks or Ranks(), Path(folder)
+    shards = live_shards(model_chunks)
+    plans = _plan(shards, table, BUCKET_BYTES, dtype, ranks)
+    files = plan_files(_specs_by_rank(plans, ranks.size), max_shard_bytes)
+    error: UserError | None = None
+    try:
+        if ranks.is_first:
+            check_free_space(folder, sum(plan.spec.nbytes for plan in plans))
+    except UserError as mistake:
+        error = mistake
+    ranks.agree(error)
+    writer = HFWriter(folder, files, ranks.rank)
+    try:
+        for bucket in _gather(plans, shards, ranks):
+            error = error or _write_bucket(writer, bucket)
+        if error is None:
+            writer.close()
+            if ranks.is_first:
+                write_index(folder, files)
+                copy_side_files(source_dir, folder, _common_dtype(plans))
+    except UserError as mistake:
+        error = mistake
+    finally:
+        writer.abandon()
+    ranks.agree(error)
+
+
+def _write_bucket(writer: HFWriter, bucket: Bucket) -> UserError | None:
+    """A full disk on one rank must not leave the others waiting: it goes on sending, and tells at the end."""
+    try:
+        for name, tensor in bucket.tensors.items():
+            writer.write(name, tensor)
+    except UserError as mistake:
+        return mistake
+    return None
+
+
+def _plan(
+    shards: Sequence[LiveShard], table: RuleTable, bucket_bytes: int, dtype: torch.dtype | None, ranks: Ranks
+) -> list[TensorPlan]:
+    held = [Holding(shard.key, shard.region, shard.global_shape, shard.data.dtype) for shard in shards]
+    return plan_export(ranks.gather(held), table, bucket_bytes, dtype)
+
+
+def _specs_by_rank(plans: Sequence[TensorPlan], size: int) -> list[list]:
+    specs: list[list] = [[] for _ in range(size)]
+    for plan in plans:
+        specs[plan.owner].append(plan.spec)
+    return specs
+
+
+def _common_dtype(plans: Sequence[TensorPlan]) -> torch.dtype | None:
+    dtypes = {plan.spec.dtype for plan in plans}
+    return dtypes.pop() if len(dtypes) == 1 else None
+
+
+def _gather(plans: Sequence[TensorPlan], shards: Sequence[LiveShard], ranks: Ranks) -> Iterator[Bucket]:
+    """Go through the rounds this rank takes part in; give the tensors it owns after each."""
+    mine = [plan for plan in plans if ranks.rank in plan.participants]
+    for _, members in groupby(sorted(mine, key=lambda plan: plan.round), key=lambda plan: plan.round):
+        yield Bucket(_exchange(list(members), shards, ranks))
+
+
+def _exchange(
+    plans: Sequence[TensorPlan], shards: Sequence[LiveShard], ranks: Ranks
+) -> dict[str, torch.Tensor]:
+    """One round: one message from each rank to each owner, all pieces of the round in it in plan order."""
+    outgoing: dict[int, list[tuple[TensorPlan, Piece]]] = {}
+    incoming: dict[int, list[tuple[TensorPlan, Piece]]] = {}
+    for plan in plans:
+        for piece in plan.pieces:
+            if piece.source == ranks.rank != plan.owner:
+                outgoing.setdefault(plan.owner, []).append((plan, piece))
+            elif piece.source != ranks.rank == plan.owner:
+                incoming.setdefault(piece.source, []).append((plan, piece))
+    device = shards[0].data.device
+    sent = {peer: _message(pieces, device) for peer, pieces in outgoing.items()}
+    for peer, pieces in outgoing.items():
+        for (_, piece), part in zip(pieces, _parts(sent[peer], pieces), strict=True):
+            part.copy_(_local(piece, shards))
+    received = {peer: _message(pieces, device) for peer, pieces in incoming.items()}
+    _communicate(sent, received, ranks)
+    owned = {
+        plan.spec.name: _own_part(plan, shards, ranks.rank) for plan in plans if plan.owner == ranks.rank
+    }
+    for peer, pieces in incoming.items():
+        for (plan, piece), part in zip(pieces, _parts(received[peer], pieces), strict=True):
+            owned[plan.spec.name][as_slices(piece.block.hf)] = part
+    return owned
+
+
+def _communicate(sent: dict[int, torch.Tensor], received: dict[int, torch.Tensor], ranks: Ranks) -> None:
+    operations = [
+        dist.P2POp(operation, message, group=ranks.group, group_peer=peer)
+        for operation, messages in ((dist.isend, sent), (dist.irecv, received))
+        for peer, message in sorted(messages.items())
+    ]
+    for work in dist.batch_isend_irecv(operations) if operations else ():
+        work.wait()
+
+
+def _own_part(plan: TensorPlan, shards: Sequence[LiveShard], rank: int) -> torch.Tensor:
+    """The HF tensor with what this rank holds of it filled in; the parameter itself where that is all of it."""
+    local = [piece for piece in plan.pieces if piece.source == rank]
+    if len(plan.pieces) == len(local) == 1:
+        return _local(local[0], shards).to(plan.spec.dtype)
+    whole = torch.empty(plan.spec.shape, dtype=plan.spec.dtype, device=shards[0].data.device)
+    for piece in local:
+        whole[as_slices(piece.block.hf)] = _local(piece, shards)
+    return whole
+
+
+def _local(piece: Piece, shards: Sequence[LiveShard]) -> torch.Tensor:
+    return shards[piece.shard].data[as_slices(piece.block.mcore)]
+
+
+def _message(pieces: Sequence[tuple[TensorPlan, Piece]], device: torch.device) -> torch.Tensor:
+    return torch.empty(sum(_nbytes(plan, piece) for plan, piece in pieces), dtype=torch.uint8, device=device)
+
+
+def _parts(message: torch.Tensor, pieces: Sequence[tuple[TensorPlan, Piece]]) -> Iterator[torch.Tensor]:
+    """Views of a message, one for each piece. Plans come widest dtype first, so that every view is aligned."""
+    start = 0
+    for plan, piece in pieces:
+        stop = start + _nbytes(plan, piece)
+        yield message[start:stop].view(plan.spec.dtype).view(region_shape(piece.block.hf))
+        start = stop
+
+
+def _nbytes(plan: TensorPlan, piece: Piece) -> int:
+    size = plan.spec.dtype.itemsize
+    for extent in region_shape(piece.block.hf):
+        size *= extent
+    return size

@@ -1,0 +1,160 @@
+"""Who writes which HF tensor of a live model, and who sends what for it. Pure bookkeeping, equal on all ranks.
+
+Every rank tells which shards it holds. From that alone each HF tensor gets an owner among the ranks that
+hold a part of it, so that weights never leave their pipeline stage, and bytes are spread over the
+tensor-parallel ranks and the data-parallel copies.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from converters.hf_writer import MIN_RANK_BYTES
+from converters.regions import numel
+from converters.safetensors_format import TensorSpec
+from mcore_swift.models.rules import Block, Region, Rule, RuleTable, Shape
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What a rank says of one of its shards."""
+
+    key: str
+    region: Region
+    global_shape: Shape
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A block of an HF tensor, held in shard number `shard` of rank `source`; `block.mcore` indexes the shard."""
+
+    source: int
+    shard: int
+    block: Block
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One HF tensor: its owner, the pieces it is made of, and the round of exchange it takes part in."""
+
+    spec: TensorSpec
+    owner: int
+    pieces: tuple[Piece, ...]
+    round: int = 0
+
+    @property
+    def participants(self) -> set[int]:
+        return {self.owner, *(piece.source for piece in self.pieces)}
+
+
+def plan_export(
+    holdings: Sequence[Sequence[Holding]],
+    table: RuleTable,
+    bucket_bytes: int,
+    dtype: torch.dtype | None = None,
+    min_rank_bytes: int = MIN_RANK_BYTES,
+) -> list[TensorPlan]:
+    """Plan for all HF tensors, in writing order. holdings: of each rank, in the order of its shards.
+
+    Raises ValueError if the ranks together do not hold a tensor of the table.
+    """
+    holders: dict[str, dict[Region, list[tuple[int, int]]]] = {}
+    facts: dict[str, Holding] = {}
+    for rank, held in enumerate(holdings):
+        for number, holding in enumerate(held):
+            facts.setdefault(holding.key, holding)
+            holders.setdefault(holding.key, {}).setdefault(holding.region, []).append((rank, number))
+    load = [0] * len(holdings)
+    plans = []
+    for rule in table.rules:
+        if rule.mcore not in facts:
+            raise ValueError(f"no rank holds {rule.mcore}")
+        fact = facts[rule.mcore]
+        copies = _copies(holders[rule.mcore])
+        for spec in _specs(rule, fact, dtype):
+            plan = _assign(rule, spec, fact.global_shape, copies, load, min_rank_bytes)
+            load[plan.owner] += spec.nbytes
+            plans.append(plan)
+    plans.sort(key=lambda plan: -plan.spec.dtype.itemsize)
+    return _in_rounds(plans, len(holdings), bucket_bytes)
+
+
+Copy = dict[Region, tuple[int, int]]
+"""One complete copy of a megatron-core tensor: the rank and the shard number of each of its regions."""
+
+
+def _copies(holders: dict[Region, list[tuple[int, int]]]) -> list[Copy]:
+    """Match the holders of the regions into complete copies.
+
+    Ranks are numbered alike in every data-parallel copy, so the n-th holders of all regions belong together.
+    """
+    count = min(len(places) for places in holders.values())
+    return [{region: places[n] for region, places in holders.items()} for n in range(count)]
+
+
+def _specs(rule: Rule, fact: Holding, dtype: torch.dtype | None) -> list[TensorSpec]:
+    shapes = rule.hf_shapes(fact.global_shape)
+    return [TensorSpec(name, shapes[name], dtype or fact.dtype) for name in rule.hf]
+
+
+def _assign(
+    rule: Rule,
+    spec: TensorSpec,
+    global_shape: Shape,
+    copies: list[Copy],
+    load: list[int],
+    min_rank_bytes: int,
+) -> TensorPlan:
+    """The least loaded of the ranks that hold a part of the tensor owns it."""
+    shapes = rule.hf_shapes(global_shape)
+    blocks = {
+        region: [block for block in rule.blocks(region, shapes) if block.name == spec.name]
+        for region in copies[0]
+    }
+    best: tuple[int, int] | None = None
+    for number, copy in enumerate(copies):
+        for region, (rank, _) in copy.items():
+            if blocks[region] and (
+                best is None or _cost(rank, load, min_rank_bytes) < _cost(best[0], load, min_rank_bytes)
+            ):
+                best = rank, number
+    covered = sum(numel(block.hf) for found in blocks.values() for block in found)
+    if best is None or covered * spec.dtype.itemsize != spec.nbytes:
+        raise ValueError(f"the ranks together hold {covered} values of {spec.name}, not {spec.shape}")
+    owner, number = best
+    pieces = tuple(
+        Piece(rank, shard, block)
+        for region, (rank, shard) in copies[number].items()
+        for block in blocks[region]
+    )
+    return TensorPlan(spec, owner, pieces)
+
+
+def _cost(rank: int, load: list[int], min_rank_bytes: int) -> tuple[int, int]:
+    return load[rank] // max(min_rank_bytes, 1), rank
+
+
+def _in_rounds(plans: list[TensorPlan], ranks: int, bucket_bytes: int) -> list[TensorPlan]:
+    """Number the rounds so that a rank takes part with at most `bucket_bytes` in each (or with one tensor).
+
+    All participants of a tensor are in the same round, and every rank goes through rounds in ascending order:
+    whoever waits in a round waits for ranks that are on their way to it, so there is no deadlock.
+    """
+    rounds, filled = [0] * ranks, [0] * ranks
+    numbered = []
+    for plan in plans:
+        members = plan.participants
+        number = max(rounds[rank] for rank in members)
+        size = plan.spec.nbytes
+        if any(
+            rounds[rank] == number and filled[rank] and filled[rank] + size > bucket_bytes for rank in members
+        ):
+            number += 1
+        for rank in members:
+            if rounds[rank] < number:
+                rounds[rank], filled[rank] = number, 0
+            filled[rank] += size
+        numbered.append(replace(plan, round=number))
+    return numbered

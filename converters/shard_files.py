@@ -1,0 +1,123 @@
+"""A torch_dist folder of what a running job holds: each rank writes its own shards, and reads any.
+
+Weights and optimizer state alike. Writing needs no communication until the end, when one rank joins the tables
+of contents, so it can go on in the background; a rank that finds the disk full stops nobody else half-way.
+The folder is a PyTorch distributed checkpoint with megatron-core's metadata beside it, which megatron-core's own
+`dist_checkpointing.load` reads in any layout.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from converters.pending import disk_errors
+from converters.regions import intersection, numel, relative
+from converters.tensor_file import TensorFile
+from converters.torch_dist_reader import MODEL_ROOTS, MCoreReader
+from mcore_swift.models.rules import Region, Shape, as_slices
+from mcore_swift.models.shards import LiveShard
+
+ALL_ROOTS = MODEL_ROOTS | {"optimizer", "rng"}
+
+
+@dataclass(frozen=True)
+class StoredShard:
+    """Table of contents of one chunk: which part of which tensor, and where its bytes are."""
+
+    key: str
+    global_shape: Shape
+    dtype: torch.dtype
+    region: Region
+    file: str
+    offset: int
+    length: int
+
+
+@dataclass
+class Contents:
+    """What one rank wrote."""
+
+    shards: list[StoredShard] = field(default_factory=list)
+
+
+def write_shards(folder: Path, rank: int, shards: Iterable[LiveShard]) -> Contents:
+    """Write this rank's shards to a file of its own and tell what is where. Not collective.
+
+    Raises UserError if the disk is full or refuses.
+    """
+    name = f"__{rank}_0.distcp"
+    contents = Contents()
+    with TensorFile(folder / name) as file:
+        for shard in shards:
+            # A tensor that shares its storage is cloned: torch.save writes whole storages.
+            place = file.save(shard.data.cpu().clone(memory_format=torch.contiguous_format))
+            contents.shards.append(
+                StoredShard(shard.key, shard.global_shape, shard.data.dtype, shard.region, name, *place)
+            )
+    return contents
+
+
+def write_contents(folder: Path, contents: Sequence[Contents], common: Mapping[str, Any]) -> None:
+    """Join what all ranks wrote into a checkpoint. On one rank. common: small values for `common.pt`."""
+    from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+    from torch.distributed.checkpoint import FileSystemWriter
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import MetadataIndex
+    from torch.distributed.checkpoint.storage import WriteResult
+
+    results = []
+    stored = [shard for part in contents for shard in part.shards]
+    for shard in stored:
+        index = MetadataIndex(shard.key, torch.Size(start for start, _ in shard.region))
+        results.append(WriteResult(index, shard.length, _StorageInfo(shard.file, shard.offset, shard.length)))
+    with disk_errors(folder):
+        FileSystemWriter(folder, sync_files=False).finish(_metadata(stored), [results])
+        torch.save(dict(common), folder / "common.pt")
+        save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+
+
+def _metadata(stored: Iterable[StoredShard]) -> Any:
+    from torch.distributed.checkpoint.metadata import (
+        ChunkStorageMetadata,
+        Metadata,
+        TensorProperties,
+        TensorStorageMetadata,
+    )
+
+    tensors: dict[str, TensorStorageMetadata] = {}
+    for shard in stored:
+        tensor = tensors.setdefault(
+            shard.key,
+            TensorStorageMetadata(TensorProperties(dtype=shard.dtype), torch.Size(shard.global_shape), []),
+        )
+        tensor.chunks.append(
+            ChunkStorageMetadata(
+                torch.Size(start for start, _ in shard.region),
+                torch.Size(stop - start for start, stop in shard.region),
+            )
+        )
+    return Metadata(tensors)
+
+
+def read_shards(folder: Path, shards: Iterable[LiveShard]) -> list[str]:
+    """Fill shards from a checkpoint that any layout wrote. Not collective.
+
+    A vocabulary that is padded further than when it was saved stays zero beyond. Returns the keys that the
+    checkpoint does not hold at all. Raises UserError if it holds only a part of a tensor.
+    """
+    missing: dict[str, None] = {}
+    with MCoreReader(folder, ALL_ROOTS) as reader, torch.no_grad():
+        for shard in shards:
+            if shard.key not in reader.specs:
+                missing[shard.key] = None
+                continue
+            whole = tuple((0, size) for size in reader.specs[shard.key].shape)
+            common = intersection(shard.region, whole)
+            if common is None or numel(common) < shard.data.numel():
+                shard.data.zero_()
+            if common is not None:
+                reader.copy_into(shard.key, common, shard.data[as_slices(relative(common, shard.region))])
+    return list(missing)

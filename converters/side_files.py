@@ -1,0 +1,58 @@
+"""What an exported folder needs besides weights: configs, tokenizer, chat template, code."""
+
+import json
+import shutil
+from fnmatch import fnmatch
+from pathlib import Path
+
+import torch
+
+from converters.pending import disk_errors
+
+PATTERNS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "additional_chat_templates",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "*.py",
+)
+"""Names in a checkpoint folder that belong to the model and not to one copy of its weights."""
+
+
+def copy_side_files(source: str | Path, target: str | Path, dtype: torch.dtype | None = None) -> list[str]:
+    """Copy the side files of a checkpoint folder; returns their names.
+
+    dtype: of the weights beside them, told in config.json; None leaves what is there.
+    Raises UserError if the disk refuses.
+    """
+    source, target = Path(source), Path(target)
+    names = sorted(
+        entry.name for entry in source.iterdir() if any(fnmatch(entry.name, pattern) for pattern in PATTERNS)
+    )
+    for name in names:
+        with disk_errors(target / name):
+            if (source / name).is_dir():
+                shutil.copytree(source / name, target / name, dirs_exist_ok=True)
+            else:
+                shutil.copyfile(source / name, target / name)
+    if dtype is not None and "config.json" in names:
+        _set_dtype(target / "config.json", dtype)
+    return names
+
+
+def _set_dtype(path: Path, dtype: torch.dtype) -> None:
+    config = json.loads(path.read_text(encoding="utf-8"))
+    # transformers 5 writes `dtype`, earlier versions wrote `torch_dtype`; all read the latter.
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    config[key] = str(dtype).removeprefix("torch.")
+    with disk_errors(path):
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

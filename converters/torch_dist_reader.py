@@ -1,0 +1,222 @@
+"""Reading the weights of a megatron-core checkpoint (torch_dist format) by regions.
+
+A torch_dist folder is a PyTorch distributed checkpoint: `.metadata` (a pickle) tells where each chunk of each
+tensor lies in the `*.distcp` files, and each chunk is what `torch.save` makes of a tensor, a zip container.
+The raw values are found inside that container, so that a region is read without the rest.
+"""
+
+import io
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from converters.regions import intersection, relative
+from converters.safetensors_format import TensorSpec
+from converters.stored import RegionReader, StoredTensor
+from mcore_swift.errors import UserError
+from mcore_swift.models.rules import Region, Shape, as_slices, region_shape
+
+MODEL_ROOTS = frozenset({"embedding", "encoder", "decoder", "output_layer", "mtp"})
+"""First names of a GPT model's weights; other tensors of a checkpoint are the optimizer's."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A part of a tensor: what it covers, and the bytes of the file that hold its zip container."""
+
+    region: Region
+    path: Path
+    offset: int
+    length: int
+
+
+class MCoreReader:
+    """The weights of a torch_dist folder, by megatron-core key. Opening reads the metadata only.
+
+    Raises UserError if the folder is no complete torch_dist checkpoint.
+    """
+
+    def __init__(self, folder: str | Path, roots: frozenset[str] = MODEL_ROOTS) -> None:
+        """roots: first names of the tensors to know of; a training checkpoint holds the optimizer's too."""
+        self.folder = find_torch_dist(folder)
+        metadata = _read_metadata(self.folder)
+        self.specs: dict[str, TensorSpec] = {}
+        self._chunks: dict[str, list[Chunk]] = {}
+        self._stored: dict[Chunk, StoredTensor | torch.Tensor] = {}
+        self._reader = RegionReader()
+        for key, stored in metadata.state_dict_metadata.items():
+            if hasattr(stored, "chunks") and key.split(".")[0] in roots:
+                self.specs[key] = TensorSpec(key, tuple(stored.size), stored.properties.dtype)
+                self._chunks[key] = []
+        for index, place in metadata.storage_data.items():
+            if index.fqn in self._chunks:
+                chunk = _find_chunk(metadata.state_dict_metadata[index.fqn].chunks, tuple(index.offset))
+                path = self.folder / place.relative_path
+                self._chunks[index.fqn].append(Chunk(chunk, path, place.offset, place.length))
+        self._check_files()
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        return {key: spec.shape for key, spec in self.specs.items()}
+
+    @property
+    def bytes_read(self) -> int:
+        return self._reader.bytes_read
+
+    def copy_into(self, key: str, region: Region, out: torch.Tensor) -> None:
+        """Fill `out`, of the region's shape, converting to its dtype and device.
+
+        Raises UserError if the checkpoint's chunks do not cover the region.
+        """
+        covered = 0
+        for chunk in self._chunks[key]:
+            common = intersection(chunk.region, region)
+            if common is not None:
+                target = out[as_slices(relative(common, region))]
+                self._copy_chunk(self.specs[key], chunk, relative(common, chunk.region), target)
+                covered += target.numel()
+        if covered < out.numel():
+            raise UserError(
+                f"{self.folder} holds only a part of {key}",
+                remedy="the checkpoint is incomplete: use another",
+            )
+
+    def close(self) -> None:
+        self._reader.close()
+
+    def __enter__(self) -> "MCoreReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _copy_chunk(self, spec: TensorSpec, chunk: Chunk, region: Region, out: torch.Tensor) -> None:
+        if chunk not in self._stored:
+            self._stored[chunk] = locate_values(chunk, spec.dtype)
+        stored = self._stored[chunk]
+        if isinstance(stored, torch.Tensor):
+            out.copy_(stored[as_slices(region)])
+        else:
+            self._reader.copy(stored, region, out)
+
+    def _check_files(self) -> None:
+        ends: dict[Path, int] = {}
+        for chunks in self._chunks.values():
+            for chunk in chunks:
+                ends[chunk.path] = max(ends.get(chunk.path, 0), chunk.offset + chunk.length)
+        for path, end in sorted(ends.items()):
+            size = path.stat().st_size if path.is_file() else None
+            if size is None or size < end:
+                what = (
+                    "is missing" if size is None else f"is truncated: {end} bytes are expected, it has {size}"
+                )
+                raise UserError(
+                    f"{path} {what}", remedy="the checkpoint is incomplete: use another, or copy it again"
+                )
+
+
+def find_torch_dist(folder: str | Path) -> Path:
+    """The torch_dist folder that `folder` is or, as checkpoints of a training run do, has in `mcore/`.
+
+    Raises UserError if there is none.
+    """
+    folder = Path(folder)
+    for place in (folder / "mcore", folder):
+        if (place / ".metadata").is_file():
+            return place
+    raise UserError(
+        f"{folder} holds no megatron-core checkpoint in torch_dist format",
+        remedy="give the folder of a checkpoint, such as <run>/checkpoint-100",
+    )
+
+
+def _read_metadata(folder: Path) -> Any:
+    from torch.distributed.checkpoint import FileSystemReader
+
+    try:
+        return FileSystemReader(folder).read_metadata()
+    except (OSError, EOFError, pickle.UnpicklingError, AttributeError) as error:
+        raise UserError(
+            f"{folder / '.metadata'} cannot be read: {error}", remedy="use another checkpoint"
+        ) from None
+
+
+def _find_chunk(chunks: Sequence[Any], offset: tuple[int, ...]) -> Region:
+    for chunk in chunks:
+        if tuple(chunk.offsets) == offset:
+            return tuple(
+                (start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True)
+            )
+    raise ValueError(f"no chunk starts at {offset}")
+
+
+def locate_values(chunk: Chunk, dtype: torch.dtype) -> StoredTensor | torch.Tensor:
+    """Where the raw values of a saved tensor lie in its file.
+
+    A tensor that was saved with other than row-major strides is loaded and given whole instead.
+    """
+    with chunk.path.open("rb") as file:
+        file.seek(chunk.offset)
+        view = _FileView(file, chunk.offset, chunk.length)
+        with zipfile.ZipFile(view) as archive:
+            values = [entry for entry in archive.infolist() if "/data/" in entry.filename]
+            pickled = next(entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl"))
+            layout = _LayoutUnpickler(io.BytesIO(archive.read(pickled))).load()
+        shape = region_shape(chunk.region)
+        plain = StoredTensor(chunk.path, 0, shape, dtype)
+        if (
+            len(values) == 1
+            and values[0].compress_type == zipfile.ZIP_STORED
+            and values[0].file_size == plain.nbytes
+            and layout == (0, shape, torch.empty(shape, device="meta").stride())
+        ):
+            view.seek(values[0].header_offset)
+            name_length, extra_length = struct.unpack("<26x2H", view.read(30))
+            start = chunk.offset + values[0].header_offset + 30 + name_length + extra_length
+            return StoredTensor(chunk.path, start, shape, dtype)
+        view.seek(0)
+        return torch.load(view, map_location="cpu", weights_only=True)
+
+
+class _FileView(io.RawIOBase):
+    """A part of a file as a file of its own."""
+
+    def __init__(self, file: Any, start: int, length: int) -> None:
+        self._file, self._start, self._length, self._at = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, target: Any) -> int:
+        self._file.seek(self._start + self._at)
+        count = self._file.readinto(memoryview(target)[: max(0, self._length - self._at)])
+        self._at += count
+        return count
+
+
+class _LayoutUnpickler(pickle.Unpickler):
+    """Reads offset, size and strides out of the pickle of one saved tensor, and calls nothing in it."""
+
+    def find_class(self, module: str, name: str) -> Callable[..., Any]:
+        if (module, name) in (("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_tensor_v3")):
+            return lambda storage, offset, size, stride, *rest: (offset, tuple(size), tuple(stride))
+        return lambda *args: None
+
+    def persistent_load(self, pid: Any) -> None:
+        return None

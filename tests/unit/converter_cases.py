@@ -1,0 +1,48 @@
+"""Small models of every family, and their checkpoints, for the converters' tests."""
+
+import torch
+
+from mcore_swift.models.family import family_of
+
+SIZES = {
+    "vocab_size": 101,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+FAMILIES = ("llama", "llama-tied", "mistral", "qwen2", "qwen3", "qwen3-tied")
+
+
+def hf_config(name):
+    import transformers
+
+    family, _, tied = name.partition("-")
+    architecture = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
+    sizes = SIZES | (
+        {"head_dim": 10} if family == "qwen3" else {}
+    )  # not hidden_size / heads, as in real ones
+    config = getattr(transformers, f"{architecture}Config")(**sizes, tie_word_embeddings=bool(tied))
+    config.architectures = [f"{architecture}ForCausalLM"]
+    return config
+
+
+def rule_table(name):
+    config = hf_config(name)
+    return family_of(config).rules(config)
+
+
+def make_checkpoint(name, folder, dtype=torch.float32, max_shard_size="5GB", seed=0):
+    """A random checkpoint, written by transformers; returns the model."""
+    import transformers
+
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(hf_config(name)).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():  # norms are all ones otherwise, and would hide a mix-up
+            parameter.copy_(torch.randn(parameter.shape) * 0.1 + (parameter.dim() == 1))
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    return model
