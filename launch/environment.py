@@ -34,7 +34,7 @@ class Place:
     master_port: int | None = None
 
     def as_environment(self) -> dict[str, str]:
-        """The variables that torch.distributed's `env://` reads, for a process that is "alone" or "joined"."""
+        """The variables that torch.distributed's `env://` reads, for a process that is not "start"."""
         port = self.master_port if self.master_port is not None else free_port()
         return {
             "RANK": str(self.rank),

@@ -83,8 +83,8 @@ def print_failure(reports: Sequence[Report], exits: Sequence[Exit]) -> int:
     # those that the launcher itself ends with SIGTERM, or later with SIGKILL, come after the first
     first = min((one.time for one in exits), default=0.0)
     killed = [one for one in exits if one.code < 0 and one.code != -signal.SIGTERM and one.time <= first + 1]
-    if not reports and not killed:
-        killed = [one for one in exits if one.code < 0][:1]
+    if not reports and not killed and exits and exits[0].code < 0:
+        killed = [exits[0]]  # someone else's SIGTERM
     user = [report for report in reports if report.kind == "user"]
     if user and reports[0].kind == "user":
         _print(_once(user))
@@ -128,7 +128,7 @@ def _killed_line(one: Exit) -> str:
     )
     if number == signal.SIGKILL:
         line += (
-            "\n  remedy: if nobody did it, the kernel ran out of memory (see dmesg): lower --micro_batch_size or "
+            "\n  remedy: if nobody did it, memory ran out (see dmesg): lower --micro_batch_size or "
             "--max_length, use more recomputation or more model parallelism"
         )
     return line

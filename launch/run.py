@@ -26,9 +26,9 @@ def run(command: str, argv: Sequence[str], target: Target) -> int:
 
     command: its name, for messages. target: a function of argv, or where to find it as 'module:function'
     (which keeps its imports out of the process that only starts others). It runs on every rank with RANK,
-    WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT set, parses argv itself, and returns
-    None or an exit code; what it raises is printed here, once for all ranks. A worker killed by a signal gives
-    128 + its number. Raises nothing of its own, and leaves the environment as it was.
+    WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT set, parses argv itself, and
+    returns None or an exit code; what it raises is printed here, once for all ranks. A worker killed by a
+    signal gives 128 + its number. Leaves the environment as it was.
     """
     try:
         place = read_place()
@@ -113,7 +113,7 @@ def _fail_joined(place: Place, error: Exception) -> int:
 
 
 def end_this_process_soon(code: int) -> None:
-    """A failed rank must end, for its peers wait for it: a thread or library that blocks the exit is cut off."""
+    """A failed rank must end, for its peers wait for it: what blocks its exit is cut off after a while."""
 
     def cut_off() -> None:
         time.sleep(LEAVE_SECONDS)

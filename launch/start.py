@@ -6,8 +6,10 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ def start(place: Place, command: str, argv: list[str], target: str) -> int:
     """Run `target` in `place.processes_here` workers and wait for them. Returns the exit code.
 
     One failed worker ends the others: SIGTERM, and SIGKILL to what is left after a time limit. The same
-    happens when a signal stops this process, and if it is killed its workers go with it.
+    happens when a signal stops this process, and if it is killed its workers notice and end.
     """
     folder = Path(tempfile.mkdtemp(prefix="mcore-swift-launch-"))
     os.environ[REPORTS_VARIABLE] = str(folder)
@@ -45,6 +47,16 @@ def _launch(place: Place, command: str, arguments: list[str], folder: Path) -> i
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     _silence_elastic()
+    interrupted = []
+
+    def on_interrupt(number: int, frame: Any) -> None:
+        # workers get SIGTERM for it: SIGINT would draw a traceback from each process below us
+        interrupted.append(number)
+        raise SignalException(f"got {signal.Signals(number).name}", signal.SIGTERM)
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, on_interrupt)
+    handled = {field.name for field in fields(LaunchConfig)} & {"signals_to_handle"}  # not in older torch
     config = LaunchConfig(
         min_nodes=place.nodes,
         max_nodes=place.nodes,
@@ -54,6 +66,7 @@ def _launch(place: Place, command: str, arguments: list[str], folder: Path) -> i
         max_restarts=0,
         monitor_interval=0.1,
         start_method="spawn",
+        **dict.fromkeys(handled, "SIGTERM,SIGHUP,SIGQUIT"),
         **_rendezvous(place),
     )
     try:
@@ -62,7 +75,7 @@ def _launch(place: Place, command: str, arguments: list[str], folder: Path) -> i
     except ChildFailedError as error:
         return report.print_failure(report.read_all(folder), _exits(error))
     except SignalException as error:
-        return _stopped(command, error.sigval)
+        return _stopped(command, interrupted[0] if interrupted else error.sigval)
     except Exception as error:
         return _rendezvous_failure(place, error)
 

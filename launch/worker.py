@@ -4,11 +4,12 @@ A module with a `__main__` guard, since the work inside starts processes of its 
 loaders) that import the main module again.
 """
 
-import ctypes
 import faulthandler
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +18,7 @@ from . import report
 from .run import call, end_this_process_soon
 
 REPORTS_VARIABLE = "MCORE_SWIFT_LAUNCH_REPORTS"
-_PR_SET_PDEATHSIG = 1
+PARENT_CHECK_SECONDS = 1.0
 
 
 def main(target: str, argv: list[str]) -> int:
@@ -46,14 +47,20 @@ def pids(folder: Path) -> Iterator[int]:
 
 
 def _end_with_parent() -> None:
-    """Ask Linux to kill this process when its launcher dies, however that happens. Nothing elsewhere."""
-    if sys.platform != "linux":
-        return
+    """End this process, and those it has started, soon after its launcher died, however that happened.
+
+    A thread, and not the kernel's parent-death signal, which would leave the children of this process alone.
+    """
     launcher = os.getppid()
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != launcher:  # it died before we asked
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(PARENT_CHECK_SECONDS)
+        if os.getpgrp() == os.getpid():  # the elastic launcher makes each worker the leader of its group
+            os.killpg(0, signal.SIGKILL)
         os._exit(128 + signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True, name="launcher-watch").start()
 
 
 if __name__ == "__main__":

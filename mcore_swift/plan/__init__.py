@@ -7,7 +7,7 @@ from .check import check_layout, nearest_layout, notices
 from .flops import flops_per_token, forward_flops, training_flops
 from .layout import Layout
 from .peaks import peak_tflops
-from .preflight import preflight
+from .preflight import preflight, preflight_notices
 from .shape import ModelShape, padded_vocab_size, parameters
 
 __all__ = [
@@ -22,5 +22,6 @@ __all__ = [
     "parameters",
     "peak_tflops",
     "preflight",
+    "preflight_notices",
     "training_flops",
 ]

@@ -9,10 +9,10 @@ there and here.
 
     forward(batch) = 2 * M * sum(s_i) + 4 * L * A * sum(s_i^2)
 
-s_i are the lengths of the sequences that attend within themselves: with block-diagonal packing the samples, not the row.
-M are the weights each token is multiplied with (`ModelShape.matmul_parameters`: grouped key/value heads, the three
-matrices of the gated MLP, the output embedding), L the layers, A = heads * head_dim. Per layer, scores Q K^T
-and the weighted sum of values take 2 s^2 A each.
+s_i are the lengths of the sequences that attend within themselves: with block-diagonal packing the
+samples, not the row. M are the weights each token is multiplied with (`ModelShape.matmul_parameters`:
+grouped key/value heads, the three matrices of the gated MLP, the output embedding), L the layers,
+A = heads * head_dim. Per layer, the scores Q K^T and the weighted sum of values take 2 s^2 A each.
 """
 
 from collections.abc import Iterable

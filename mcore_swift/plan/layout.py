@@ -56,7 +56,7 @@ class Layout:
             ep=getattr(args, "expert_model_parallel_size", 1),
             etp=getattr(args, "expert_tensor_parallel_size", 1),
             dp=max(1, world_size // (tp * pp * cp)),
-            sequence_parallel=bool(args.sequence_parallel) and tp > 1,
+            sequence_parallel=bool(getattr(args, "sequence_parallel", False)) and tp > 1,
         )
 
     @property

@@ -44,7 +44,7 @@ BF16_TFLOPS: tuple[tuple[str, float], ...] = (
 def peak_tflops(device_name: str) -> float | None:
     """Dense bf16 peak in TFLOP/s of a device by the name its driver gives, or None if it is not known.
 
-    A CPU has no entry: its peak depends on clock and instruction set, so MFU is left out unless a peak is given.
+    A CPU has no entry: its peak depends on clock and instruction set, so its MFU needs a peak given.
     """
     name = " ".join(device_name.replace("-", " ").split()).lower()
     padded = f" {name} "

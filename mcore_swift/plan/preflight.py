@@ -14,9 +14,9 @@ from .weights import weight_problems
 def preflight(args: Any, world_size: int) -> list[UserError]:
     """Everything wrong with `args.model` and with the layout on `world_size` processes, found together.
 
-    Reads config.json, the safetensors index and the headers of the safetensors files, no weights. The files
-    of weights are left alone where a Megatron checkpoint (`args.mcore_model`) is read in their place. Without
-    `args.model` only the layout's own sizes can be looked at, and nothing is.
+    Reads config.json, the safetensors index and the headers of the safetensors files, no weights. The weight
+    files are left alone where they are not read (a Megatron checkpoint takes their place, or a run is
+    continued) and with `args.check_model` false. Without `args.model` there is nothing to look at.
     """
     if not getattr(args, "model", None):
         return []
@@ -32,17 +32,23 @@ def preflight(args: Any, world_size: int) -> list[UserError]:
         problems += error.errors
     except UserError as error:
         problems.append(error)
-    if not getattr(args, "mcore_model", None):
+    if _reads_weights(args):
         problems += weight_problems(folder)
     return problems
 
 
-def preflight_notices(args: Any, world_size: int) -> list[str]:
+def preflight_notices(args: Any) -> list[str]:
     """What a user should know before a run that `preflight` has nothing against, one line each."""
     if not getattr(args, "model", None):
         return []
     shape = read_shape(model_folder(args.model))
-    return notices(Layout.from_args(args, world_size), shape, args)
+    return notices(shape, args)
+
+
+def _reads_weights(args: Any) -> bool:
+    elsewhere = getattr(args, "mcore_model", None) or getattr(args, "perform_initialization", False)
+    continued = getattr(args, "resume", "none") not in (None, "none", "auto")
+    return getattr(args, "check_model", True) and not elsewhere and not continued
 
 
 def model_folder(model: str) -> Path:
