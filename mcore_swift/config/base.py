@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -70,7 +70,7 @@ class Arguments:
     @classmethod
     def load(cls, folder: str | Path) -> Self:
         """Read `folder`/args.json. Raises UserError when it is missing or no JSON."""
-        return cls.from_dict(read_args_file(folder))
+        return cls.from_dict(read_args_file(Path(folder) / ARGS_FILE))
 
     def _own(self, method: str) -> Iterator[Any]:
         """The method as each class of the family defines it, mixins first."""
@@ -82,21 +82,23 @@ class Arguments:
 _EXAMPLES = {"model": "<folder of a Hugging Face checkpoint>", "dataset": "<file.jsonl> [more files]"}
 
 
-def read_args_file(folder: str | Path) -> dict[str, Any]:
-    """args.json of a checkpoint or run folder as a dict. Raises UserError when it is missing or no JSON."""
-    path = Path(folder) / ARGS_FILE
+def read_args_file(path: str | Path) -> dict[str, Any]:
+    """An args.json as a dict. Raises UserError when it is missing or no JSON."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file", "give a checkpoint folder that holds args.json") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path}: holds {type(values).__name__}, not an object of arguments")
+        raise UserError(f"{path}: holds a {type(values).__name__}, not an object of arguments")
     return values
 
 
-def names(problem_flags: Iterable[str]) -> str:
-    """'--a, --b and --c', for messages."""
-    flags = [f"--{name}" for name in problem_flags]
-    return flags[0] if len(flags) == 1 else f"{', '.join(flags[:-1])} and {flags[-1]}"
+def find_args_file(folder: str | Path) -> Path | None:
+    """args.json of a checkpoint or run folder, or of the newest run or checkpoint in it; None without any."""
+    folder = Path(folder)
+    own = folder / ARGS_FILE
+    if own.is_file():
+        return own
+    return max(folder.glob(f"*/{ARGS_FILE}"), key=lambda path: path.stat().st_mtime, default=None)

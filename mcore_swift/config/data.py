@@ -46,9 +46,12 @@ class DataArguments(Arguments):
         True, "a new order in every epoch; false reads in the order of the files"
     )
     dataloader_num_workers: int = arg(
-        4, "threads that prepare batches ahead of the step; 0 prepares them in the step", at_least=0
+        4,
+        "above 0: a thread prepares batches ahead of the step (one is enough, tokens are memory-mapped); "
+        "0: they are prepared in the step",
+        at_least=0,
     )
-    dataloader_prefetch_factor: int = arg(2, "batches each of them keeps ready", at_least=1)
+    dataloader_prefetch_factor: int = arg(2, "steps whose batches it keeps ready", at_least=1)
 
     def check(self) -> Iterator[UserError]:
         if self.val_dataset and self.split_dataset_ratio > 0:

@@ -5,13 +5,12 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from ..errors import UserError, raise_together
 from .aliases import ALIASES, LAYERS_PER_STAGE, virtual_stages
 from .arguments import COMMANDS
-from .base import ARGS_FILE, Arguments, read_args_file
+from .base import Arguments, find_args_file, read_args_file
 from .fields import Flag, flags_of
 from .files import SUFFIXES, apply_env, read_config
 from .known import NotYet
@@ -243,25 +242,23 @@ class _Reader:
         """Complete `typed` from the args.json of the checkpoint that is resumed, started from or exported."""
         resume = typed.get("resume")
         folder = resume if resume not in (None, "none", "auto") else typed.get("mcore_model")
-        if not folder or typed.get("load_args") is False or not (Path(folder) / ARGS_FILE).is_file():
+        path = find_args_file(folder) if folder and typed.get("load_args", True) else None
+        if path is None:
             return
         try:
-            saved = read_args_file(folder)
+            saved = read_args_file(path)
         except UserError as error:
             self.errors.append(error)
             return
-        taken = []
-        for name in LOADED:
-            flag = self.flags.get(name)
-            if flag is None or name in self.given or saved.get(name) is None:
-                continue
+        missing = [name for name in LOADED if name in self.flags and name not in self.given]
+        taken = [name for name in missing if saved.get(name) is not None]
+        for name in taken:
             try:
-                typed[name] = convert(flag, [saved[name]])
+                typed[name] = convert(self.flags[name], [saved[name]])
             except BadValue as error:
-                self._fail(name, f"{Path(folder) / ARGS_FILE}: {name} {error}", error.remedy)
-            taken.append(name)
+                self._fail(name, f"{path}: {name} {error}", error.remedy)
         if taken:
-            self.notices.append(f"from {Path(folder) / ARGS_FILE}: {', '.join(taken)}")
+            self.notices.append(f"from {path}: {', '.join(taken)}")
 
     def _translate_virtual_stages(self) -> None:
         """v3's layers of a virtual stage, where given, as today's number of virtual stages."""

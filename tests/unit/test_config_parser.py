@@ -224,6 +224,21 @@ def test_the_model_and_its_text_come_from_the_checkpoint_that_is_resumed(tmp_pat
     assert "--model is missing" in str(refusal(*argv, "--load_args", "false", base=[]))
 
 
+def test_the_newest_run_of_an_output_folder_tells_its_arguments(tmp_path):
+    for age, name in enumerate(("v1-20260102-000000", "v0-20260101-000000")):
+        (tmp_path / name).mkdir()
+        path = parse(MegatronSftArguments, [*MINIMAL, "--system", name]).save(tmp_path / name)
+        os.utime(path, (1e9 - age, 1e9 - age))
+    args = parse(MegatronSftArguments, [*MINIMAL, "--resume", str(tmp_path)], notify=lambda _: None)
+    assert args.system == "v1-20260102-000000"
+
+
+def test_an_args_json_that_is_broken_is_one_more_mistake(tmp_path):
+    (tmp_path / "args.json").write_text('{"model": "m",')
+    told = str(refusal("--mcore_model", str(tmp_path), "--lr", "x"))
+    assert "args.json" in told and "--lr" in told
+
+
 def test_export_needs_only_the_checkpoint(tmp_path):
     (tmp_path / "checkpoint-5").mkdir()
     parse(MegatronSftArguments, MINIMAL).save(tmp_path / "checkpoint-5")
