@@ -14,13 +14,14 @@ class Batch:
     """One microbatch of b rows and s positions. With packing or padding-free b == 1: samples lie end to end.
 
     input_ids    int64 [b, s]
-    labels       int64 [b, s]   next-token ids, already shifted: labels[t] is the target of position t; 0 where
-                                loss_mask is 0
-    loss_mask    float32 [b, s] how much the label counts: 1 or a weight, 0 on prompts, padding and the last token of
-                                each sample
+    labels       int64 [b, s]   next-token ids, already shifted: labels[t] is the target of position t;
+                                0 where loss_mask is 0
+    loss_mask    float32 [b, s] how much the label counts: 1 or a weight; 0 on prompts, padding and the last
+                                token of each sample
     position_ids int64 [b, s]   restart at 0 for each sample
-    cu_seqlens   int32 [n + 1] or None: b == 1, where each sample of the row starts; the last is s. Trailing padding
-                                is a segment of its own. None: every row is one sample, padded on the right
+    cu_seqlens   int32 [n + 1] or None: b == 1, where each sample of the row starts; the last is s.
+                                Trailing padding is a segment of its own. None: every row is one sample, padded
+                                on the right
     max_seqlen   longest segment of cu_seqlens, None without
     num_samples  real samples; num_tokens: real tokens, padding not counted
     """

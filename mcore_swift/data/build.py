@@ -1,4 +1,4 @@
-"""Tokenize a data set into a store: rows in order, in this process or several, never more than a few blocks in memory."""
+"""Tokenize a data set into a store: rows in order, in one process or several, a few blocks in memory at a time."""
 
 import json
 import logging
@@ -25,6 +25,7 @@ from .settings import DataSettings
 logger = logging.getLogger(__name__)
 
 _BLOCK_ROWS, _BLOCK_BYTES = 512, 4 << 20  # a block ends at whichever comes first
+_POOL_WORTH = 16 << 20  # bytes of files from which starting processes (seconds of imports) pays
 _WORKER_LIMIT = 1800.0  # seconds a block may take, a minute's work at most if the machine is alive
 
 
@@ -33,8 +34,8 @@ def build_part(
 ) -> None:
     """Tokenize `part` into a store at `path` (a folder that does not exist yet).
 
-    Raises UserError(s): rows that cannot be used (unless --strict false), files without a usable row, nothing left,
-    a file that cannot be read.
+    Raises UserError(s): rows that cannot be used (unless --strict false), files without a usable row, nothing
+    left, a file that cannot be read.
     """
     _Build(part, path, tokenizer, settings, max_length).run(key)
 
@@ -54,7 +55,9 @@ class _Build:
         self._started = self._told = time.monotonic()
 
     def run(self, key: str) -> None:
-        with _blocks_encoder(self._tokenizer, self._settings, self._max_length) as submit:
+        num_bytes = sum(file.stat().st_size for source in self._part.sources for file in source.files)
+        made_of = self._tokenizer, self._settings, self._max_length
+        with _blocks_encoder(num_bytes, *made_of) as submit:
             waiting: deque[tuple[Path, int, Future | Callable]] = deque()
             for file, rows in self._blocks():
                 waiting.append((file, len(rows), submit(rows, check_only=self._errors.total > 0)))
@@ -68,7 +71,7 @@ class _Build:
         self._writer.finish(key, index, self._report.to_json())
 
     def _blocks(self) -> Iterator[tuple[Path, list[RawRow]]]:
-        """Blocks of wanted rows, no block across files; writes the rows of a validation set down on the way."""
+        """Blocks of wanted rows, no block across files; writes down the rows of a validation set on the way."""
         number = 0
         save = self._held_back.open("wb") if self._held_back else None
         try:
@@ -176,7 +179,7 @@ def _remedy(dropped: Tally) -> str:
     return "check the columns of the rows, and name them with --columns if need be"
 
 
-# --- workers ---------------------------------------------------------------------------------------------------
+# --- workers ------------------------------------------------------------------------------------------------
 
 _encoder: Encoder | None = None  # of a worker process
 
@@ -184,13 +187,13 @@ _encoder: Encoder | None = None  # of a worker process
 class _blocks_encoder:  # noqa: N801  a context manager that reads as a function
     """Gives `submit(rows, check_only)`: a Future, or with one process a function to call for the result."""
 
-    def __init__(self, tokenizer: Any, settings: DataSettings, max_length: int | None) -> None:
-        self._made_of = (tokenizer, settings, max_length)
+    def __init__(self, num_bytes: int, *made_of: Any) -> None:
+        self._bytes, self._made_of = num_bytes, made_of  # arguments of Encoder
         self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> Callable[..., Any]:
         workers = self._made_of[1].dataset_num_proc
-        if workers <= 1:
+        if workers <= 1 or self._bytes < _POOL_WORTH:
             encoder = Encoder(*self._made_of)
             return lambda rows, check_only: (
                 lambda: encoder.check(rows) if check_only else encoder.encode(rows)

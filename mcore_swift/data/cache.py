@@ -1,13 +1,13 @@
 """The token cache: samples on disk, memory-mapped, complete or not there.
 
-A folder `<key>` holds one data set; the key is a hash of everything its tokens depend on. It is written under a
-temporary name and renamed when complete, so a killed run leaves at most a `.tmp-` folder, which the next builder
-removes.
+A folder `<key>` holds one data set; the key is a hash of everything its tokens depend on. It is written under
+a temporary name and renamed when complete, so a killed run leaves at most a `.tmp-` folder, which the next
+builder removes.
 
     ids.bin      int32 [tokens]             token ids of all samples, end to end
     weights.bin  uint8 or float32 [tokens]  how much each token counts as a target
     offsets.bin  int64 [samples + 1]        where each sample starts
-    index.bin    int64 [n]                  the data set's samples in order; only where it is not simply all of them
+    index.bin    int64 [n]                  the samples of the data set in order; only where it is not all of them
     meta.json    sizes, checksums, report
 """
 
@@ -32,7 +32,7 @@ _CHECKED_WHOLE = 256 << 20  # files up to this many bytes are checked against th
 
 
 class TokenStore:
-    """A complete cache folder, memory-mapped. Sample i of n is `ids(i)`, `weights(i)`, of `lengths[i]` tokens."""
+    """A complete cache folder, memory-mapped. Sample i is `ids(i)` and `weights(i)`, of `lengths[i]` tokens."""
 
     def __init__(self, path: Path, meta: dict[str, Any]) -> None:
         self.path, self.meta = path, meta
@@ -199,7 +199,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def disk_error(error: OSError, folder: Path) -> UserError | None:
-    """The error of a disk that is full or may not be written as a message for the user; None for any other."""
+    """The message for a disk that is full or may not be written; None for any other error."""
     remedy = "free some space, or give another place with --cache_dir DIR or MCORE_SWIFT_CACHE=DIR"
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return UserError(f"{folder}: the disk is full, the token cache could not be written", remedy)

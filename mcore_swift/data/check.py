@@ -15,8 +15,8 @@ _LOOKED_AT = 20  # first rows whose columns are compared with --columns
 def check_sources(args: Any) -> list[UserError]:
     """Everything wrong with the sources of `args` that their first rows show.
 
-    Finds missing paths, unknown extensions, empty or broken files (first row), names in `--columns` that no first
-    row has. Imports neither torch nor transformers (parquet needs pyarrow). Never raises UserError.
+    Finds missing paths, unknown extensions, empty or broken files (first row), names in `--columns` that no
+    first row has. Imports neither torch nor transformers (parquet needs pyarrow). Never raises UserError.
     """
     try:
         settings = DataSettings.from_args(args)
@@ -49,7 +49,7 @@ def unknown_columns(columns: dict[str, str], names: set[str]) -> list[UserError]
 
 
 def _look(path: Path, settings: DataSettings) -> set[str]:
-    """Columns of the first rows. Raises UserError if there is no row, or the first is broken (strict false: all)."""
+    """Columns of the first rows. Raises UserError if there is no row or it is broken (strict false: all are)."""
     names: set[str] = set()
     broken: UserError | None = None
     number = 0

@@ -56,7 +56,7 @@ class Encoder:
         self._tokens = _Tokens(tokenizer)
 
     def check(self, rows: Sequence[RawRow]) -> list[Problem]:
-        """Only look for mistakes in the rows' form, which is cheap: used once the run cannot start any more."""
+        """Only look for mistakes in the form of the rows, which is cheap: for a run that cannot start any more."""
         return [problem for _, problem in self._conversations(rows) if isinstance(problem, Problem)]
 
     def encode(self, rows: Sequence[RawRow]) -> Encoded:
@@ -137,7 +137,7 @@ class Encoder:
         return text, spans
 
     def _turn_weights(self, conversation: Conversation) -> list[float]:
-        """Weight of each assistant turn: the strategy's, unless the message has its own `loss`, times `loss_scale`."""
+        """Weight of each assistant turn: the strategy's or the message's own `loss`, times `loss_scale`."""
         turns = conversation.turns
         last_user = max((i for i, turn in enumerate(turns) if turn.role == "user"), default=-1)
         weights = []
@@ -179,7 +179,7 @@ class _Tokens:
         if getattr(tokenizer, "is_fast", False):
             from tokenizers import Tokenizer
 
-            # a copy without post-processor: no special tokens are added, and offsets are not trimmed of white space
+            # a copy without post-processor: adds no special tokens, and does not trim offsets of white space
             self._fast = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
             self._fast.post_processor = None
             self._fast.no_padding()
@@ -211,21 +211,26 @@ class _Tokens:
         return ids, weights
 
     def _slow(self, text: str, spans: list[Span]) -> tuple[np.ndarray, np.ndarray]:
-        """Without offsets: a position is where the ids of the text up to it stop to be the ids of the whole."""
-        ids = np.array(self._tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+        """Without offsets: a place in the text is where the ids of one of its sides join those of the whole."""
+        ids = self._ids(text)
 
         def place(at: int) -> int:
-            if at == len(text):
-                return len(ids)
-            upto = np.array(self._tokenizer(text[:at], add_special_tokens=False)["input_ids"], np.int32)
-            n = min(len(upto), len(ids))
-            differ = np.flatnonzero(upto[:n] != ids[:n])
+            before, after = self._ids(text[:at]), self._ids(text[at:])
+            if len(before) <= len(ids) and np.array_equal(before, ids[: len(before)]):
+                return len(before)
+            if len(after) <= len(ids) and np.array_equal(after, ids[len(ids) - len(after) :]):
+                return len(ids) - len(after)
+            n = min(len(before), len(ids))  # a token goes across: the first that differs
+            differ = np.flatnonzero(before[:n] != ids[:n])
             return int(differ[0]) if len(differ) else n
 
         weights = np.zeros(len(ids), np.float32)
         for start, end, weight in spans:
             weights[place(start) : place(end)] = weight
         return ids, _small(weights)
+
+    def _ids(self, text: str) -> np.ndarray:
+        return np.array(self._tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
 
 
 def _weights(offsets: list[tuple[int, int]], n: int, spans: list[Span]) -> np.ndarray:

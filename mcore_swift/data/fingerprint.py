@@ -48,7 +48,7 @@ def _array(array: np.ndarray) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """Hash of a file's contents; above 256 MiB of its size, its time of change and 64 pieces spread over it."""
+    """Hash of a file's contents; above 256 MiB of its size, time of change and 64 pieces spread over it."""
     stat = path.stat()
     with path.open("rb") as file:
         if stat.st_size <= _HASHED_WHOLE:
@@ -66,14 +66,15 @@ def file_digest(path: Path) -> str:
 def tokenizer_digest(tokenizer: Any) -> str:
     """Hash of a tokenizer's vocabulary and rules, its special tokens and its chat template."""
     if getattr(tokenizer, "is_fast", False):
-        model = json.loads(tokenizer.backend_tokenizer.to_str())
-        model.pop("padding", None)  # settings of calls, not of the tokenizer
-        model.pop("truncation", None)
+        backend = tokenizer.backend_tokenizer
+        if backend.padding or backend.truncation:  # settings of calls, not of the tokenizer
+            backend = type(backend).from_str(backend.to_str())
+            backend.no_padding()
+            backend.no_truncation()
+        model: Any = hashlib.blake2b(backend.to_str().encode()).hexdigest()
     else:
-        model = [
-            type(tokenizer).__qualname__,
-            sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]),
-        ]
+        vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+        model = [type(tokenizer).__qualname__, vocabulary]
     return digest(
         {
             "model": model,

@@ -32,7 +32,7 @@ def lock(path: Path, limit: float, what: str) -> Iterator[None]:
                 if waited > limit:
                     raise UserError(
                         f"waited {waited:.0f} s for {holder}, which holds {path}: {what}",
-                        "wait until it is done and start again, or stop it; --cache_dir gives this run its own cache",
+                        "wait until it is done and start again, or stop it; or give this run its own --cache_dir",
                     ) from None
                 if waited - told >= 30 or told == 0:
                     logger.warning("waiting for %s: %s", holder, what)

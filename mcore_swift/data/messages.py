@@ -1,6 +1,7 @@
 """One conversation in the form all dataset formats become, and the chat templates take."""
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,8 +67,8 @@ class Conversation:
 def read_messages(messages: Any) -> list[Turn]:
     """Turns of a `messages` / `conversations` value: role/content, from/value, or human/assistant pairs.
 
-    Tool calls in every known spelling become `tool_calls` of an assistant turn; neighbouring assistant turns are
-    joined. Raises RowError.
+    Tool calls in every known spelling become `tool_calls` of an assistant turn; neighbouring assistant turns
+    are joined. Raises RowError.
     """
     if not isinstance(messages, list) or not messages:
         raise RowError("messages is no list", "messages is not a list of messages")
@@ -153,7 +154,7 @@ def _text(number: int, content: Any) -> str:
 
 
 def _read_parts(number: int, role: str, parts: list[Any]) -> list[Turn]:
-    """A content list: text, reasoning, tool calls and tool results (OpenAI's, Anthropic's and from/value names)."""
+    """A content list: text, reasoning, tool calls and results, under OpenAI's and Anthropic's names."""
     turn, results = Turn(role, ""), []
     for part in parts:
         part = {"type": "text", "text": part} if isinstance(part, str) else part
@@ -203,10 +204,8 @@ def _call(number: int, call: Any) -> dict[str, Any]:
     if not isinstance(name, str) or not name:
         raise RowError("tool call without a name", f"message {number}: a tool call names no function")
     if isinstance(arguments, str):
-        try:
+        with suppress(json.JSONDecodeError):  # not JSON: what the model is to say is that very text
             arguments = json.loads(arguments)
-        except json.JSONDecodeError:
-            pass  # not JSON: what the model is to say is that very text
     call_id = call.get("id")
     arguments = {} if arguments is None else arguments
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
@@ -231,7 +230,7 @@ def _append(turns: list[Turn], turn: Turn) -> None:
 
 
 def _name_calls(turns: list[Turn]) -> None:
-    """Give every tool call an id of nine characters (some templates insist), and every response that of its call."""
+    """Give each tool call an id of nine characters (some templates insist), and each response its call's."""
     waiting: list[dict[str, Any]] = []
     number = 0
     for turn in turns:

@@ -38,9 +38,9 @@ def single(lengths: np.ndarray) -> Units:
 def pack(lengths: np.ndarray, capacity: int, strategy: str, seed: int | None) -> Units:
     """Packs of at most `capacity` tokens that hold every sample once.
 
-    lengths: tokens of each sample, none above `capacity`. strategy: "binpack" fills rows best, "sequential" keeps
-    neighbours together. seed: shuffle the samples first; None keeps their order (and packs in order of their
-    first sample). Deterministic.
+    lengths: tokens of each sample, none above `capacity`. strategy: "binpack" fills rows best, "sequential"
+    keeps neighbours together. seed: shuffle the samples first; None keeps their order (and packs in order of
+    their first sample). Deterministic.
     """
     lengths = np.asarray(lengths)
     if len(lengths) and lengths.max() > capacity:

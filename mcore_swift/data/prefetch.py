@@ -1,76 +1,81 @@
-"""Prepare the batches of coming steps in a thread, and measure how long the loop waits for them."""
+"""Prepare the batches of coming steps in threads, and measure how long the loop waits for them."""
 
-import queue
-import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from .batch import Batch
 
 
 class Prefetcher:
-    """Iterates over `(k, batches)` for k = start, start + 1, ... in order, prepared up to `depth` steps ahead.
+    """Iterates over `(k, batches)` for k = start, start + 1, ... below stop, in order, prepared ahead by threads.
 
-    make: makes the batches of a step, e.g. `lambda k: steps.step(k, dp_rank, dp_size)`. An exception in it is raised
-    where the loop takes that step. wait_seconds: what the last step was waited for; total_wait_seconds: all of them.
-    Use it in a `with`, or call `close`, so that the thread ends with the loop.
+    make: makes the batches of a step, e.g. `lambda k: steps.step(k, dp_rank, dp_size)`. An exception in it is
+    raised where the loop takes that step. workers: threads, 0 prepares each step when it is asked for. ahead: steps
+    kept ready by each. limit: seconds after which a step that is not ready raises TimeoutError.
+    wait_seconds: what the last step was waited for; total_wait_seconds: all of them.
+    Use it in a `with`, or call `close`, so that the threads end with the loop.
     """
 
     def __init__(
-        self, make: Callable[[int], list[Batch]], start: int, stop: int, depth: int = 2, limit: float = 600.0
+        self,
+        make: Callable[[int], list[Batch]],
+        start: int,
+        stop: int,
+        workers: int = 1,
+        ahead: int = 2,
+        limit: float = 600.0,
     ) -> None:
-        self._make, self._range, self._limit = make, range(start, stop), limit
-        self._queue: queue.Queue[tuple[int, list[Batch] | BaseException]] = queue.Queue(maxsize=max(1, depth))
-        self._stopped = threading.Event()
-        self._at = start
+        self._make, self._limit = make, limit
+        self._steps = iter(range(start, stop))
+        self._pool = ThreadPoolExecutor(workers, "data-prefetch") if workers > 0 else None
+        self._ready: deque[tuple[int, Future[list[Batch]]]] = deque()
         self.wait_seconds = self.total_wait_seconds = 0.0
-        self._thread = threading.Thread(target=self._run, name="data-prefetch", daemon=True)
-        self._thread.start()
+        for _ in range(workers * max(1, ahead)):
+            self._submit()
+
+    def _submit(self) -> None:
+        k = next(self._steps, None)
+        if k is not None and self._pool is not None:
+            self._ready.append((k, self._pool.submit(self._make, k)))
 
     def __iter__(self) -> Iterator[tuple[int, list[Batch]]]:
         return self
 
     def __next__(self) -> tuple[int, list[Batch]]:
-        if self._at >= self._range.stop or self._stopped.is_set():
+        begin = time.perf_counter()
+        if self._pool is None:
+            k = next(self._steps)
+            batches = self._make(k)
+        elif not self._ready:
             raise StopIteration
-        start = time.perf_counter()
-        k, batches = self._next_item()
-        self.wait_seconds = time.perf_counter() - start
+        else:
+            k, batches = self._take()
+        self.wait_seconds = time.perf_counter() - begin
         self.total_wait_seconds += self.wait_seconds
-        if isinstance(batches, BaseException):
-            self.close()
-            raise batches
-        self._at = k + 1
         return k, batches
 
-    def _next_item(self) -> tuple[int, Any]:
+    def _take(self) -> tuple[int, list[Batch]]:
+        k, future = self._ready.popleft()
         try:
-            return self._queue.get(timeout=self._limit)
-        except queue.Empty:
-            raise TimeoutError(
-                f"the batches of step {self._at} were not ready within {self._limit:.0f} s: reading the token cache hangs"
-            ) from None
+            batches = future.result(timeout=self._limit)
+        except BaseException as error:
+            self.close(wait=False)
+            if isinstance(error, TimeoutError) and not future.done():
+                text = f"the batches of step {k} were not ready within {self._limit:.0f} s: the token cache hangs"
+                raise TimeoutError(text) from None
+            raise
+        self._submit()
+        return k, batches
 
-    def _run(self) -> None:
-        for k in self._range:
-            try:
-                item: list[Batch] | BaseException = self._make(k)
-            except BaseException as error:  # raised again by the loop
-                item = error
-            while not self._stopped.is_set():
-                try:
-                    self._queue.put((k, item), timeout=0.1)
-                    break
-                except queue.Full:
-                    continue
-            if self._stopped.is_set() or isinstance(item, BaseException):
-                return
-
-    def close(self) -> None:
-        """Stop the thread and wait for it, which takes one step's preparation at most."""
-        self._stopped.set()
-        self._thread.join(timeout=self._limit)
+    def close(self, wait: bool = True) -> None:
+        """End the threads; waits for the steps in their hands."""
+        self._steps = iter(())
+        self._ready.clear()
+        if self._pool is not None:
+            self._pool.shutdown(wait=wait, cancel_futures=True)
 
     def __enter__(self) -> "Prefetcher":
         return self

@@ -29,7 +29,7 @@ _LOCK_LIMIT = 3600.0  # seconds to wait for another run that tokenizes the same 
 
 @dataclass
 class PreparedData:
-    """The steps to train on, those to evaluate on (None without validation data), and what became of the rows."""
+    """The steps to train on, those to evaluate on (None: no validation data), and what became of the rows."""
 
     train: Steps
     val: EvalSteps | None
@@ -49,13 +49,13 @@ def prepare(
 ) -> PreparedData:
     """Tokenize what `args` names, or find it in the cache, and lay out the steps.
 
-    Every process calls it. The builder (one for each file system) writes the cache, then all meet in `barrier`,
-    which is called once in each process whatever happens, then all map the files.
+    Every process calls it. The builder (one for each file system) writes the cache, then all meet in
+    `barrier`, which is called once in each process whatever happens, then all map the files.
 
-    args: namespace with the flags' names, see `DataSettings`. padding_multiple: sequence lengths are rounded up to
-    it. model_max_length: --max_length where that is not given. output_dir: receives val_dataset.jsonl, the rows that
-    --split_dataset_ratio held back. lock_limit: seconds to wait for another run that builds the same cache.
-    Raises UserError(s).
+    args: namespace with the flags' names, see `DataSettings`. padding_multiple: sequence lengths are rounded
+    up to it. model_max_length: --max_length where that is not given. output_dir: receives val_dataset.jsonl,
+    the rows that --split_dataset_ratio held back. lock_limit: seconds to wait for another run that builds the
+    same cache. Raises UserError(s).
     """
     settings = DataSettings.from_args(args)
     met = False
@@ -92,7 +92,7 @@ def _max_length(settings: DataSettings, tokenizer: Any, model_max_length: int | 
         if limit is not None and row < limit:
             if settings.max_length is not None:
                 raise UserError(
-                    f"--packing_length {row} is below --max_length {limit}: a sample of full length fits into no row",
+                    f"--packing_length {row} is below --max_length {limit}: a longest sample fits into no row",
                     f"use --packing_length {limit} or more",
                 )
             return row
@@ -164,7 +164,7 @@ class _Layouts:
             store = open_store(path)
             if store is None:
                 raise UserError(
-                    f"{path}: the token cache was not built; the message of the process that builds it says why",
+                    f"{path}: the token cache was not built; the process that builds it says why",
                     "if that process runs on another machine, give a --cache_dir that all of them see",
                 )
             stores[part.name] = store

@@ -10,7 +10,7 @@ SHOWN = 20  # problems listed one by one; the rest is only counted
 
 
 class RowError(Exception):
-    """A row that cannot be used. `kind` groups equal mistakes in the report; the text says what is wrong here."""
+    """A row that cannot be used. `kind` groups equal mistakes in the report; `message` says what is wrong here."""
 
     def __init__(self, kind: str, message: str = "") -> None:
         super().__init__(kind, message)

@@ -1,7 +1,7 @@
 """Stream the rows of a file, each with its place. Standard library, and pyarrow for parquet only.
 
-A reader never holds more than a block of rows. Lines of JSON are handed on unparsed (`bytes`), so that parsing runs
-in the processes that tokenize and a broken line is the mistake of one row.
+A reader never holds more than a block of rows. Lines of JSON are handed on unparsed (`bytes`), so that
+parsing runs in the processes that tokenize and a broken line is the mistake of one row.
 """
 
 import csv
@@ -183,7 +183,7 @@ def _read_values(path: Path, in_array: bool) -> Iterator[Row]:
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
-    """The first line names the columns. Every value stays text: a pre-guessed type would turn "007" into 7."""
+    """The first line names the columns. Every value stays text: a guessed type would turn "007" into 7."""
     limit = csv.field_size_limit(
         sys.maxsize
     )  # long documents are normal here; the limit is the process's, so put back

@@ -42,7 +42,7 @@ class PartReport:
 
 @dataclass
 class DataReport:
-    """Reports of the training and the validation set, where their tokens are cached, and what a user should know."""
+    """Reports of the training and validation set, where their tokens are cached, what a user should know."""
 
     train: PartReport
     val: PartReport | None = None

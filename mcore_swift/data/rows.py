@@ -104,7 +104,7 @@ def _history(history: Any) -> list[Turn]:
 
 
 def _tools(tools: Any) -> list[dict[str, Any]] | None:
-    """Function specifications in OpenAI's form; a bare `{"name": ..., "parameters": ...}` is wrapped into it."""
+    """Function specifications in OpenAI's form; a bare `{"name": ..., "parameters": ...}` is wrapped."""
     tools = _parsed("tools", tools) if tools else None
     if not tools:
         return None

@@ -15,8 +15,8 @@ from .sources import Source
 class Part:
     """The rows of one data set, train or val.
 
-    rows: for each source the numbers of the rows it gives, counted from 0 over its files; a row may be named more
-    than once (`#N` above the number of rows). None: every row once.
+    rows: for each source the numbers of the rows it gives, counted from 0 over its files; a row may be named
+    more than once (`#N` above the number of rows). None: every row once.
     """
 
     name: str
@@ -27,7 +27,8 @@ class Part:
 def select_parts(train: list[Source], val: list[Source], settings: DataSettings) -> list[Part]:
     """The parts of a run: train, and val if there is a validation set or a ratio to split off.
 
-    Rows are counted only where a number of rows is needed. Raises UserError if a split leaves nothing to train on.
+    Rows are counted only where a number of rows is needed. Raises UserError if a split leaves nothing to
+    train on.
     """
     ratio = 0.0 if val else settings.split_dataset_ratio
     parts = [Part("train", train, []), Part("val", val or train, [])]
@@ -71,7 +72,7 @@ def _split(
     count = max(1, int(len(different) * ratio))
     if count >= len(different):
         raise UserError(
-            f"{source.spec}: --split_dataset_ratio {ratio} of {len(different)} rows leaves nothing to train on",
+            f"{source.spec}: --split_dataset_ratio {ratio} of {len(different)} rows leaves none to train on",
             "lower the ratio, or give --val_dataset",
         )
     if settings.dataset_shuffle:

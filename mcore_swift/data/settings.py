@@ -1,4 +1,4 @@
-"""What the data room reads from the flat argument namespace, with the defaults it assumes where one is absent."""
+"""What the data room reads from the flat namespace of arguments, and its defaults where one is absent."""
 
 import json
 import os
@@ -88,7 +88,7 @@ class DataSettings:
 
     @property
     def cache_root(self) -> Path:
-        """Folder of the token cache: --cache_dir, else $MCORE_SWIFT_CACHE/tokens, else ~/.cache/mcore_swift/tokens."""
+        """Folder of the token cache: --cache_dir, $MCORE_SWIFT_CACHE/tokens or ~/.cache/mcore_swift/tokens."""
         if self.cache_dir:
             return Path(self.cache_dir).expanduser()
         return Path(os.environ.get("MCORE_SWIFT_CACHE") or "~/.cache/mcore_swift").expanduser() / "tokens"

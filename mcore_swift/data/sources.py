@@ -68,9 +68,9 @@ def _missing(path: str, flag: str, spec: str) -> UserError:
     bare = rest if hub in ("hf", "ms") else path.split(":")[0]
     if hub in ("hf", "ms") or (_HUB_ID.match(bare) and not bare.lower().endswith(EXTENSIONS)):
         return UserError(
-            f"{flag} {spec}: there is no such path, and datasets of a hub are not fetched yet, only local paths are read",
-            f"download it first (`hf download --repo-type dataset {bare.split('#')[0]} --local-dir DIR`) and give "
-            f"{flag} DIR",
+            f"{flag} {spec}: no such path, and datasets of a hub are not fetched yet: only local paths are read",
+            f"download it first (`hf download --repo-type dataset {bare.split('#')[0]} --local-dir DIR`) "
+            f"and give {flag} DIR",
         )
     near = _near(Path(path))
     return UserError(

@@ -1,4 +1,4 @@
-"""Which samples each step, rank and microbatch gets: random access, equal on every rank without a word between them."""
+"""Which samples each step, rank and microbatch gets: random access, and no word between the ranks."""
 
 import math
 import threading
@@ -13,6 +13,7 @@ from .batch import Batch, end_to_end, padded
 from .cache import TokenStore
 from .order import EPOCH, permutation
 from .packing import Units
+from .prefetch import Prefetcher
 from .settings import DataSettings
 
 
@@ -28,10 +29,11 @@ class Layout:
 
 @dataclass(frozen=True)
 class StepInfo:
-    """One step over all data-parallel ranks: what is in it, and the share of its positions that are padding."""
+    """One step over all data-parallel ranks: what is in it, and the share of its positions that is padding."""
 
     num_samples: int
     num_tokens: int
+    sum_of_squares: int  # of the samples' lengths: what attention costs
     shape: tuple[int, int]  # [b, s] of every microbatch
     padding_share: float
 
@@ -54,13 +56,21 @@ class _Batches:
     def step(self, k: int, dp_rank: int = 0, dp_size: int = 1) -> list[Batch]:
         """The microbatches of data-parallel rank `dp_rank` of `dp_size` in step `k`, counted from 0.
 
-        All microbatches of a step have one shape on all ranks. Raises UserError if the global batch does not divide
-        by micro_batch_size * dp_size.
+        All microbatches of a step have one shape on all ranks. Raises UserError if the global batch does not
+        divide by micro_batch_size * dp_size.
         """
         self.check_divides(dp_size)
         micro = self._microbatches(k)
         b, s = self._shape(micro)
         return [self._batch(units[units >= 0], b, s) for units in micro[dp_rank::dp_size]]
+
+    def prefetch(
+        self, start: int, stop: int | None = None, *, dp_rank: int = 0, dp_size: int = 1, workers: int = 1, ahead: int = 2
+    ) -> Prefetcher:
+        """Iterate over `(k, batches)` of this rank from step `start` to before `stop` (None: the end), prepared ahead."""
+        self.check_divides(dp_size)
+        stop = self.total_steps if stop is None else stop
+        return Prefetcher(lambda k: self.step(k, dp_rank, dp_size), start, stop, workers, ahead)
 
     def info(self, k: int) -> StepInfo:
         """Counts of step `k` over all ranks, from the lengths alone."""
@@ -68,8 +78,9 @@ class _Batches:
         b, s = self._shape(micro)
         units = micro[micro >= 0]
         tokens = int(self.units.tokens[units].sum())
-        samples = int((self.units.starts[units + 1] - self.units.starts[units]).sum())
-        return StepInfo(samples, tokens, (b, s), 1 - tokens / (len(micro) * b * s))
+        samples = np.concatenate([self.units.samples(unit) for unit in units]) if units.size else units
+        squares = int((self.store.lengths[samples].astype(np.int64) ** 2).sum())
+        return StepInfo(len(samples), tokens, squares, (b, s), 1 - tokens / (len(micro) * b * s))
 
     def check_divides(self, dp_size: int) -> None:
         """Raise UserError if a global batch cannot be dealt to `dp_size` ranks in whole microbatches."""
@@ -83,14 +94,14 @@ class _Batches:
             )
 
     def _microbatches(self, k: int) -> np.ndarray:
-        """Units of each microbatch, int64 [microbatches, micro_batch_size]. Rank r takes each dp_size-th from r."""
+        """Units of each microbatch, int64 [microbatches, micro_batch_size]; rank r takes each dp_size-th from r."""
         units = self._units(k)
         if self.micro_batch_size > 1 and self.layout.padding_free and self.layout.packed_length is None:
             units = self._balanced(units)
         return units.reshape(-1, self.micro_batch_size)
 
     def _balanced(self, units: np.ndarray) -> np.ndarray:
-        """Deal long and short samples out evenly (down, up, down ...), so that rows end to end need little padding."""
+        """Deal out long and short samples evenly (down, up, down ...), for rows end to end of like length."""
         lengths = np.where(units >= 0, self.units.tokens[units], 0)
         dealt = units[np.argsort(-lengths, kind="stable")].reshape(self.micro_batch_size, -1)
         dealt[1::2] = dealt[1::2, ::-1]
@@ -117,9 +128,9 @@ class _Batches:
 class Steps(_Batches):
     """Training steps.
 
-    Unit number g of the run (counted over all epochs) is unit g % n of the order of epoch g // n, and step k takes
-    the global_batch_size units from k * global_batch_size on. So every unit comes once an epoch, and neither the
-    number of ranks nor micro_batch_size changes which samples a step holds.
+    Unit number g of the run (counted over all epochs) is unit g % n of the order of epoch g // n, and step k
+    takes the global_batch_size units from k * global_batch_size on. So every unit comes once an epoch, and
+    neither the number of ranks nor micro_batch_size changes which samples a step holds.
     """
 
     def __init__(
@@ -142,8 +153,8 @@ class Steps(_Batches):
         if n < self.global_batch_size:
             what = "packed rows" if layout.packed_length is not None else "samples"
             warn(
-                f"there are only {n} {what} for a --global_batch_size of {self.global_batch_size}: a step takes some of "
-                "them more than once"
+                f"there are only {n} {what} for a --global_batch_size of {self.global_batch_size}: a step takes "
+                "some of them more than once"
             )
         self.total_steps = self._total()
 
@@ -209,18 +220,20 @@ class Steps(_Batches):
         warnings = []
         if state["fingerprint"] != self.fingerprint:
             warnings.append(
-                f"the training data or how it is tokenized and packed has changed since the checkpoint ({len(self.units)} "
-                f"samples now, {state['num_samples']} then): the run goes on after {state['consumed_samples']} samples of "
-                "the new order, so some samples may come twice or not at all in this epoch"
+                "the training data or how it is tokenized and packed has changed since the checkpoint "
+                f"({len(self.units)} samples now, {state['num_samples']} then): the run goes on after "
+                f"{state['consumed_samples']} samples of the new order, so some samples may come twice or not at "
+                "all in this epoch"
             )
         if state["seed"] != self._seed:
             warnings.append(
-                f"--data_seed {self._seed} is not the checkpoint's {state['seed']}: the order of samples changes"
+                f"--data_seed {self._seed} is not the checkpoint's {state['seed']}: samples come in another order"
             )
         if state["global_batch_size"] != self.global_batch_size:
             warnings.append(
-                f"--global_batch_size {self.global_batch_size} is not the checkpoint's {state['global_batch_size']}: going "
-                f"on after {state['consumed_samples']} samples, {self.total_steps} steps in all"
+                f"--global_batch_size {self.global_batch_size} is not the checkpoint's "
+                f"{state['global_batch_size']}: going on after {state['consumed_samples']} samples, "
+                f"{self.total_steps} steps in all"
             )
         return warnings
 

@@ -1,20 +1,23 @@
 """Render a conversation with the tokenizer's own chat template and locate the assistant turns in the text.
 
-Nothing is searched for in what users and assistants say. The turns are found by rendering the conversation once
-more with invisible marks inside the messages: where a mark comes out is where the message is, whatever the template
-strips, reorders or adds, and taking the marks out again must give the plain rendering, letter for letter. What
-stands between a message and the next is found in the same way, from renderings of the conversation's beginnings:
+Nothing is searched for in what users and assistants say. The turns are found by rendering the conversation
+once more with invisible marks inside the messages: where a mark comes out is where the message is, whatever
+the template strips, reorders or adds, and taking the marks out again must give the plain rendering, letter
+for letter. What stands between a message and the next is found in the same way, from renderings of the
+conversation's beginnings:
 
     text:     ...<user>How<|im_end|>\\n<|im_start|>assistant\\nThus.<|im_end|>\\n<user>...
                      ^ mark   |--------- header ----------|     ^ mark
                                                           |=== learnt ===|
 
-- header: what follows the mark of the message before, in a rendering of everything up to there with the generation
+- header: what follows the mark of the message before, in a rendering of everything up to there with the
+generation
   prompt, which is what the model is given when it is its turn. A turn starts where the header ends.
 - tail: what follows the turn's own mark when the conversation ends there, cut after the end-of-turn token.
 
-A template that cannot be marked (it looks at the first or last letters of a message, say) is taken by prefixes: the
-turn is what a rendering with the message has more than the one without. If that fails too, the row is refused.
+A template that cannot be marked (it looks at the first or last letters of a message, say) is taken by
+prefixes: the turn is what a rendering with the message has more than the one without. If that fails too, the
+row is refused.
 """
 
 from dataclasses import dataclass, replace
@@ -49,10 +52,10 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any, enable_thinking: bool | None = None) -> None:
         if not getattr(tokenizer, "chat_template", None):
             raise UserError(
-                f"the tokenizer {getattr(tokenizer, 'name_or_path', '') or ''} has no chat template, so rows cannot be "
-                "rendered as conversations",
+                f"the tokenizer {getattr(tokenizer, 'name_or_path', '') or ''} has no chat template, so rows "
+                "cannot be rendered as conversations",
                 "use the tokenizer of an instruct or chat model (chat_template.jinja or chat_template in "
-                "tokenizer_config.json), or train on plain text with `megatron pt` / --use_chat_template false",
+                "tokenizer_config.json), or train on plain text: `megatron pt`, --use_chat_template false",
             )
         self._tokenizer = tokenizer
         self._kwargs = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
@@ -92,7 +95,7 @@ class ChatTemplate:
                 "chat template refuses the row", f"the chat template refuses it: {error}"
             ) from None
 
-    # --- by marks ---------------------------------------------------------------------------------------------
+    # --- by marks -------------------------------------------------------------------------------------------
 
     def _spans_by_marks(self, conversation: Conversation, text: str) -> list[tuple[int, int]]:
         marked = [_mark(index, turn) for index, turn in enumerate(conversation.turns)]
@@ -126,7 +129,7 @@ class ChatTemplate:
         header = _after_mark(self._render(conversation, marked[:i], prompt=True), f"e{i - 1}")
         common = _common_prefix(header, text[before : before + len(header)])
         if common < len(header) and content is None:
-            # the prompt goes on ("<think>") where the rendered turn does not: ask for the header of a plain answer
+            # the prompt goes on ("<think>") where the rendered turn does not: take a plain answer's header
             plain = _mark(i, Turn("assistant", "x"))
             between = _after_mark(self._render(conversation, [*marked[:i], plain]), f"e{i - 1}")
             content = before + min(common, len(between.split(_OPEN)[0]))
@@ -134,14 +137,14 @@ class ChatTemplate:
         return start if content is None else min(start, content)
 
     def _tail(self, tail: str, text: str) -> int:
-        """How much of `text`, which follows a turn's content, still belongs to the turn that ends with `tail`."""
+        """How much of `text`, which follows a turn's content, is the turn's, if the turn ends with `tail`."""
         common = _common_prefix(tail, text)
         cut = self._after_last_special(tail[:common])
         if cut == 0 and common < len(tail):
             raise _CannotMark
         return cut or len(tail)
 
-    # --- by prefixes ------------------------------------------------------------------------------------------
+    # --- by prefixes ----------------------------------------------------------------------------------------
 
     def _spans_by_prefixes(self, conversation: Conversation, text: str) -> list[tuple[int, int]]:
         turns, spans = conversation.turns, []
@@ -159,7 +162,7 @@ class ChatTemplate:
         """Where the last special token of a piece of template text ends; 0 if there is none."""
         return max((tail.rfind(token) + len(token) for token in self._special if token in tail), default=0)
 
-    # --- thinking ---------------------------------------------------------------------------------------------
+    # --- thinking -------------------------------------------------------------------------------------------
 
     def _empty_thinking(self) -> str:
         """What a hybrid-thinking template puts before an answer without thoughts, "" for other templates.
@@ -188,8 +191,8 @@ class ChatTemplate:
 def _mark(index: int, turn: Turn) -> Turn:
     """The turn with an end mark (and, for an answer, a begin mark).
 
-    Prompts are marked in their middle, as templates look at how they begin and end; answers at the ends of their
-    text without white space, which templates strip; tool calls behind the last function's name.
+    Prompts are marked in their middle, as templates look at how they begin and end; answers at the ends of
+    their text without white space, which templates strip; tool calls behind the last function's name.
     """
     end, content = f"{_OPEN}e{index}{_CLOSE}", turn.content
     if _OPEN in content:
@@ -244,6 +247,6 @@ def _common_prefix(a: str, b: str) -> int:
 def _unlocatable() -> RowError:
     return RowError(
         "assistant turns not found",
-        "the chat template rewrites this conversation so that its assistant turns cannot be told apart (a row for each "
-        "turn can)",
+        "the chat template rewrites this conversation so that its assistant turns cannot be told apart; make it "
+        "a row for each turn",
     )
