@@ -36,7 +36,7 @@ def diagnose() -> Diagnosis:
     """Look at the packages and the machine; takes as long as importing torch, in another process."""
     probe = TorchProbe() if packages.version_of("torch") else None
     needs_python, requirements = packages.our_requirements()
-    required = packages.required_findings(requirements)
+    required = packages.required_findings(requirements, packages.tested_versions())
     optional = packages.optional_findings()
     clashes = packages.conflicts(packages.all_names(requirements)) + packages.cpu_torch_companions()
     machine = look(probe)
@@ -76,7 +76,7 @@ def report(diagnosis: Diagnosis) -> Iterator[str]:
     yield ""
     yield "required"
     for finding in [diagnosis.python, *diagnosis.required]:
-        yield _row(finding, finding.note or f"({finding.needs or 'any'})")
+        yield _row(finding, finding.note or _range(finding))
     yield ""
     yield "optional"
     for finding in diagnosis.optional:
@@ -109,6 +109,11 @@ def _machine_lines(machine: Machine) -> Iterator[str]:
     if "error" not in machine.torch:
         has = [name for name in ("cuda", "nccl", "gloo") if machine.torch[name]]
         yield f"  torch   {', '.join(has)}"
+
+
+def _range(finding: Finding) -> str:
+    is_other = finding.tested and (finding.version or "").partition("+")[0] != finding.tested
+    return f"needs {finding.needs or 'any version'}" + (f", tested with {finding.tested}" if is_other else "")
 
 
 def _row(finding: Finding, text: str = "") -> str:

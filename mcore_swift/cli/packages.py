@@ -8,7 +8,7 @@ import importlib.metadata
 import importlib.util
 import platform
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -69,7 +69,10 @@ OPTIONAL = (
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One package as found. needs: the range we support. note: why it clashes, or what it would give."""
+    """One package as found. needs: the range we support. note: why it clashes, or what it would give.
+
+    install: how to get it. tested: the version the test suite runs with, where that is known.
+    """
 
     name: str
     required: bool
@@ -78,6 +81,7 @@ class Finding:
     needs: str = ""
     note: str = ""
     install: str = ""
+    tested: str = ""
 
 
 def version_of(*names: str) -> str | None:
@@ -114,8 +118,20 @@ def python_finding(needs: str) -> Finding:
     return Finding("python", True, "ok" if is_fine else "clash", version, needs)
 
 
-def required_findings(requirements: Iterable[Requirement]) -> list[Finding]:
-    """Each package we cannot do without: there, missing, or outside the range."""
+def tested_versions(root: Path = ROOT) -> dict[str, str]:
+    """Version of each package that the test suite runs with on this Python; empty outside a checkout."""
+    tag = "py" + "".join(platform.python_version_tuple()[:2])
+    versions = {}
+    for path in sorted((root / "tested-versions").glob(f"*{tag}.txt")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            name, is_pin, version = line.partition("==")
+            if is_pin and not line.startswith("#"):
+                versions[canonicalize_name(name.strip())] = version.strip()
+    return versions
+
+
+def required_findings(requirements: Iterable[Requirement], tested: Mapping[str, str]) -> list[Finding]:
+    """Each package we cannot do without: there, missing, or outside the range. tested: by name."""
     findings = []
     for requirement in requirements:
         version, needs = version_of(requirement.name), str(requirement.specifier)
@@ -125,7 +141,8 @@ def required_findings(requirements: Iterable[Requirement]) -> list[Finding]:
             status, note = "clash", f"outside the supported range {needs}: pip install '{requirement}'"
         else:
             status, note = "ok", ""
-        findings.append(Finding(requirement.name, True, status, version, needs, note))
+        known = tested.get(canonicalize_name(requirement.name), "")
+        findings.append(Finding(requirement.name, True, status, version, needs, note, tested=known))
     return findings
 
 

@@ -12,24 +12,23 @@ from typing import Any
 from .values import BadValue, as_bool
 
 
-def _same(value: Any) -> Any:
-    return value
-
-
 def _inverted(value: Any) -> bool:
     return not as_bool(value)
 
 
 def _minutes_in_seconds(value: Any) -> int:
-    return round(float(value) * 60)
+    try:
+        return round(float("nan" if isinstance(value, bool) else value) * 60)
+    except (ValueError, OverflowError):
+        raise BadValue(f"takes a number of minutes, not '{value}'") from None
 
 
 @dataclasses.dataclass(frozen=True)
 class Alias:
-    """name: the flag of today. convert: the old value as the new one. how: what the conversion did."""
+    """name: the flag of today. convert: the old value as the new one, None: the same. how: what that did."""
 
     name: str
-    convert: Callable[[Any], Any] = _same
+    convert: Callable[[Any], Any] | None = None
     how: str = ""
 
 

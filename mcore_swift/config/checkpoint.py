@@ -81,7 +81,9 @@ class CheckpointArguments(HFSaveArguments, StartArguments):
     TITLE: ClassVar[str] = "Output and checkpoints"
 
     output_dir: str | None = arg(
-        None, "folder of the run: logs and checkpoints", default_text="megatron_output/<name of the model>"
+        None,
+        "folder of the run: logs and checkpoints",
+        default_text="megatron_output/<name of the model>, or the run that --resume continues",
     )
     add_version: bool = arg(True, "write into a new sub-folder vN-<time>, so that runs never mix")
     save_strategy: str = arg(
@@ -101,7 +103,9 @@ class CheckpointArguments(HFSaveArguments, StartArguments):
     greater_is_better: bool = arg(False, "whether a larger metric is better")
 
     def fill(self) -> None:
-        if self.output_dir is None and getattr(self, "model", None):
+        if self.output_dir is None and self.resume not in ("none", "auto"):
+            self.output_dir = self.resume  # the run goes on in its own folder
+        elif self.output_dir is None and getattr(self, "model", None):
             self.output_dir = str(Path("megatron_output") / Path(self.model).resolve().name)
         if self.resume == "auto":
             self.add_version = False

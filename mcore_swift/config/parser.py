@@ -173,10 +173,10 @@ class _Reader:
         if alias is None or name in self.flags:
             return Given(name, label, values)
         one = Given(name, label, values)
-        if len(values) <= 1:
+        if alias.convert is not None and len(values) <= 1:
             try:
                 values = [alias.convert(one.value())]
-            except (BadValue, ValueError) as error:
+            except BadValue as error:
                 self._fail(alias.name, f"{label} {error}")
                 return None
         how = f", {alias.how}: {values[0]}" if alias.how else ""

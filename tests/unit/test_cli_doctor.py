@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import sys
 
 import pytest
 from packaging.requirements import Requirement
@@ -58,9 +59,19 @@ def test_the_ranges_are_those_of_our_own_package():
 def test_required_packages_are_there_missing_or_out_of_range(installed):
     installed({"torch": "2.13.0+cpu", "megatron-core": "0.15.0"})
     wanted = [Requirement(text) for text in ("torch>=2.6", "megatron-core>=0.16.1,<0.20", "psutil")]
-    found = packages.required_findings(wanted)
+    found = packages.required_findings(wanted, {"torch": "2.13.0"})
     assert [finding.status for finding in found] == ["ok", "clash", "missing"]
+    assert found[0].tested == "2.13.0"
     assert "0.16.1" in found[1].note and "pip install" in found[2].note
+
+
+def test_the_versions_of_the_test_suite_are_those_of_this_python(tmp_path):
+    tag = f"py3{sys.version_info[1]}"
+    (tmp_path / "tested-versions").mkdir()
+    (tmp_path / "tested-versions" / f"cpu-{tag}.txt").write_text("# torch==0\ntorch==2.13.0\nJinja2==3.1\n")
+    (tmp_path / "tested-versions" / "py39.txt").write_text("torch==1.0\n")
+    assert packages.tested_versions(tmp_path) == {"torch": "2.13.0", "jinja2": "3.1"}
+    assert packages.tested_versions(tmp_path / "none") == {}
 
 
 def test_a_package_that_forbids_another_is_told(installed):

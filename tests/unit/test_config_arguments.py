@@ -28,7 +28,9 @@ def sft(**values):
         ({"recompute_granularity": "full"}, {"recompute_method": "uniform", "recompute_num_layers": 1}),
         ({"mcore_model": "c", "finetune": False}, {"resume": "c", "mcore_model": None}),
         ({"mcore_model": "c"}, {"resume": "none", "mcore_model": "c"}),
-        ({"resume": "auto"}, {"add_version": False}),
+        ({"resume": "auto"}, {"add_version": False, "output_dir": "megatron_output/m"}),
+        ({"resume": "out/v0-1"}, {"output_dir": "out/v0-1"}),
+        ({"resume": "out/v0-1", "output_dir": "o"}, {"output_dir": "o"}),
         ({"model": "a/b/Qwen3-0.6B/"}, {"output_dir": "megatron_output/Qwen3-0.6B"}),
     ],
 )

@@ -231,6 +231,8 @@ def test_mistakes_under_an_old_name_tell_both_names():
     assert "--save_interval (now --save_steps) takes an integer" in refusal("--save_interval", "often")
     assert "--train_type (now --tuner_type) lora" in refusal("--train_type", "lora")
     assert "--no_rope_fusion takes true or false" in refusal("--no_rope_fusion", "perhaps")
+    assert "--distributed_timeout_minutes takes a number" in refusal("--distributed_timeout_minutes", "long")
+    assert "--save (now --output_dir) needs a value" in refusal("--save")
 
 
 @pytest.mark.parametrize(("per_stage", "stages"), [(2, 2), (1, 4)])
