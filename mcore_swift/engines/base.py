@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from mcore_swift.data.batch import Batch
+    from mcore_swift.models.shards import LiveShard
     from mcore_swift.objectives.base import Objective
     from mcore_swift.plan.layout import Layout
 
@@ -41,14 +40,18 @@ class Engine(Protocol):
         """Forward only."""
         ...
 
-    def save_state(self, directory: "Path", holds: Sequence[str], extra: dict[str, Any]) -> None:
-        """Write this engine's part of a checkpoint into `directory`. Collective."""
+    def checkpoint_shards(self, holds: Sequence[str], *, for_loading: bool = False) -> "list[LiveShard]":
+        """Views of what a checkpoint that `holds` 'weights' and / or 'optimizer' keeps of this rank."""
         ...
 
-    def load_state(self, directory: "Path", holds: Sequence[str]) -> dict[str, Any]:
-        """Restore what `save_state` wrote, under this engine's layout; returns `extra`. Collective."""
+    def writes(self, shard: "LiveShard") -> bool:
+        """Whether this rank, of those that hold the same values, saves them."""
         ...
 
-    def export_hf(self, directory: "Path", *, source: str, max_shard_size: str) -> None:
-        """Write the weights as a Hugging Face checkpoint. Collective."""
+    def optimizer_step(self) -> int:
+        """Steps as the optimizer counts them."""
+        ...
+
+    def after_load(self, parts: Sequence[str], *, optimizer_step: int) -> None:
+        """Called when `parts` have been filled from a checkpoint."""
         ...

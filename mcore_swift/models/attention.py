@@ -85,7 +85,10 @@ class CoreAttention(MegatronModule):
                 scale=self.softmax_scale,
             )
         segments = zip(*(t.split(packing.lengths) for t in (query, key, value)), strict=True)
-        out = [self._causal(*(t.transpose(0, 1)[None] for t in segment))[0].transpose(0, 1) for segment in segments]
+        out = [
+            self._causal(*(t.transpose(0, 1)[None] for t in segment))[0].transpose(0, 1)
+            for segment in segments
+        ]
         return torch.cat(out)
 
     def _fits_varlen(self, query: Tensor) -> bool:

@@ -16,6 +16,7 @@ from mcore_swift.models.rope import Rotary, inverse_frequencies
 from mcore_swift.models.rules import RuleTable
 from mcore_swift.models.specs import block_spec, choose_implementation
 from mcore_swift.plan.layout import Layout
+from mcore_swift.plan.shape import padded_vocab_size
 
 
 @dataclass(frozen=True)
@@ -134,9 +135,3 @@ def build_model(
         model.rotary_pos_emb = Rotary(inverse_frequencies(plan.hf).to(device))
         chunks.append(model.to(device))
     return chunks
-
-
-def padded_vocab_size(vocab_size: int, divisible_by: int, tp: int) -> int:
-    """The smallest size, at least `vocab_size`, of which each of `tp` ranks holds a multiple of `divisible_by`."""
-    multiple = divisible_by * tp
-    return -(-vocab_size // multiple) * multiple

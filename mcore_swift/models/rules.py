@@ -104,7 +104,9 @@ class Vocab(Rule):
         stop = min(stop, hf_shapes[self.hf[0]][0])
         if start < stop:
             yield Block(
-                self.hf[0], ((start, stop), *rest), ((0, stop - start), *full_region(region_shape(tuple(rest))))
+                self.hf[0],
+                ((start, stop), *rest),
+                ((0, stop - start), *full_region(region_shape(tuple(rest)))),
             )
 
 

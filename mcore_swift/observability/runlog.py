@@ -94,9 +94,11 @@ class RunLog:
         self.meter.add(report)
         for logger in self._loggers:
             logger.after_step(report.step)
-        step = report.step
-        due = step == 1 or step % self.logging_steps == 0 or step == self.meter.total_steps
-        return self._write(self.meter.line()) if due else None
+        return self._write(self.meter.line()) if self.is_due(report.step) else None
+
+    def is_due(self, step: int) -> bool:
+        """Whether `after_step` of this step writes a line; the same on every rank."""
+        return step == 1 or step % self.logging_steps == 0 or step == self.meter.total_steps
 
     def after_eval(self, step: int, metrics: Mapping[str, float]) -> Line | None:
         """Log validation metrics (`loss` becomes `eval_loss`) as a line of its own."""

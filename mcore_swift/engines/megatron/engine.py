@@ -1,10 +1,12 @@
 """The Megatron engine: one model in any layout, and its optimizer."""
 
 import math
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 
 from mcore_swift.accelerator import get_accelerator
 from mcore_swift.data.batch import Batch
@@ -16,7 +18,10 @@ from mcore_swift.engines.megatron.forward_backward import (
     to_device,
 )
 from mcore_swift.engines.megatron.optimizer import build_optimizer, set_hyperparameters, wrap_for_gradients
+from mcore_swift.engines.megatron.optimizer_state import optimizer_shards, optimizer_step, set_optimizer_step
+from mcore_swift.engines.megatron.random_state import random_state, set_random_state
 from mcore_swift.models.build import ModelPlan, build_model, transformer_config
+from mcore_swift.models.shards import LiveShard, live_shards
 from mcore_swift.models.specs import choose_implementation
 from mcore_swift.objectives.base import Objective
 from mcore_swift.plan.layout import Layout
@@ -28,9 +33,12 @@ class MegatronEngine:
     chunks: the bare GPTModels of this rank, one for each virtual pipeline stage.
     """
 
-    def __init__(self, plan: ModelPlan, layout: Layout, args: Any, dtype: torch.dtype, *, train: bool = True) -> None:
+    def __init__(
+        self, plan: ModelPlan, layout: Layout, args: Any, dtype: torch.dtype, *, train: bool = True
+    ) -> None:
         self.plan = plan
         self.layout = layout
+        self.args = args
         self.dtype = dtype
         self.implementation = choose_implementation(args.transformer_impl)
         config = transformer_config(plan, layout, dtype, model_options(args))
@@ -61,6 +69,54 @@ class MegatronEngine:
             chunk.eval()
         return self._run(microbatches, objective, forward_only=True)
 
+    def checkpoint_shards(self, holds: Sequence[str], *, for_loading: bool = False) -> list[LiveShard]:
+        """What a checkpoint that holds 'weights' and / or 'optimizer' keeps of this rank: views, not copies."""
+        shards = live_shards(self.chunks) if "weights" in holds else []
+        if "optimizer" in holds:
+            shards += optimizer_shards(self.optimizer, self.chunks, for_loading=for_loading)
+        return shards
+
+    def writes(self, shard: LiveShard) -> bool:
+        """Whether this rank, of those that hold the same values, is the one to save them."""
+        stage_copy, tensor_copy, data_copy = shard.replica
+        if (stage_copy, tensor_copy) != (0, 0):
+            return False
+        if shard.key.startswith("optimizer.") and self.args.use_distributed_optimizer:
+            return True  # every data-parallel rank holds another part
+        return data_copy == zlib.crc32(shard.key.encode()) % self.layout.dp  # share the writing out
+
+    def optimizer_step(self) -> int:
+        """Steps the optimizer has taken, as it counts them itself."""
+        return optimizer_step(self.optimizer)
+
+    def after_load(self, parts: Sequence[str], *, optimizer_step: int) -> None:
+        """Make the optimizer agree with weights that have been filled from outside."""
+        if self.optimizer is None:
+            return
+        if "optimizer" in parts:
+            set_optimizer_step(self.optimizer, optimizer_step)
+        else:
+            self.optimizer.reload_model_params()
+
+    @property
+    def is_first_replica(self) -> bool:
+        return parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+
+    @property
+    def generators_name(self) -> str:
+        """File name of this rank's random state: data-parallel ranks share one."""
+        tensor, stage = (
+            parallel_state.get_tensor_model_parallel_rank(),
+            parallel_state.get_pipeline_model_parallel_rank(),
+        )
+        return f"tp{tensor}of{self.layout.tp}-pp{stage}of{self.layout.pp}.pt"
+
+    def random_state(self) -> dict[str, Any]:
+        return random_state()
+
+    def set_random_state(self, state: dict[str, Any]) -> None:
+        set_random_state(state)
+
     def _run(self, microbatches: Sequence[Batch], objective: Objective, *, forward_only: bool) -> StepResult:
         prepared = [self._prepare(batch) for batch in microbatches]
         sums = run_microbatches(self.model, prepared, objective, forward_only=forward_only)
@@ -87,7 +143,13 @@ def model_options(args: Any) -> dict[str, Any]:
     if args.recompute_granularity == "selective":
         options["recompute_modules"] = list(args.recompute_modules)
     if get_accelerator().is_cuda:
-        for name in ("masked_softmax_fusion", "bias_dropout_fusion", "bias_activation_fusion", "apply_rope_fusion",
-                     "gradient_accumulation_fusion", "cross_entropy_loss_fusion"):
+        for name in (
+            "masked_softmax_fusion",
+            "bias_dropout_fusion",
+            "bias_activation_fusion",
+            "apply_rope_fusion",
+            "gradient_accumulation_fusion",
+            "cross_entropy_loss_fusion",
+        ):
             options[name] = getattr(args, name)
     return options

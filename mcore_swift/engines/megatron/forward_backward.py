@@ -56,7 +56,9 @@ def run_microbatches(
     )
     if reports:
         return torch.stack(reports).sum(dim=0)
-    return torch.zeros(2 + len(objective.metrics), dtype=torch.float64, device=microbatches[0].batch.input_ids.device)
+    return torch.zeros(
+        2 + len(objective.metrics), dtype=torch.float64, device=microbatches[0].batch.input_ids.device
+    )
 
 
 def _forward_step(

@@ -21,7 +21,8 @@ def wrap_for_gradients(model: list[Any], args: Any) -> list[DistributedDataParal
     )
     # Interleaved chunks other than the first finish their gradients in bursts: one bucket, no overlap.
     wrapped = [
-        DistributedDataParallel(config, ddp, chunk, disable_bucketing=index > 0) for index, chunk in enumerate(model)
+        DistributedDataParallel(config, ddp, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(model)
     ]
     config.finalize_model_grads_func = finalize_model_grads
     if args.overlap_grad_reduce:

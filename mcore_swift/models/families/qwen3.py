@@ -18,7 +18,10 @@ class Qwen3(Qwen2):
 
     def layer_rules(self, hf: HFConfig, mcore_layer: str, hf_layer: str) -> list[Rule]:
         return super().layer_rules(hf, mcore_layer, hf_layer) + [
-            Same(f"{mcore_layer}.self_attention.{part}_layernorm.weight", (f"{hf_layer}.self_attn.{part}_norm.weight",))
+            Same(
+                f"{mcore_layer}.self_attention.{part}_layernorm.weight",
+                (f"{hf_layer}.self_attn.{part}_norm.weight",),
+            )
             for part in "qk"
         ]
 

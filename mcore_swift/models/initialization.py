@@ -1,0 +1,35 @@
+"""Random initial weights that do not depend on the layout.
+
+Every Hugging Face tensor is drawn whole from a generator seeded by (seed, its name), and a rank keeps its part. So
+a run from scratch starts from the same numbers whatever TP and PP are, and stages never share a stream.
+"""
+
+import zlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mcore_swift.models.rules import RuleTable, Shape, as_slices
+from mcore_swift.models.shards import live_shards
+
+
+@torch.no_grad()
+def initialize(chunks: Sequence[nn.Module], table: RuleTable, *, std: float, seed: int) -> None:
+    """Matrices from N(0, std^2), norm weights 1, biases 0: transformers' initialisation of Llama-like models."""
+    for shard in live_shards(chunks):
+        rule = table.by_mcore[shard.key]
+        shapes = rule.hf_shapes(shard.global_shape)
+        drawn: dict[str, Tensor] = {}
+        shard.data.zero_()
+        for block in rule.blocks(shard.region, shapes):
+            if block.name not in drawn:
+                drawn[block.name] = _draw(block.name, shapes[block.name], std, seed)
+            shard.data[as_slices(block.mcore)].copy_(drawn[block.name][as_slices(block.hf)])
+
+
+def _draw(name: str, shape: Shape, std: float, seed: int) -> Tensor:
+    if len(shape) == 1:
+        return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+    generator = torch.Generator().manual_seed((seed << 32) + zlib.crc32(name.encode()))
+    return torch.empty(shape).normal_(0.0, std, generator=generator)

@@ -1,0 +1,74 @@
+"""Which part of each megatron-core tensor a live model holds, as the model itself says.
+
+`sharded_state_dict` of megatron-core names every parameter and persistent buffer by its checkpoint key and gives
+its place in the whole tensor, whatever the layout: whoever copies weights needs to know nothing of TP, PP, EP.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from mcore_swift.models.rules import Region, Shape
+
+METADATA = {"non_homogeneous_layers": True, "singleton_local_shards": False}
+"""Asks megatron-core for one key a layer, by global number, and one key for both halves of a gated MLP."""
+
+
+@dataclass(frozen=True)
+class LiveShard:
+    """One rank's part of one tensor of a checkpoint.
+
+    data: the values, a view of the parameter: writing to it changes the model.
+    region: the part of the whole tensor (of shape `global_shape`, vocabulary padding included) that it holds.
+    replica: megatron-core's coordinates among the ranks that hold the same values, (stage, tensor, data) parallel.
+    """
+
+    key: str
+    data: torch.Tensor
+    region: Region
+    global_shape: Shape
+    replica: tuple[int, ...] = (0, 0, 0)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside data-parallel and mixed-precision wrappers."""
+    while isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module
+    return model
+
+
+@torch.no_grad()
+def live_shards(model_chunks: nn.Module | Sequence[nn.Module]) -> list[LiveShard]:
+    """All shards of this rank's model chunks. A tied output layer appears under the embedding's key.
+
+    Extra state (`..._extra_state`: FP8 scales of Transformer Engine) has no Hugging Face counterpart and is
+    left out.
+    """
+    chunks: Iterable[nn.Module] = [model_chunks] if isinstance(model_chunks, nn.Module) else model_chunks
+    return [shard for chunk in chunks for _, shard in parameter_shards(unwrap(chunk))]
+
+
+def parameter_shards(model: nn.Module) -> Iterator[tuple[torch.Tensor, LiveShard]]:
+    """Every parameter or buffer of a model chunk with each shard that is a view of it; gated halves are told apart."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+    for value in nested_values(model.sharded_state_dict(metadata=dict(METADATA))):
+        if isinstance(value, ShardedTensorFactory):
+            for part in nested_values(value.build()):
+                yield value.data, _shard(part)
+        elif isinstance(value, ShardedTensor):
+            yield value.data, _shard(value)
+
+
+def _shard(tensor) -> LiveShard:
+    data = tensor.data.detach()
+    for _ in range(tensor.prepend_axis_num):
+        data = data.unsqueeze(0)
+    region = tuple(
+        (start, start + size) for start, size in zip(tensor.global_offset, data.shape, strict=True)
+    )
+    replica = tensor.replica_id if isinstance(tensor.replica_id, tuple) else (0, 0, tensor.replica_id)
+    return LiveShard(tensor.key, data, region, tuple(tensor.global_shape), replica)

@@ -1,0 +1,295 @@
+"""Checkpoints: written so that a kill at any moment leaves the newest complete one loadable, read by any layout.
+
+A run's folder holds `checkpoint-N/` for the steps that were saved, and `latest`, a link to the newest. Each holds
+`manifest.json` (what is in it), `args.json`, `mcore/` (torch_dist: weights, optimizer, generators) and the files
+that make it a Hugging Face checkpoint as well: config, tokenizer and, on request, weights.
+"""
+
+import contextlib
+import re
+import shutil
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from converters.pending import check_free_space, disk_errors, pending_directory
+from converters.ranks import Ranks
+from converters.shard_files import Contents, read_shards, write_contents, write_shards
+from converters.side_files import copy_side_files
+from mcore_swift.errors import UserError
+from mcore_swift.models.shards import LiveShard
+from mcore_swift.observability import Limit
+from mcore_swift.training.manifest import Manifest, versions
+from mcore_swift.training.state import TrainState
+
+MCORE = "mcore"
+GENERATORS = "rng"
+LATEST = "latest"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def checkpoints_in(run_dir: Path) -> list[tuple[int, Path]]:
+    """Complete checkpoints of a run, (step, folder), oldest first. A folder without a manifest is none."""
+    found = []
+    for path in run_dir.glob("checkpoint-*"):
+        match = _NAME.fullmatch(path.name)
+        if match and (path / "manifest.json").is_file():
+            found.append((int(match.group(1)), path))
+    return sorted(found)
+
+
+def find_checkpoint(place: Path) -> Path:
+    """The checkpoint that `place` is, or the newest complete one of the run folder or output folder it is.
+
+    Raises UserError if there is none.
+    """
+    if (place / "manifest.json").is_file():
+        return place
+    runs = [place, *sorted(place.glob("v*-*"), key=lambda run: _version(run.name))]
+    newest = [found[-1] for run in runs if (found := checkpoints_in(run))]
+    if not newest:
+        raise UserError(
+            f"{place} holds no complete checkpoint",
+            remedy="give a checkpoint-N folder, or a run folder that has one",
+        )
+    return newest[-1][1]
+
+
+def _version(name: str) -> int:
+    digits = re.match(r"v(\d+)-", name)
+    return int(digits.group(1)) if digits else -1
+
+
+class Checkpoints:
+    """Writes and reads the checkpoints of one run.
+
+    source_dir: the Hugging Face folder whose config and tokenizer go along. export_hf: writes the weights in
+    Hugging Face form into a folder (collective), or None. limit: how many checkpoints are kept, besides the
+    best one. timeout_s: longest time a save may take.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        engine: Any,
+        args: Any,
+        *,
+        source_dir: str,
+        ranks: Ranks,
+        export_hf: Callable[[Path], None] | None = None,
+        timeout_s: float = 3600.0,
+    ) -> None:
+        self.run_dir = run_dir
+        self.engine = engine
+        self.args = args
+        self.source_dir = source_dir
+        self.ranks = ranks
+        self.timeout_s = timeout_s
+        self._export_hf = export_hf
+        self._pending: _BackgroundSave | None = None
+
+    @property
+    def holds(self) -> list[str]:
+        left_out = {"optimizer": self.args.no_save_optim, "rng": self.args.no_save_rng}
+        return [part for part in ("weights", "optimizer", "rng", "data") if not left_out.get(part)]
+
+    def save(self, state: TrainState) -> None:
+        """Write checkpoint-<step>. Collective; with `--async_save` the rest is done by later calls of `poll`.
+
+        Raises UserError on every rank, leaving no trace of this checkpoint and all earlier ones as they were,
+        if the disk is full or refuses.
+        """
+        self.poll(wait=True)
+        final = self.run_dir / f"checkpoint-{state.step}"
+        with Limit(f"save of {final.name}", self.timeout_s), contextlib.ExitStack() as stack:
+            folder = stack.enter_context(pending_directory(final, self.ranks, exist_ok=True))
+            shards = self._prepare(folder)
+            self._together(lambda: self._write_description(folder, state))
+            if self._export_hf is not None:
+                self._export_hf(folder)
+            self._together(lambda: self._write_generators(folder))
+            writing = _BackgroundSave(
+                folder, state, lambda: write_shards(folder / MCORE, self.ranks.rank, shards)
+            )
+            if self.args.async_save:
+                # The model goes on changing: what is written is a copy.
+                shards[:] = [_copied(shard) for shard in shards]
+                writing.start()
+                writing.stack = stack.pop_all()
+                self._pending = writing
+                return
+            writing.run()
+            self._finish(writing)
+        self._after_save(state)
+
+    def poll(self, *, wait: bool = False) -> None:
+        """Finish a save that goes on in the background, if every rank has written its part. Collective."""
+        writing = self._pending
+        if writing is None:
+            return
+        if not wait and not all(self.ranks.gather(writing.done)):
+            return
+        self._pending = None
+        with Limit(f"save of checkpoint-{writing.state.step}", self.timeout_s), writing.stack:
+            writing.join()
+            self._finish(writing)
+        self._after_save(writing.state)
+
+    def _prepare(self, folder: Path) -> list[LiveShard]:
+        """The shards this rank writes, after looking whether all ranks' fit on the disk. Collective."""
+        shards = [shard for shard in self.engine.checkpoint_shards(self.holds) if self.engine.writes(shard)]
+        needed = sum(self.ranks.gather(sum(shard.data.nbytes for shard in shards)))
+
+        def make() -> None:
+            check_free_space(folder, needed)
+            (folder / MCORE).mkdir()
+            if "rng" in self.holds:
+                (folder / GENERATORS).mkdir()
+
+        self._together(make, only_first=True)
+        return shards
+
+    def _write_description(self, folder: Path, state: TrainState) -> None:
+        if not self.ranks.is_first:
+            return
+        copy_side_files(self.source_dir, folder, self.engine.dtype)
+        self.args.save(folder)
+
+    def _write_generators(self, folder: Path) -> None:
+        if "rng" in self.holds and self.engine.is_first_replica:
+            path = folder / GENERATORS / self.engine.generators_name
+            with disk_errors(path):
+                torch.save(self.engine.random_state(), path)
+
+    def _finish(self, writing: "_BackgroundSave") -> None:
+        """Join what the ranks wrote; the folder is complete afterwards. Collective."""
+        self.ranks.agree(writing.error)
+        contents = self.ranks.gather(writing.contents)
+
+        def describe() -> None:
+            write_contents(writing.folder / MCORE, contents, {"step": writing.state.step})
+            Manifest(
+                holds=self.holds,
+                step=writing.state.step,
+                consumed_samples=writing.state.consumed_samples,
+                layout=asdict(self.engine.layout),
+                dtype=str(self.engine.dtype).removeprefix("torch."),
+                family=self.engine.plan.family.name,
+                versions=versions(),
+                args="args.json",
+                optimizer_step=self.engine.optimizer_step(),
+                train_state=writing.state.to_dict(),
+            ).write(writing.folder)
+
+        self._together(describe, only_first=True)
+
+    def _after_save(self, state: TrainState) -> None:
+        if self.ranks.is_first:
+            _point_to(self.run_dir / LATEST, f"checkpoint-{state.step}")
+            self._rotate(state)
+
+    def _rotate(self, state: TrainState) -> None:
+        limit = self.args.save_total_limit
+        if not limit:
+            return
+        kept = [path for step, path in checkpoints_in(self.run_dir) if step != state.best_step]
+        has_best = any(step == state.best_step for step, _ in checkpoints_in(self.run_dir))
+        for path in kept[: max(0, len(kept) - max(1, limit - has_best))]:
+            doomed = path.with_name(f".{path.name}.deleting")  # never half-deleted under its own name
+            path.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+    def _together(self, action: Callable[[], Any], *, only_first: bool = False) -> None:
+        """Run an action, on the first rank or on all, and raise on all what went wrong on any."""
+        error: Exception | None = None
+        try:
+            if self.ranks.is_first or not only_first:
+                action()
+        except Exception as raised:
+            error = raised
+        self.ranks.agree(error)
+
+
+class _BackgroundSave:
+    """This rank's part of a save, done here or in a thread."""
+
+    def __init__(self, folder: Path, state: TrainState, write: Callable[[], Contents]) -> None:
+        self.folder = folder
+        self.state = TrainState(**state.to_dict())
+        self.contents: Contents | None = None
+        self.error: Exception | None = None
+        self.stack = contextlib.ExitStack()
+        self._write = write
+        self._thread: threading.Thread | None = None
+
+    def run(self) -> None:
+        try:
+            self.contents = self._write()
+        except Exception as raised:
+            self.error = raised
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self.run, name=f"save of step {self.state.step}", daemon=True)
+        self._thread.start()
+
+    @property
+    def done(self) -> bool:
+        return self._thread is None or not self._thread.is_alive()
+
+    def join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+
+
+def _copied(shard: LiveShard) -> LiveShard:
+    return LiveShard(
+        shard.key, shard.data.detach().to("cpu", copy=True), shard.region, shard.global_shape, shard.replica
+    )
+
+
+def _point_to(link: Path, target: str) -> None:
+    """Make `link` a link to its neighbour `target`; it never points nowhere."""
+    partial = link.with_name(f".{link.name}.new")
+    partial.unlink(missing_ok=True)
+    partial.symlink_to(target)
+    partial.replace(link)
+
+
+def load_checkpoint(
+    folder: Path, engine: Any, *, parts: Sequence[str], notify: Callable[[str], None] = lambda _: None
+) -> Manifest:
+    """Fill the engine with `parts` ('weights', 'optimizer', 'rng') of a checkpoint, whatever layout wrote it.
+
+    Raises UserError if the checkpoint does not hold a part, or only some of its tensors.
+    """
+    manifest = Manifest.read(folder)
+    absent = [part for part in parts if part not in manifest.holds]
+    if absent:
+        raise UserError(
+            f"{folder} holds {' and '.join(manifest.holds)}, and no {' and no '.join(absent)}",
+            remedy="start from its weights alone with --mcore_model, or add "
+            + " ".join(
+                {"optimizer": "--no_load_optim true", "rng": "--no_load_rng true"}[part] for part in absent
+            ),
+        )
+    shards = engine.checkpoint_shards(parts, for_loading=True)
+    missing = read_shards(folder / MCORE, shards)
+    if missing:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise UserError(
+            f"{folder} does not hold {shown}", remedy="it is a checkpoint of another model or optimizer"
+        )
+    engine.after_load(parts, optimizer_step=manifest.optimizer_step)
+    if "rng" in parts:
+        generators = folder / GENERATORS / engine.generators_name
+        if generators.is_file():
+            engine.set_random_state(torch.load(generators, weights_only=True))
+        else:
+            notify(
+                "the layout differs from the checkpoint's: random generators (dropout) start from the seed"
+            )
+    return manifest

@@ -1,0 +1,163 @@
+"""The training loop."""
+
+import gc
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mcore_swift.accelerator import get_accelerator
+from mcore_swift.data import EvalSteps, Prefetcher, Steps
+from mcore_swift.engines.base import Engine, StepResult
+from mcore_swift.objectives.base import Objective
+from mcore_swift.observability import Limit, RunLog, StepReport
+from mcore_swift.plan.flops import training_flops_of_sums
+from mcore_swift.plan.shape import ModelShape
+from mcore_swift.training.checkpoint import Checkpoints
+from mcore_swift.training.schedule import Schedule
+from mcore_swift.training.state import TrainState
+
+
+@dataclass
+class Run:
+    """Everything a training run consists of. dp_rank: which part of each global batch this process takes."""
+
+    args: Any
+    engine: Engine
+    objective: Objective
+    data: Steps
+    validation: EvalSteps | None
+    schedule: Schedule
+    checkpoints: Checkpoints
+    log: RunLog
+    shape: ModelShape
+    state: TrainState
+    dp_rank: int
+
+
+def train(run: Run) -> TrainState:
+    """Train from `run.state` to the last step; returns where it ended.
+
+    Raises FloatingPointError, after naming the step, if the loss is no longer a number; the weights of the step
+    before are the newest then.
+    """
+    state = run.state
+    with _garbage(run.args), run.log, _prefetch(run, run.data, state.step, run.data.total_steps) as batches:
+        started = time.perf_counter()
+        for step, microbatches in batches:
+            lr, weight_decay = run.schedule.lr(step), run.schedule.weight_decay(step)
+            with Limit(f"training step {step + 1}", 2 * run.args.ddp_timeout):
+                result = run.engine.train_step(microbatches, run.objective, lr=lr, weight_decay=weight_decay)
+            state.step = step + 1
+            state.consumed_samples = run.data.consumed(state.step)
+            now = time.perf_counter()
+            _report(run, result, lr, seconds=now - started, data_wait=batches.wait_seconds)
+            _collect(run.args, state.step)
+            _evaluate_and_save(run)
+            started = time.perf_counter()
+        run.checkpoints.poll(wait=True)
+    return state
+
+
+def evaluate(run: Run) -> StepResult:
+    """Mean loss per token over the validation set, or over its first `eval_iters` global batches."""
+    steps = run.validation.total_steps
+    if run.args.eval_iters > 0:
+        steps = min(steps, run.args.eval_iters)
+    total = StepResult(0.0, 0)
+    with _prefetch(run, run.validation, 0, steps) as batches:
+        for _, microbatches in batches:
+            result = run.engine.evaluate_step(microbatches, run.objective)
+            total.loss += result.loss * result.count
+            total.count += result.count
+    total.loss /= max(total.count, 1)
+    return total
+
+
+def _evaluate_and_save(run: Run) -> None:
+    state, last = run.state, run.state.step == run.data.total_steps
+    every = run.args.eval_steps or run.args.save_steps
+    if run.validation is not None and run.args.eval_iters != 0 and (last or state.step % every == 0):
+        if run.args.manual_gc and run.args.manual_gc_eval:
+            gc.collect()
+        loss = evaluate(run).loss
+        run.log.after_eval(state.step, {"loss": loss})
+        if state.best_loss is None or loss < state.best_loss:
+            state.best_loss, state.best_step = loss, state.step
+    if last or _save_is_due(run):
+        state.data = run.data.state_dict(state.step)
+        run.checkpoints.save(state)
+    else:
+        run.checkpoints.poll()
+
+
+def _save_is_due(run: Run) -> bool:
+    step = run.state.step
+    if run.args.save_strategy == "epoch":
+        return int(run.data.epoch(step)) > int(run.data.epoch(step - 1))
+    return step % run.args.save_steps == 0
+
+
+def _prefetch(run: Run, data: Any, start: int, stop: int) -> Prefetcher:
+    def make(step: int) -> list[Any]:
+        return data.step(step, run.dp_rank, run.engine.layout.dp)
+
+    args = run.args
+    workers, ahead = args.dataloader_num_workers, args.dataloader_prefetch_factor
+    return Prefetcher(make, start, stop, workers=workers, ahead=ahead, limit=args.ddp_timeout)
+
+
+def _report(run: Run, result: StepResult, lr: float, *, seconds: float, data_wait: float) -> None:
+    state, info = run.state, run.data.info(run.state.step - 1)
+    peak = get_accelerator().memory_peak_bytes()
+    if run.log.is_due(state.step):  # the same step on every rank: what the slowest and fullest rank says
+        seconds, data_wait, peak = _largest(seconds, data_wait, peak)
+    padding = info.padding_share
+    run.log.after_step(
+        StepReport(
+            step=state.step,
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            learning_rate=lr,
+            tokens=info.num_tokens,
+            loss_count=result.count,
+            padded_tokens=round(info.num_tokens * padding / (1 - padding)),
+            samples=info.num_samples,
+            flops=training_flops_of_sums(run.shape, info.num_tokens, info.sum_of_squares),
+            step_time_s=seconds,
+            data_wait_s=data_wait,
+            memory_peak_bytes=int(peak),
+            metrics=result.metrics,
+            consumed_samples=state.consumed_samples,
+            epoch=run.data.epoch(state.step),
+        )
+    )
+
+
+def _largest(*values: float) -> list[float]:
+    """Each value's largest over all ranks. Collective."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=get_accelerator().device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+@contextmanager
+def _garbage(args: Any) -> Iterator[None]:
+    """With `--manual_gc`, Python collects garbage only when it is told to: on all ranks in the same step."""
+    if not args.manual_gc:
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _collect(args: Any, step: int) -> None:
+    if args.manual_gc and args.manual_gc_steps and step % args.manual_gc_steps == 0:
+        gc.collect()

@@ -1,0 +1,231 @@
+"""A training command from its arguments to its last checkpoint, in each process of the run."""
+
+import logging
+import os
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from converters.export import write_hf
+from converters.hf_reader import HFReader
+from converters.load import load_hf
+from converters.ranks import Ranks
+from mcore_swift.accelerator import get_accelerator
+from mcore_swift.config.checkpoint import size_bytes
+from mcore_swift.data import PreparedData, prepare
+from mcore_swift.engines.megatron import process_groups
+from mcore_swift.engines.megatron.engine import MegatronEngine
+from mcore_swift.errors import UserError, raise_together
+from mcore_swift.models.build import ModelPlan, read_model
+from mcore_swift.models.initialization import initialize
+from mcore_swift.objectives.sft import NextToken
+from mcore_swift.observability import Meter, RunLog, configure_logging
+from mcore_swift.plan.layout import Layout
+from mcore_swift.plan.peaks import peak_tflops
+from mcore_swift.plan.preflight import read_shape
+from mcore_swift.training.checkpoint import Checkpoints, find_checkpoint, load_checkpoint
+from mcore_swift.training.loop import Run, train
+from mcore_swift.training.schedule import Schedule
+from mcore_swift.training.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+
+def train_main(args: Any) -> int:
+    """Train as the arguments say. Called in every process of the run; returns the exit code."""
+    configure_logging()
+    layout = Layout.from_args(args, int(os.environ.get("WORLD_SIZE", "1")))
+    backend = None if args.ddp_backend == "auto" else args.ddp_backend
+    process_groups.start(layout, seed=args.seed, timeout_s=args.ddp_timeout, backend=backend)
+    try:
+        run = build_run(args, layout, Ranks())
+        _say_what_starts(run)
+        state = train(run)
+        _say_what_ended(run, state)
+    finally:
+        process_groups.stop()
+    return 0
+
+
+def build_run(args: Any, layout: Layout, ranks: Ranks) -> Run:
+    """Data, model, optimizer and checkpoints of a run, filled from where it starts. Collective."""
+    resume = _resume_from(args, ranks)
+    run_dir = _run_folder(args, resume, ranks)
+    plan = read_model(args.model)
+    data = _prepare_data(args, layout, plan, run_dir, ranks)
+    engine = MegatronEngine(plan, layout, args, model_dtype(args, plan))
+    state = _fill(engine, args, data, resume, ranks)
+
+    def export(folder: Path) -> None:
+        write_hf(
+            engine.chunks,
+            plan.table,
+            args.model,
+            folder,
+            size_bytes(args.max_shard_size),
+            engine.dtype,
+            ranks,
+        )
+
+    checkpoints = Checkpoints(
+        run_dir,
+        engine,
+        args,
+        source_dir=args.model,
+        ranks=ranks,
+        export_hf=export if args.save_safetensors else None,
+        timeout_s=max(3600.0, args.ddp_timeout),
+    )
+    return Run(
+        args=args,
+        engine=engine,
+        objective=NextToken(),
+        data=data.train,
+        validation=data.val,
+        schedule=Schedule.from_args(args, data.train.total_steps),
+        checkpoints=checkpoints,
+        log=_open_log(args, run_dir, data, state, ranks),
+        shape=read_shape(Path(args.model)),
+        state=state,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+    )
+
+
+def model_dtype(args: Any, plan: ModelPlan) -> torch.dtype:
+    """Precision of the parameters: the one asked for, else the checkpoint's."""
+    if args.torch_dtype:
+        return getattr(torch, args.torch_dtype)
+    stored = getattr(plan.hf, "dtype", None) or torch.float32
+    stored = getattr(torch, stored) if isinstance(stored, str) else stored
+    if stored is torch.float16:
+        logger.warning("the checkpoint is in float16, which is not trained in: using bfloat16")
+        return torch.bfloat16
+    return stored
+
+
+def _resume_from(args: Any, ranks: Ranks) -> Path | None:
+    """The checkpoint to continue, the same on every rank, or None for a fresh start."""
+    if args.resume == "none":
+        return None
+    found: Path | None = None
+    error: UserError | None = None
+    if ranks.is_first:
+        try:
+            found = find_checkpoint(Path(args.output_dir if args.resume == "auto" else args.resume))
+        except UserError as raised:
+            error = None if args.resume == "auto" else raised
+    ranks.agree(error)
+    return ranks.gather(found)[0]
+
+
+def _run_folder(args: Any, resume: Path | None, ranks: Ranks) -> Path:
+    """The folder of logs and checkpoints: a new version of the output folder, or the one that is continued."""
+    output = Path(args.output_dir)
+    chosen = output
+    if ranks.is_first:
+        if resume is not None and output.resolve() in (resume.resolve(), *resume.resolve().parents):
+            chosen = resume.parent
+        elif args.add_version:
+            versions = [int(path.name[1:].split("-")[0]) for path in output.glob("v[0-9]*-*")]
+            chosen = output / f"v{max(versions, default=-1) + 1}-{datetime.now():%Y%m%d-%H%M%S}"
+        chosen.mkdir(parents=True, exist_ok=True)
+        args.save(chosen)
+    return ranks.gather(chosen)[0]
+
+
+def _prepare_data(args: Any, layout: Layout, plan: ModelPlan, run_dir: Path, ranks: Ranks) -> PreparedData:
+    from transformers import AutoTokenizer
+
+    is_builder = (
+        os.environ.get("LOCAL_RANK", "0") == "0"
+    )  # one for each machine, which may have disks of its own
+    data, error = None, None
+    try:
+        data = prepare(
+            args,
+            AutoTokenizer.from_pretrained(args.model),
+            is_builder=is_builder,
+            barrier=lambda: ranks.gather(None),
+            output_dir=run_dir,
+            padding_multiple=layout.tp if layout.sequence_parallel else 1,
+            model_max_length=plan.hf.max_position_embeddings,
+        )
+    except UserError as raised:
+        error = raised
+    told = ranks.gather((is_builder, error))
+    # A rank that waited for a builder that failed only knows that there is nothing to read.
+    causes = [mistake for builder, mistake in told if builder and mistake] or [m for _, m in told if m]
+    raise_together({str(cause): cause for cause in causes}.values())
+    if ranks.is_first:
+        for line in data.report.lines():
+            logger.info(line)
+    return data
+
+
+def _fill(
+    engine: MegatronEngine, args: Any, data: PreparedData, resume: Path | None, ranks: Ranks
+) -> TrainState:
+    """Give the engine its first weights, or all that a checkpoint holds; returns the state to go on from."""
+    if resume is not None:
+        wanted = {"weights": True, "optimizer": not args.no_load_optim, "rng": not args.no_load_rng}
+        parts = [part for part, is_wanted in wanted.items() if is_wanted]
+        manifest = load_checkpoint(resume, engine, parts=parts, notify=logger.info)
+        state = TrainState(**manifest.train_state)
+        for warning in data.train.load_state_dict(state.data):
+            logger.warning(warning)
+        logger.info(f"resumed from {resume}: step {state.step}")
+        return state
+    if args.mcore_model:
+        load_checkpoint(
+            find_checkpoint(Path(args.mcore_model)), engine, parts=["weights"], notify=logger.info
+        )
+    elif args.perform_initialization:
+        std = engine.plan.hf.initializer_range
+        initialize(engine.chunks, engine.plan.table, std=std, seed=args.seed)
+        engine.after_load(["weights"], optimizer_step=0)
+    else:
+        stats = load_hf(engine.chunks, HFReader(args.model), engine.plan.table, ranks)
+        engine.after_load(["weights"], optimizer_step=0)
+        logger.info(f"read {stats.bytes_read / 1e6:.0f} MB of weights in {stats.seconds:.1f} s")
+    return TrainState()
+
+
+def _open_log(args: Any, run_dir: Path, data: PreparedData, state: TrainState, ranks: Ranks) -> RunLog:
+    accelerator = get_accelerator()
+    peak = args.device_peak_tflops or peak_tflops(accelerator.name)
+    meter = Meter(
+        total_steps=data.train.total_steps,
+        world_size=ranks.size,
+        start_step=state.step,
+        peak_flops=peak * 1e12 if peak else None,
+    )
+    report_to = [name for name in args.report_to if name != "none"]
+    return RunLog(
+        run_dir,
+        meter,
+        is_writer=ranks.is_first,
+        logging_steps=args.logging_steps,
+        report_to=report_to,
+        required=report_to != ["tensorboard"],
+    )
+
+
+def _say_what_starts(run: Run) -> None:
+    accelerator, engine = get_accelerator(), run.engine
+    logger.info(
+        f"{engine.plan.family.name} in {str(engine.dtype).removeprefix('torch.')} on {engine.layout} "
+        f"({accelerator.name}, {accelerator.backend}, layers: {engine.implementation}), "
+        f"{run.data.total_steps} steps, output in {run.checkpoints.run_dir}"
+    )
+
+
+def _say_what_ended(run: Run, state: TrainState) -> None:
+    best = (
+        f"; best loss {state.best_loss:.4f} at step {state.best_step}" if state.best_loss is not None else ""
+    )
+    logger.info(
+        f"done: step {state.step}{best}; checkpoint in {run.checkpoints.run_dir / f'checkpoint-{state.step}'}"
+    )
