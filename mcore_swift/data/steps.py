@@ -65,9 +65,16 @@ class _Batches:
         return [self._batch(units[units >= 0], b, s) for units in micro[dp_rank::dp_size]]
 
     def prefetch(
-        self, start: int, stop: int | None = None, *, dp_rank: int = 0, dp_size: int = 1, workers: int = 1, ahead: int = 2
+        self,
+        start: int,
+        stop: int | None = None,
+        *,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        workers: int = 1,
+        ahead: int = 2,
     ) -> Prefetcher:
-        """Iterate over `(k, batches)` of this rank from step `start` to before `stop` (None: the end), prepared ahead."""
+        """Iterate over `(k, batches)` of this rank, k from `start` to before `stop` (None: the end), prepared ahead."""
         self.check_divides(dp_size)
         stop = self.total_steps if stop is None else stop
         return Prefetcher(lambda k: self.step(k, dp_rank, dp_size), start, stop, workers, ahead)

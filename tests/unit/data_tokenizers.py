@@ -23,8 +23,8 @@ THINKING = """{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.ro
 # as DeepSeek-R1: the prompt opens the thought, history drops it; the end token only after answers
 OPEN_THOUGHT = """{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '<|user|>' + m.content }}{% elif m.role == 'assistant' %}{% set content = m.content %}{% if '</think>' in content %}{% set content = content.split('</think>')[-1] %}{% endif %}{{ '<|assistant|>' }}{% generation %}{{ content + eos_token }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|><think>\n' }}{% endif %}"""  # noqa: E501
 
-# looks at both ends of what the user says, so that it cannot be marked there; one end token for the whole
-PICKY = """{% for m in messages %}{% if m.role == 'user' %}{{ ('Q: ' if m.content.endswith('?') else 'S: ') + m.content + '\n' }}{% elif m.role == 'assistant' %}{{ 'A: ' }}{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'A: ' }}{% endif %}"""  # noqa: E501
+# counts the letters of what the user says, so that no mark can be put there
+PICKY = """{% for m in messages %}{% if m.role == 'user' %}{{ 'Q' ~ m.content | length ~ ': ' + m.content + '\n' }}{% elif m.role == 'assistant' %}{{ 'A: ' }}{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'A: ' }}{% endif %}"""  # noqa: E501
 
 TEMPLATES = {
     "chatml": CHATML,
@@ -38,7 +38,14 @@ TEMPLATES = {
 
 _SPECIAL = (
     *("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "[INST]", "[/INST]"),
-    *("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"),
+    *(
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<|eot_id|>",
+        "[TOOL_CALLS]",
+        "[TOOL_RESULTS]",
+        "[/TOOL_RESULTS]",
+    ),
 )
 _CORPUS = [
     "What is two plus three? It is five. The system says hello to the user and to the assistant.",
@@ -65,9 +72,13 @@ def _trained(eos: str, bos: bool, trim: bool) -> Tokenizer:
     return tokenizer
 
 
-def make_tokenizer(template: str | None = "chatml", bos: bool = False, trim: bool = True) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer; `bos` puts <s> before documents, `trim` drops white space from offsets as GPT-2 does."""
-    eos = {"llama3": "<|eot_id|>", "llama2": "</s>", "mistral": "</s>", "open_thought": "</s>"}.get(template, "<|im_end|>")
+def make_tokenizer(
+    template: str | None = "chatml", bos: bool = False, trim: bool = True
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer; `bos`: <s> before documents, `trim`: no white space in offsets, as GPT-2."""
+    eos = {"llama3": "<|eot_id|>", "llama2": "</s>", "mistral": "</s>", "open_thought": "</s>"}.get(
+        template, "<|im_end|>"
+    )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_trained(eos, bos, trim).to_str()),
         bos_token="<s>",

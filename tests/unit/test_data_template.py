@@ -26,7 +26,9 @@ CONVERSATIONS = {
     "one turn": turns("What is two plus three?", "It is five."),
     "three turns": turns("hello", "hello to you", "why?", "because", "Yes?", "No."),
     "system": turns("hello", "hello", "Is it?", "It is.", system="Say hello."),
-    "the answer is in the prompt": turns("It is five. It is five.", "It is five.", "It is five.", "It is five."),
+    "the answer is in the prompt": turns(
+        "It is five. It is five.", "It is five.", "It is five.", "It is five."
+    ),
     "template words in the text": turns("assistant\nuser", "\nassistant\n", "[/INST] </s", "S: A: user"),
     "white space around": turns(" hello \n", "\n  five \n\n", "why? ", " because\n"),
     "begins as a tag": turns("hello", "<b>five</b>", "why?", "<think"),
@@ -94,7 +96,9 @@ def test_tokenizer_without_offsets_gives_the_same(template):
 
     fast = make_tokenizer(template, trim=False)
     for name in ("three turns", "system", "the answer is in the prompt", "many bytes"):
-        for one, other in zip(encode(fast, CONVERSATIONS[name]), encode(Slow(fast), CONVERSATIONS[name]), strict=True):
+        for one, other in zip(
+            encode(fast, CONVERSATIONS[name]), encode(Slow(fast), CONVERSATIONS[name]), strict=True
+        ):
             np.testing.assert_array_equal(one, other)
 
 
@@ -115,7 +119,14 @@ def test_tool_calls_are_learnt_and_responses_are_not():
     }
     conversation = to_conversation(row, {})
     chat = [turn.chat() for turn in conversation.turns]
-    assert [len(turn.tool_calls) for turn in conversation.turns] == [0, 2, 0, 0, 0, 0]  # parallel calls are one turn
+    assert [len(turn.tool_calls) for turn in conversation.turns] == [
+        0,
+        2,
+        0,
+        0,
+        0,
+        0,
+    ]  # parallel calls are one turn
     ids, mask = expected(tokenizer, chat, tools=tools)
     encoded = Encoder(tokenizer, DataSettings(), None).encode([RawRow(0, "here:1", row)])
     np.testing.assert_array_equal(encoded.ids, ids)
@@ -134,7 +145,9 @@ def test_a_template_that_leaves_tool_calls_out_is_refused():
 
 def test_what_the_template_says_about_a_row_reaches_the_user():
     row = {"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]}
-    (problem,) = Encoder(make_tokenizer("llama2"), DataSettings(), None).encode([RawRow(0, "f:3", row)]).problems
+    (problem,) = (
+        Encoder(make_tokenizer("llama2"), DataSettings(), None).encode([RawRow(0, "f:3", row)]).problems
+    )
     assert "f:3" in str(problem) and "roles must alternate" in str(problem)
 
 
@@ -184,7 +197,9 @@ def test_no_chat_template_is_an_error_with_a_remedy():
 @pytest.mark.parametrize("bos", [False, True])
 def test_plain_text_is_learnt_whole_and_ends_with_eos(bos):
     tokenizer = make_tokenizer(None, bos=bos)
-    ids, weights = encode(tokenizer, [{"role": "assistant", "content": "Why, then?"}], use_chat_template=False)
+    ids, weights = encode(
+        tokenizer, [{"role": "assistant", "content": "Why, then?"}], use_chat_template=False
+    )
     whole = tokenizer("Why, then?", add_special_tokens=True)["input_ids"] + [tokenizer.eos_token_id]
     np.testing.assert_array_equal(ids, whole)
     assert weights[1:].all()  # the first token is nobody's target
