@@ -62,7 +62,9 @@ def _look(path: Path, settings: DataSettings) -> set[str]:
                 raise broken from None
         if number == _LOOKED_AT or (names and not settings.columns):
             break
-    if broken and not names:
+    if (
+        broken and not names and number < _LOOKED_AT
+    ):  # that is all of it; a longer file is judged when it is read
         raise broken
     if number == 0:
         raise UserError(f"{path}: the file has no rows")
