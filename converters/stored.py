@@ -17,8 +17,8 @@ from mcore_swift.models.rules import Region, Shape, region_shape
 STAGING_BYTES = 8 << 20
 """Size of the one buffer through which data goes that cannot be read straight into its target."""
 
-DIRECT_RUN_BYTES = 64 << 10
-"""Columns narrower than this are cut out of whole rows in memory: a system call for each row costs more."""
+DIRECT_RUN_BYTES = 4 << 10
+"""Columns narrower than this, a page of the disk, are cut out of whole rows in memory."""
 
 MAX_OPEN_FILES = 64
 
@@ -92,7 +92,7 @@ class RegionReader:
 
     def _copy_run(self, stored: StoredTensor, offset: int, out: torch.Tensor) -> None:
         """`out.numel()` consecutive values."""
-        if out.dtype == stored.dtype and out.device.type == "cpu" and out.is_contiguous():
+        if _is_plain(out, stored.dtype):
             self._pread(stored.path, _bytes_of(out), offset)
             return
         row_bytes = out[0].numel() * stored.dtype.itemsize
@@ -111,8 +111,14 @@ class RegionReader:
         """The same columns of consecutive rows: `out.shape[0]` runs whose starts are `row_bytes` apart."""
         run_bytes = out[0].numel() * stored.dtype.itemsize
         if run_bytes >= DIRECT_RUN_BYTES or row_bytes > STAGING_BYTES:
-            for row in range(out.shape[0]):
-                self._copy_run(stored, offset + row * row_bytes, out[row])
+            if _is_plain(out, stored.dtype):
+                target = _bytes_of(out)
+                for row in range(out.shape[0]):
+                    run = target[row * run_bytes : (row + 1) * run_bytes]
+                    self._pread(stored.path, run, offset + row * row_bytes)
+            else:
+                for row in range(out.shape[0]):
+                    self._copy_run(stored, offset + row * row_bytes, out[row])
             return
         rows = STAGING_BYTES // row_bytes
         for first in range(0, out.shape[0], rows):
@@ -166,6 +172,11 @@ class Buffers:
         if self._memory.size < size:
             self._memory = torch.empty(max(size, self._size), dtype=torch.uint8).numpy()
         return torch.from_numpy(self._memory[:size]).view(dtype).view(shape)
+
+
+def _is_plain(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether the bytes of a file can go straight into a tensor's memory."""
+    return tensor.dtype == dtype and tensor.device.type == "cpu" and tensor.is_contiguous()
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -8,7 +8,7 @@ SIZES = {
     "vocab_size": 101,
     "hidden_size": 24,
     "intermediate_size": 40,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 4,  # two pipeline stages of two virtual ones
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,

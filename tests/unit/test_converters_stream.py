@@ -170,7 +170,7 @@ def test_every_mismatch_is_told_at_once(tmp_path):
     make_checkpoint("qwen3", hf)
     tensors = weights(hf)
     del tensors["model.layers.1.self_attn.q_norm.weight"], tensors["model.norm.weight"]
-    tensors["model.layers.3.mlp.gate_proj.weight"] = torch.zeros(2)
+    tensors["model.layers.4.mlp.gate_proj.weight"] = torch.zeros(2)
     tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(39, 24)
     tensors["lm_head.weight"] = torch.zeros(100, 24)
     save_file(tensors, hf / "model.safetensors")
@@ -178,7 +178,7 @@ def test_every_mismatch_is_told_at_once(tmp_path):
         to_mcore(hf, tmp_path / "mcore", table)
     message = str(caught.value)
     assert "lacks model.layers.1.self_attn.q_norm.weight, model.norm.weight" in message
-    assert "holds model.layers.3.mlp.gate_proj.weight, which the model" in message
+    assert "holds model.layers.4.mlp.gate_proj.weight, which the model" in message
     assert "should have one shape, not [(39, 24), (40, 24)]" in message
     assert "lm_head.weight has 100 rows, but vocab_size in config.json is 101" in message
     assert list((tmp_path / "mcore").iterdir()) == []
