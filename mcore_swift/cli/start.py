@@ -55,6 +55,7 @@ def check(command: str, argv: Sequence[str]) -> None:
     world_size = launch.world_size_from_env()  # now, since the file's ENV section may have a say in it
     reading.add(folder_problems(args))
     reading.add(preflight(args, world_size))
+    reading.add(family_problems(args))
     if getattr(args, "dataset", None):
         from ..data import check_sources
 
@@ -83,3 +84,33 @@ def folder_problems(args: Arguments) -> list[UserError]:
             UserError(f"--output_dir {output} is not empty", "give another, or add --exist_ok true")
         )
     return problems
+
+
+def family_problems(args: Arguments) -> list[UserError]:
+    """Whether `--model_type` names a family, and the one that config.json is of."""
+    from ..models.catalog import SUPPORTED_ARCHITECTURES
+    from ..plan.preflight import model_folder, read_config
+
+    if args.model_type is None:
+        return []
+    families = sorted(set(SUPPORTED_ARCHITECTURES.values()))
+    if args.model_type not in families:
+        return [
+            UserError(f"--model_type {args.model_type} is no family", f"choose from: {', '.join(families)}")
+        ]
+    if not args.model:
+        return []
+    try:
+        architectures = read_config(model_folder(args.model)).get("architectures") or []
+    except UserError:
+        return []  # said by preflight
+    found = {SUPPORTED_ARCHITECTURES.get(name) for name in architectures}
+    if args.model_type in found:
+        return []
+    named = ", ".join(architectures) or "no architecture"
+    return [
+        UserError(
+            f"--model_type {args.model_type}, but {args.model}/config.json says {named}",
+            "drop --model_type, or give another --model",
+        )
+    ]

@@ -22,8 +22,8 @@ class ModelArguments(Arguments):
     )
     model_type: str | None = arg(
         None,
-        "model family, as `mcore-swift list-models` names it",
-        default_text="by the architecture in config.json",
+        "family the model must be of, as `mcore-swift list-models` names it; another is refused",
+        default_text="any family, by the architecture in config.json",
     )
     torch_dtype: str | None = arg(
         None,
@@ -37,9 +37,6 @@ class ModelArguments(Arguments):
         "layers to build the model from: megatron-core's own (local, runs everywhere) or Transformer "
         "Engine's; auto takes the latter where it and CUDA are present",
         choices=("auto", "local", "transformer_engine"),
-    )
-    use_cpu_initialization: bool = arg(
-        False, "make random initial weights on the CPU, equal for every tensor-parallel size"
     )
     check_model: bool = arg(
         True,

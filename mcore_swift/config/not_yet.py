@@ -79,6 +79,9 @@ _MEGATRON = table(
         exp_avg_dtype="fp32",
         exp_avg_sq_dtype="fp32",
     ),
+    settings(
+        "no effect here: random weights are drawn the same under every layout", use_cpu_initialization=ANY
+    ),
     settings("this loss is not supported yet", enable_dft_loss=False, enable_channel_loss=False),
     settings("callbacks from the command line are not supported yet", callbacks=None),
     settings("plug-ins are not supported yet", external_plugins=None),

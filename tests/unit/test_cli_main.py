@@ -165,6 +165,12 @@ def test_mistakes_in_flags_files_and_layout_are_told_together(files, launched, m
     assert told.count("error: ") == 6, told
 
 
+def test_a_bare_command_says_what_it_needs(launched, capsys):
+    assert main(["sft", "--model_type", "qwen3"]) == 2
+    told = capsys.readouterr().err
+    assert told.count("error: ") == 3 and "--model is missing" in told and "--dataset is missing" in told
+
+
 def test_a_truncated_weight_file_is_found_before_the_launch(files, launched, capsys):
     model, data = files
     (model / "model.safetensors").write_bytes((999).to_bytes(8, "little") + b"{}")
@@ -172,6 +178,17 @@ def test_a_truncated_weight_file_is_found_before_the_launch(files, launched, cap
     assert main(argv) == 2
     assert "model.safetensors" in capsys.readouterr().err and launched == []
     assert main([*argv, "--check_model", "false"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [("qwen3", None), ("llama", ["llama", "Qwen3ForCausalLM"]), ("qwn3", ["qwn3", "qwen3"])],
+)
+def test_a_model_type_is_what_the_model_must_be(files, launched, capsys, given, words):
+    argv = ["sft", "--model", str(files[0]), "--dataset", str(files[1]), "--train_iters", "1"]
+    assert main([*argv, "--model_type", given]) == (2 if words else 0)
+    told = capsys.readouterr().err
+    assert all(word in told for word in words or []) and told.count("error: ") == bool(words)
 
 
 def test_export_does_not_write_into_a_folder_that_holds_something(files, launched, capsys):
