@@ -47,7 +47,7 @@ class _Build:
         self._part, self._settings = part, settings
         self._tokenizer, self._max_length = tokenizer, max_length
         self._writer = TokenWriter(path)
-        self._held_back = path / "rows.jsonl" if part.name == "val" else None
+        self._held_back = path / "rows.jsonl" if part.held_back else None
         self._errors, self._dropped = Tally(), Tally()
         self._report = PartReport()
         self._parsed: dict[Path, list[int]] = {}  # file -> [rows, of them JSON]
@@ -68,7 +68,7 @@ class _Build:
         self._refuse()
         index = self._index()
         self._finish_report(index)
-        self._writer.finish(key, index, self._report.to_json())
+        self._writer.finish(key, index, self._report.to_json(), [self._held_back] if self._held_back else [])
 
     def _blocks(self) -> Iterator[tuple[Path, list[RawRow]]]:
         """Blocks of wanted rows, no block across files; writes down the rows of a validation set on the way."""
@@ -100,9 +100,7 @@ class _Build:
                 save.close()
 
     def _take(self, file: Path, rows: int, future: Any) -> None:
-        result: Encoded | list[Problem] = (
-            future() if callable(future) else future.result(timeout=_WORKER_LIMIT)
-        )
+        result: Encoded | list[Problem] = future() if callable(future) else _wait(future, file)
         counts = self._parsed.setdefault(file, [0, 0])
         if isinstance(result, list):  # only checked
             problems, parsed = result, rows
@@ -167,6 +165,15 @@ class _Build:
         report.seconds = time.monotonic() - self._started
 
 
+def _wait(future: Future, file: Path) -> Encoded | list[Problem]:
+    try:
+        return future.result(timeout=_WORKER_LIMIT)
+    except TimeoutError:
+        raise RuntimeError(
+            f"{file}: a block of rows was not tokenized within {_WORKER_LIMIT:.0f} s"
+        ) from None
+
+
 def _raw(data: Any) -> bytes:
     if isinstance(data, bytes):
         return data
@@ -206,7 +213,10 @@ class _blocks_encoder:  # noqa: N801  a context manager that reads as a function
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+            workers = list((self._pool._processes or {}).values())
+            self._pool.shutdown(wait=error is None, cancel_futures=True)
+            for worker in workers if error is not None else ():
+                worker.terminate()  # it may hang, and has nothing left to do
         if isinstance(error, BrokenProcessPool):
             raise UserError(
                 "a process that tokenizes ended without a word, most likely for want of memory",

@@ -8,6 +8,7 @@ builder removes.
     weights.bin  uint8 or float32 [tokens]  how much each token counts as a target
     offsets.bin  int64 [samples + 1]        where each sample starts
     index.bin    int64 [n]                  the samples of the data set in order; only where it is not all of them
+    rows.jsonl   the rows themselves, of a validation set that was split off
     meta.json    sizes, checksums, report
 """
 
@@ -17,7 +18,7 @@ import os
 import shutil
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -152,8 +153,10 @@ class TokenWriter:
                 self._weights.write(np.frombuffer(block, np.uint8).astype(np.float32))
         old.unlink()
 
-    def finish(self, key: str, index: np.ndarray | None, report: dict[str, Any]) -> None:
-        """Write the index and `meta.json`, which makes the folder a store."""
+    def finish(
+        self, key: str, index: np.ndarray | None, report: dict[str, Any], others: Sequence[Path] = ()
+    ) -> None:
+        """Write the index and `meta.json`, which makes the folder a store, with `others` that are in it already."""
         files = [self._ids, self._weights, self._offsets]
         if index is not None:
             files.append(_File(self.path / "index.bin"))
@@ -164,7 +167,8 @@ class TokenWriter:
             "format": FORMAT,
             "key": key,
             "weights": "float32" if self._floats else "uint8",
-            "files": {file.path.name: [file.size, file.crc] for file in files},
+            "files": {file.path.name: [file.size, file.crc] for file in files}
+            | {path.name: [path.stat().st_size, _crc(path)] for path in others},
             "report": report,
         }
         (self.path / "meta.json").write_text(json.dumps(meta, ensure_ascii=False, indent=1))
@@ -192,17 +196,15 @@ def new_folder(path: Path) -> Iterator[Path]:
             temporary.rename(path)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise disk_error(error, path.parent) or error from None
+        raise disk_error(error, path.parent) from None
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def disk_error(error: OSError, folder: Path) -> UserError | None:
-    """The message for a disk that is full or may not be written; None for any other error."""
+def disk_error(error: OSError, folder: Path) -> UserError:
+    """The message for a disk that is full, or cannot be written for another reason."""
     remedy = "free some space, or give another place with --cache_dir DIR or MCORE_SWIFT_CACHE=DIR"
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return UserError(f"{folder}: the disk is full, the token cache could not be written", remedy)
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return UserError(f"{folder}: the token cache cannot be written here ({error.strerror})", remedy)
-    return None
+    return UserError(f"{folder}: the token cache cannot be written here ({error.strerror or error})", remedy)

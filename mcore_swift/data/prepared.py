@@ -44,6 +44,7 @@ def prepare(
     barrier: Callable[[], Any],
     output_dir: str | Path | None = None,
     padding_multiple: int = 1,
+    uniform_shapes: bool = True,
     model_max_length: int | None = None,
     lock_limit: float = _LOCK_LIMIT,
 ) -> PreparedData:
@@ -52,10 +53,13 @@ def prepare(
     Every process calls it. The builder (one for each file system) writes the cache, then all meet in
     `barrier`, which is called once in each process whatever happens, then all map the files.
 
-    args: namespace with the flags' names, see `DataSettings`. padding_multiple: sequence lengths are rounded
-    up to it. model_max_length: --max_length where that is not given. output_dir: receives val_dataset.jsonl,
-    the rows that --split_dataset_ratio held back. lock_limit: seconds to wait for another run that builds the
-    same cache. Raises UserError(s).
+    args: namespace with the flags' names, see `DataSettings`.
+    output_dir: receives val_dataset.jsonl, the rows that --split_dataset_ratio held back.
+    padding_multiple: sequence lengths are rounded up to it.
+    uniform_shapes: one shape for all microbatches of a step, as pipelines need; else each its own, less padding.
+    model_max_length: --max_length where that is not given.
+    lock_limit: seconds to wait for another run that builds the same cache.
+    Raises UserError(s).
     """
     settings = DataSettings.from_args(args)
     met = False
@@ -73,9 +77,8 @@ def prepare(
         if not met:
             barrier()  # the others must not wait for a builder that has failed
         raise
-    return _Layouts(settings, tokenizer, max_length, padding_multiple).open(
-        parts, keys, built, output_dir, is_builder
-    )
+    layouts = _Layouts(settings, tokenizer, max_length, padding_multiple, uniform_shapes)
+    return layouts.open(parts, keys, built, output_dir, is_builder)
 
 
 def _max_length(settings: DataSettings, tokenizer: Any, model_max_length: int | None) -> int | None:
@@ -129,7 +132,7 @@ def _build(
             with new_folder(root / key) as folder:
                 build_part(part, folder, key, tokenizer, settings, max_length)
     except OSError as error:
-        raise disk_error(error, root) or error from None
+        raise disk_error(error, root) from None
     return False
 
 
@@ -137,7 +140,12 @@ class _Layouts:
     """Opens the stores and lays them out as steps."""
 
     def __init__(
-        self, settings: DataSettings, tokenizer: Any, max_length: int | None, padding_multiple: int
+        self,
+        settings: DataSettings,
+        tokenizer: Any,
+        max_length: int | None,
+        padding_multiple: int,
+        uniform_shapes: bool,
     ) -> None:
         self._settings = settings
         self._packed_length = (settings.packing_length or max_length) if settings.packing else None
@@ -146,6 +154,7 @@ class _Layouts:
             padding_free=settings.padding_free or settings.packing,
             packed_length=self._packed_length,
             padding_multiple=padding_multiple,
+            uniform=uniform_shapes,
             pad_id=pad if pad is not None else tokenizer.eos_token_id or 0,
         )
 
@@ -187,7 +196,7 @@ class _Layouts:
         val = None
         if "val" in stores:
             val = EvalSteps(stores["val"], units["val"], self._settings, self._layout)
-            if is_builder and output_dir is not None and not self._settings.val_dataset:
+            if is_builder and output_dir is not None and parts[-1].held_back:
                 Path(output_dir).mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(stores["val"].path / "rows.jsonl", Path(output_dir) / "val_dataset.jsonl")
         return PreparedData(steps, val, report)

@@ -16,12 +16,13 @@ class Part:
     """The rows of one data set, train or val.
 
     rows: for each source the numbers of the rows it gives, counted from 0 over its files; a row may be named
-    more than once (`#N` above the number of rows). None: every row once.
+    more than once (`#N` above the number of rows). None: every row once. held_back: split off the training rows.
     """
 
     name: str
     sources: list[Source]
     rows: list[np.ndarray | None]
+    held_back: bool = False
 
 
 def select_parts(train: list[Source], val: list[Source], settings: DataSettings) -> list[Part]:
@@ -31,7 +32,7 @@ def select_parts(train: list[Source], val: list[Source], settings: DataSettings)
     train on.
     """
     ratio = 0.0 if val else settings.split_dataset_ratio
-    parts = [Part("train", train, []), Part("val", val or train, [])]
+    parts = [Part("train", train, []), Part("val", val or train, [], held_back=not val)]
     for number, source in enumerate(train):
         if source.take is None and ratio == 0:
             parts[0].rows.append(None)

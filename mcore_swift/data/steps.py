@@ -19,12 +19,17 @@ from .settings import DataSettings
 
 @dataclass(frozen=True)
 class Layout:
-    """How samples lie in a batch. packed_length: tokens of a packed row, None without packing."""
+    """How samples lie in a batch.
+
+    packed_length: tokens of a packed row, None without packing. uniform: all microbatches of a step have the
+    longest one's shape (pipelines need that), else each has its own.
+    """
 
     padding_free: bool
     packed_length: int | None
     padding_multiple: int
     pad_id: int
+    uniform: bool = True
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class StepInfo:
     num_samples: int
     num_tokens: int
     sum_of_squares: int  # of the samples' lengths: what attention costs
-    shape: tuple[int, int]  # [b, s] of every microbatch
+    shape: tuple[int, int]  # [b, s] of the longest microbatch, and of all with uniform shapes
     padding_share: float
 
 
@@ -56,13 +61,13 @@ class _Batches:
     def step(self, k: int, dp_rank: int = 0, dp_size: int = 1) -> list[Batch]:
         """The microbatches of data-parallel rank `dp_rank` of `dp_size` in step `k`, counted from 0.
 
-        All microbatches of a step have one shape on all ranks. Raises UserError if the global batch does not
-        divide by micro_batch_size * dp_size.
+        If the layout is uniform, all microbatches of a step have one shape on all ranks. Raises UserError if the
+        global batch does not divide by micro_batch_size * dp_size.
         """
         self.check_divides(dp_size)
         micro = self._microbatches(k)
-        b, s = self._shape(micro)
-        return [self._batch(units[units >= 0], b, s) for units in micro[dp_rank::dp_size]]
+        shapes = zip(micro, self._lengths(micro).tolist(), strict=True)
+        return [self._batch(units[units >= 0], s) for units, s in list(shapes)[dp_rank::dp_size]]
 
     def prefetch(
         self,
@@ -82,12 +87,14 @@ class _Batches:
     def info(self, k: int) -> StepInfo:
         """Counts of step `k` over all ranks, from the lengths alone."""
         micro = self._microbatches(k)
-        b, s = self._shape(micro)
+        lengths = self._lengths(micro)
         units = micro[micro >= 0]
         tokens = int(self.units.tokens[units].sum())
         samples = np.concatenate([self.units.samples(unit) for unit in units]) if units.size else units
         squares = int((self.store.lengths[samples].astype(np.int64) ** 2).sum())
-        return StepInfo(len(samples), tokens, squares, (b, s), 1 - tokens / (len(micro) * b * s))
+        b = 1 if self.layout.padding_free else self.micro_batch_size
+        shape = b, int(lengths.max())
+        return StepInfo(len(samples), tokens, squares, shape, 1 - tokens / (b * int(lengths.sum())))
 
     def check_divides(self, dp_size: int) -> None:
         """Raise UserError if a global batch cannot be dealt to `dp_size` ranks in whole microbatches."""
@@ -114,22 +121,24 @@ class _Batches:
         dealt[1::2] = dealt[1::2, ::-1]
         return dealt.T.reshape(-1)
 
-    def _shape(self, micro: np.ndarray) -> tuple[int, int]:
-        lengths = np.where(micro >= 0, self.units.tokens[micro], 0)
+    def _lengths(self, micro: np.ndarray) -> np.ndarray:
+        """Sequence length s of each microbatch, int64 [microbatches]."""
+        tokens = np.where(micro >= 0, self.units.tokens[micro], 0)
         if self.layout.packed_length is not None:
-            b, s = 1, self.layout.packed_length * self.micro_batch_size
-        elif self.layout.padding_free:
-            b, s = 1, int(lengths.sum(axis=1).max())
+            lengths = np.full(len(micro), self.layout.packed_length * self.micro_batch_size)
         else:
-            b, s = self.micro_batch_size, int(lengths.max())
+            lengths = tokens.sum(axis=1) if self.layout.padding_free else tokens.max(axis=1)
+        lengths = np.maximum(lengths, 1)  # filling of an evaluation step
+        if self.layout.uniform:
+            lengths = np.full(len(micro), lengths.max())
         multiple = self.layout.padding_multiple
-        return b, -(-s // multiple) * multiple
+        return -(-lengths // multiple) * multiple
 
-    def _batch(self, units: np.ndarray, b: int, s: int) -> Batch:
+    def _batch(self, units: np.ndarray, s: int) -> Batch:
         samples = [int(sample) for unit in units for sample in self.units.samples(unit)]
         if self.layout.padding_free:
             return end_to_end(self.store, samples, s, self.layout.pad_id)
-        return padded(self.store, samples, b, s, self.layout.pad_id)
+        return padded(self.store, samples, self.micro_batch_size, s, self.layout.pad_id)
 
 
 class Steps(_Batches):

@@ -30,11 +30,11 @@ class Store:
         return (np.arange(self.lengths[sample]) % 2 == 0).astype(np.uint8)
 
 
-def make(cls=Steps, n=37, layout="free", multiple=1, capacity=40, **settings):
+def make(cls=Steps, n=37, layout="free", multiple=1, capacity=40, uniform=True, **settings):
     lengths = np.random.default_rng(0).integers(2, 30, n)
     settings = DataSettings(**({"global_batch_size": 8, "num_train_epochs": 3} | settings))
     units = pack(lengths, capacity, "binpack", None) if layout == "packed" else single(lengths)
-    how = Layout(layout != "padded", capacity if layout == "packed" else None, multiple, PAD)
+    how = Layout(layout != "padded", capacity if layout == "packed" else None, multiple, PAD, uniform)
     extra = {"fingerprint": "f"} if cls is Steps else {}
     return cls(Store(lengths), units, settings, how, **extra)
 
@@ -90,9 +90,25 @@ def test_one_shape_a_step_on_all_ranks_rounded_up():
                 assert shapes == {(1, 80)}  # two rows of 40 tokens, whatever is in them
 
 
+@pytest.mark.parametrize("layout", ["free", "padded"])
+def test_shapes_of_their_own_need_less_padding_and_hold_the_same(layout):
+    uniform, own = (make(layout=layout, micro_batch_size=2, multiple=4, uniform=u) for u in (True, False))
+    for k in range(4):
+        assert own.info(k).padding_share < uniform.info(k).padding_share
+        for one, other in zip(uniform.step(k, 1, 2), own.step(k, 1, 2), strict=True):
+            assert samples_of(one) == samples_of(other) and other.input_ids.shape[1] % 4 == 0
+            longest = max(other.num_tokens if layout == "free" else n for n in lengths_in(other))
+            assert longest <= other.input_ids.shape[1] < longest + 4
+
+
+def lengths_in(batch):
+    return [int((row != PAD).sum()) for row in batch.input_ids]
+
+
+@pytest.mark.parametrize("uniform", [True, False])
 @pytest.mark.parametrize("layout", ["free", "padded", "packed"])
-def test_tensors_say_what_the_sample_is(layout):
-    steps = make(layout=layout, micro_batch_size=4, multiple=4)
+def test_tensors_say_what_the_sample_is(layout, uniform):
+    steps = make(layout=layout, micro_batch_size=4, multiple=4, uniform=uniform)
     for k in range(6):
         for batch in steps.step(k):
             assert batch.input_ids.dtype == batch.labels.dtype == batch.position_ids.dtype == torch.int64
@@ -132,6 +148,8 @@ def test_info_counts_what_the_batches_hold():
         info = steps.info(2)
         assert info.num_samples == sum(b.num_samples for b in batches)
         assert info.num_tokens == sum(b.num_tokens for b in batches)
+        lengths = [int(steps.store.lengths[s]) for b in batches for s in samples_of(b)]
+        assert info.sum_of_squares == sum(n * n for n in lengths)
         assert info.padding_share == pytest.approx(
             1 - info.num_tokens / sum(b.input_ids.numel() for b in batches)
         )
