@@ -175,15 +175,7 @@ class _Tokens:
         self._tokenizer = tokenizer
         self._eos = tokenizer.eos_token_id
         self._bos = _prefix_ids(tokenizer)
-        self._fast = None
-        if getattr(tokenizer, "is_fast", False):
-            from tokenizers import Tokenizer
-
-            # a copy without post-processor: adds no special tokens, and does not trim offsets of white space
-            self._fast = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-            self._fast.post_processor = None
-            self._fast.no_padding()
-            self._fast.no_truncation()
+        self._fast = _untrimmed(tokenizer.backend_tokenizer) if getattr(tokenizer, "is_fast", False) else None
 
     def __call__(
         self, texts: list[str], spans: list[list[Span]], document: bool
@@ -231,6 +223,18 @@ class _Tokens:
 
     def _ids(self, text: str) -> np.ndarray:
         return np.array(self._tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+
+
+def _untrimmed(backend: Any) -> Any:
+    """The backend, or a copy of it (a second for large vocabularies) if its offsets leave white space out."""
+    state = backend.post_processor.__getstate__() if backend.post_processor is not None else b""
+    if b'"trim_offsets":true' not in state and not backend.padding and not backend.truncation:
+        return backend
+    copy = type(backend).from_str(backend.to_str())
+    copy.post_processor = None  # it trims them, and special tokens are not added anyway
+    copy.no_padding()
+    copy.no_truncation()
+    return copy
 
 
 def _weights(offsets: list[tuple[int, int]], n: int, spans: list[Span]) -> np.ndarray:
