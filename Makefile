@@ -13,7 +13,7 @@ PYTHON ?= $(firstword $(foreach name,python3 python3.11 python3.12,\
 INTERPRETER := $(shell $(PYTHON) -c '' 2>/dev/null && echo $(PYTHON) || \
 	for version in $$(pyenv whence $(PYTHON) 2>/dev/null); do \
 		echo "$$(pyenv root)/versions/$$version/bin/$(PYTHON)"; done | tail -1)
-VERSION := $(shell $(INTERPRETER) -c $(ABOUT_PYTHON) 2>/dev/null)
+VERSION := $(if $(INTERPRETER),$(shell $(INTERPRETER) -c $(ABOUT_PYTHON) 2>/dev/null))
 TAG := py$(subst .,,$(VERSION))
 VENV := .venv-$(TAG)
 PINS := $(wildcard tested-versions/*$(TAG).txt)
@@ -58,7 +58,7 @@ $(VENV)/installed:
 twice = $(1) || { echo "once more: $(1)"; $(1); }
 
 python:
-	@if [ -z "$(INTERPRETER)" ] || [ -z "$(VERSION)" ]; then \
+	@if [ -z "$(VERSION)" ]; then \
 		echo "'$(PYTHON)' does not run: install Python 3.11 or 3.12, or name one: make PYTHON=/path/to/python3.11"; \
 		exit 2; fi
 	@if [ -z "$(PINS)" ]; then \
