@@ -57,7 +57,7 @@ class _Build:
     def run(self, key: str) -> None:
         num_bytes = sum(file.stat().st_size for source in self._part.sources for file in source.files)
         made_of = self._tokenizer, self._settings, self._max_length
-        with _blocks_encoder(num_bytes, *made_of) as submit:
+        with _BlocksEncoder(num_bytes, *made_of) as submit:
             waiting: deque[tuple[Path, int, Future | Callable]] = deque()
             for file, rows in self._blocks():
                 waiting.append((file, len(rows), submit(rows, check_only=self._errors.total > 0)))
@@ -191,7 +191,7 @@ def _remedy(dropped: Tally) -> str:
 _encoder: Encoder | None = None  # of a worker process
 
 
-class _blocks_encoder:  # noqa: N801  a context manager that reads as a function
+class _BlocksEncoder:
     """Gives `submit(rows, check_only)`: a Future, or with one process a function to call for the result."""
 
     def __init__(self, num_bytes: int, *made_of: Any) -> None:
