@@ -7,12 +7,11 @@ for letter. What stands between a message and the next is found in the same way,
 conversation's beginnings:
 
     text:     ...<user>How<|im_end|>\\n<|im_start|>assistant\\nThus.<|im_end|>\\n<user>...
-                     ^ mark   |--------- header ----------|     ^ mark
-                                                          |=== learnt ===|
+                          ^ mark                                ^ mark
+                           |------------ header -----------||== learnt ===|
 
 - header: what follows the mark of the message before, in a rendering of everything up to there with the
-generation
-  prompt, which is what the model is given when it is its turn. A turn starts where the header ends.
+  generation prompt, which is what the model is given when it is its turn. A turn starts where the header ends.
 - tail: what follows the turn's own mark when the conversation ends there, cut after the end-of-turn token.
 
 A template that cannot be marked (it looks at the first or last letters of a message, say) is taken by
