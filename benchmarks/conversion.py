@@ -1,0 +1,226 @@
+"""HF -> megatron-core -> HF of a multi-gigabyte random checkpoint, against `cp` of the same bytes.
+
+    python benchmarks/conversion.py --gigabytes 3 --folder /tmp/conversion --repeats 3
+
+Prints, for one and for two processes and each direction: seconds, the ratio to `cp -r` measured in the same run
+(median over the repeats, taken in turns so that a busy disk hits both), and the memory peak of each process
+beside the largest tensor. Aims: ratio <= 2, peak <= largest tensor + 1 GiB. The result is compared bit for bit.
+
+The page cache is warm unless --cold (root only) empties it before every timing. Nothing is fsynced, neither by
+`cp` nor by us. Imports are not part of the time; they are printed beside it.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HIDDEN, INTERMEDIATE, VOCABULARY = 2048, 6144, 151_936
+GIB = 1 << 30
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--gigabytes", type=float, default=3.0, help="size of the checkpoint, in 10^9 bytes")
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/conversion"), help="needs 4 times the size")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--cold", action="store_true", help="empty the page cache before every timing (root)")
+    parser.add_argument("--keep", action="store_true", help="leave the folder")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        run(options)
+    finally:
+        if not options.keep:
+            shutil.rmtree(options.folder, ignore_errors=True)
+
+
+def run(options: argparse.Namespace) -> None:
+    source, copy = options.folder / "source", options.folder / "copy"
+    largest = make_checkpoint(source, options.gigabytes)
+    nbytes = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    print(f"checkpoint: {nbytes / 1e9:.2f} GB bf16, largest tensor {largest / 1e9:.2f} GB")
+    print(
+        f"page cache: {'cold' if options.cold else 'warm'}; {os.cpu_count()} cores; {options.repeats} repeats\n"
+    )
+    copies, steps = [], {}
+    for _ in range(options.repeats):
+        copies.append(time_copy(source, copy, options.cold))
+        for count in options.processes:
+            mcore, back = options.folder / f"mcore-{count}", options.folder / f"back-{count}"
+            for name, flags in (
+                ("HF -> mcore", ["--to_mcore", "true", "--model", source, "--output_dir", mcore]),
+                ("mcore -> HF", ["--to_hf", "true", "--mcore_model", mcore, "--output_dir", back]),
+            ):
+                settle(source if name.startswith("HF") else mcore, options.cold)
+                steps.setdefault((name, count), []).append(convert(count, [str(flag) for flag in flags]))
+            compare(source, back)
+            shutil.rmtree(mcore)
+            shutil.rmtree(back)
+    report(copies, steps, largest)
+
+
+def make_checkpoint(folder: Path, gigabytes: float) -> int:
+    """Random bf16 weights of a Qwen3 in files of 1 GB at most; returns the bytes of the largest tensor."""
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen3Config
+
+    from converters.hf_writer import HFWriter, in_writing_order, plan_files, write_index
+    from converters.safetensors_format import TensorSpec
+    from mcore_swift.models.family import family_of
+
+    fixed = 2 * VOCABULARY * HIDDEN
+    layer = 2 * HIDDEN * HIDDEN + 2 * HIDDEN * HIDDEN // 2 + 3 * HIDDEN * INTERMEDIATE
+    config = Qwen3Config(
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        vocab_size=VOCABULARY,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        num_hidden_layers=max(1, round((gigabytes * 1e9 / 2 - fixed) / layer)),
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+        architectures=["Qwen3ForCausalLM"],
+    )
+    folder.mkdir()
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {
+            name: tuple(parameter.shape)
+            for name, parameter in AutoModelForCausalLM.from_config(config).named_parameters()
+        }
+    names = [name for rule in family_of(config).rules(config).rules for name in rule.hf]
+    specs = in_writing_order(TensorSpec(name, shapes[name], torch.bfloat16) for name in names)
+    files = plan_files([specs], 10**9)
+    noise = torch.randint(-(2**15), 2**15, (1 << 25,), dtype=torch.int16).view(torch.bfloat16)
+    with HFWriter(folder, files) as writer:
+        for spec in (spec for file in files for spec in file.specs):
+            left = spec.nbytes // 2
+            while left:
+                # Other bytes at every place, so that a piece in the wrong place shows.
+                first = hash((spec.name, left)) % (len(noise) // 2)
+                part = noise[first : first + min(left, len(noise) // 2)]
+                writer.write(spec.name, part)
+                left -= len(part)
+    write_index(folder, files)
+    return max(spec.nbytes for spec in specs)
+
+
+def settle(folder: Path, cold: bool) -> None:
+    """Let earlier writes reach the disk, and make the source's pages cached, or not."""
+    os.sync()
+    if cold:
+        Path("/proc/sys/vm/drop_caches").write_text("1")
+        return
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb", buffering=0) as file:
+                while file.read(16 << 20):
+                    pass
+
+
+def time_copy(source: Path, target: Path, cold: bool) -> float:
+    settle(source, cold)
+    started = time.perf_counter()
+    subprocess.run(["cp", "-r", source, target], check=True)
+    seconds = time.perf_counter() - started
+    shutil.rmtree(target)
+    return seconds
+
+
+def convert(processes: int, flags: list[str]) -> dict:
+    """Run the command's own function in `processes` processes; what the slowest and the largest needed."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started = [
+        subprocess.Popen(
+            [sys.executable, __file__, "--worker", *flags],
+            env=os.environ
+            | ({"RANK": str(rank), "WORLD_SIZE": str(processes)} if processes > 1 else {})
+            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(processes)
+    ]
+    outputs = [process.communicate(timeout=1800)[0] for process in started]
+    if any(process.returncode for process in started):
+        raise RuntimeError(f"the conversion failed: {outputs}")
+    results = [json.loads(output.splitlines()[-1]) for output in outputs]
+    return {key: max(result[key] for result in results) for key in results[0]}
+
+
+def worker(flags: list[str]) -> None:
+    """One process of a conversion: prints its seconds and memory as JSON."""
+    started = time.perf_counter()
+    import mcore_swift.models.build  # noqa: F401  (imports are told apart from the work)
+    from converters.main import export_main
+    from mcore_swift.config import COMMANDS, parse
+
+    imports = time.perf_counter() - started
+    args = parse(COMMANDS["export"], flags, notify=lambda notice: None)
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    before = status("VmRSS")
+    started = time.perf_counter()
+    export_main(args)
+    seconds = time.perf_counter() - started
+    peak = status("VmHWM")
+    print(json.dumps({"seconds": seconds, "imports": imports, "peak": peak, "grown": peak - before}))
+
+
+def status(field: str) -> int:
+    """Bytes, from /proc/self/status."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(field)
+
+
+def compare(first: Path, second: Path) -> None:
+    """Bit for bit: the two checkpoints hold the same tensors."""
+    import torch
+
+    from converters.hf_reader import HFReader
+
+    with HFReader(first) as a, HFReader(second) as b:
+        if a.shapes != b.shapes:
+            raise RuntimeError("the round trip changed names or shapes")
+        for name in a.names:
+            # Viewed as integers: random bits contain NaNs.
+            x, y = (reader.read(name).view(-1).view(torch.int16) for reader in (a, b))
+            if not x.equal(y):
+                raise RuntimeError(f"the round trip changed {name}")
+
+
+def report(copies: list[float], steps: dict, largest: int) -> None:
+    copy = statistics.median(copies)
+    print(f"{'':24}{'seconds':>9}{'/ cp':>8}{'imports':>9}{'peak RSS':>11}{'of it ours':>12}{'limit':>9}")
+    print(f"{'cp -r':24}{copy:9.2f}{1.0:8.2f}   (of {', '.join(f'{seconds:.2f}' for seconds in copies)})")
+    for (name, count), runs in steps.items():
+        seconds = statistics.median(run["seconds"] for run in runs)
+        imports = statistics.median(run["imports"] for run in runs)
+        peak, grown = (max(run[key] for run in runs) / GIB for key in ("peak", "grown"))
+        label = f"{name}, {count} process{'es' if count > 1 else ''}"
+        limit = largest / GIB + 1
+        print(
+            f"{label:24}{seconds:9.2f}{seconds / copy:8.2f}{imports:9.2f}{peak:7.2f} GiB{grown:8.2f} GiB"
+            f"{limit:5.2f} GiB"
+        )
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        worker(sys.argv[2:])
+    else:
+        main()
