@@ -12,6 +12,7 @@ Installed by a call, never by an import, and only on a machine without CUDA. Thr
 
 import contextlib
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,7 +26,9 @@ _installed: "_CudaMeansCpu | None" = None
 class _CudaMeansCpu(TorchFunctionMode):
     """Reads the device "cuda" as "cpu" in every torch call."""
 
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         if kwargs:
             device = kwargs.get("device")
             if device is not None and _is_cuda(device):
@@ -124,6 +127,16 @@ _CUDA_ANSWERS: dict[str, Any] = {
 }
 
 
+_NOT_FOR_USERS = (
+    # megatron-core's own code asks for `.grad` of a tensor it knows to have none.
+    r"The \.grad attribute of a Tensor that is not a leaf",
+    r"full scope is deprecated",
+    r"`torch\.distributed\.\w+` is deprecated",
+    r"`?torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)",
+)
+"""Warnings of megatron-core's use of torch, which a user can do nothing about."""
+
+
 def install_cpu_seam() -> None:
     """Answer megatron-core's CUDA calls with the CPU, from now on, in this process. Calling it twice is harmless.
 
@@ -144,6 +157,8 @@ def install_cpu_seam() -> None:
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     _patch_megatron_random()
+    for text in _NOT_FOR_USERS:
+        warnings.filterwarnings("ignore", message=text)
     _installed = _CudaMeansCpu()
     _installed.__enter__()
 
@@ -151,9 +166,10 @@ def install_cpu_seam() -> None:
 def _import_megatron_uncompiled() -> None:
     compiler, torch.compile = torch.compile, _leave_as_is
     try:
-        import megatron.core
-        import megatron.core.models.gpt  # noqa: F401  the modules whose functions would be compiled
-
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that Apex and Transformer Engine are missing, five times over
+            import megatron.core
+            import megatron.core.models.gpt  # noqa: F401  the modules whose functions would be compiled
         megatron.core.jit.disable_jit_fuser()
     finally:
         torch.compile = compiler

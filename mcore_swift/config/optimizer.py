@@ -45,6 +45,12 @@ class OptimizerArguments(Arguments):
                 self.end_weight_decay = self.weight_decay
 
     def check(self) -> Iterator[UserError]:
+        if self.optimizer == "sgd" and getattr(self, "use_distributed_optimizer", False):
+            yield UserError(
+                "--optimizer sgd cannot be spread over data-parallel processes: the distributed optimizer of "
+                "megatron-core is for adam",
+                "add --use_distributed_optimizer false",
+            )
         ends = {"start_weight_decay": self.start_weight_decay, "end_weight_decay": self.end_weight_decay}
         for name, value in ends.items():
             if self.weight_decay_incr_style == "constant":

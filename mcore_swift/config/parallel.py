@@ -59,8 +59,9 @@ class DataParallelArguments(Arguments):
     overlap_grad_reduce: bool = arg(False, "reduce gradients while the backward pass still runs")
     overlap_param_gather: bool = arg(False, "gather stepped parameters while the next forward pass runs")
     accumulate_allreduce_grads_in_fp32: bool = arg(
-        False,
-        "keep and reduce gradients in float32 where parameters are bfloat16: more exact, twice the memory",
+        True,
+        "keep and reduce gradients in float32 where parameters are bfloat16; false halves their memory, and "
+        "small gradients get lost in sums over many microbatches",
     )
 
     def check(self) -> Iterator[UserError]:

@@ -110,8 +110,7 @@ def build_model(
 ) -> list[Model]:
     """The model chunks of this rank, one for each virtual pipeline stage, on the accelerator's device.
 
-    The vocabulary is padded so that each tensor-parallel rank holds a multiple of `vocab_divisible_by` rows.
-    megatron-core's process groups must exist.
+    The vocabulary is padded to a multiple of `vocab_divisible_by` and of TP. megatron-core's process groups must exist.
     """
     implementation = choose_implementation(implementation)
     virtual = config.virtual_pipeline_model_parallel_size

@@ -1,5 +1,6 @@
 """The Megatron engine: one model in any layout, and its optimizer."""
 
+import importlib.util
 import math
 import zlib
 from collections.abc import Sequence
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from torch import Tensor
 
 from mcore_swift.accelerator import get_accelerator
 from mcore_swift.data.batch import Batch
@@ -14,6 +16,7 @@ from mcore_swift.engines.base import StepResult
 from mcore_swift.engines.megatron.forward_backward import (
     Microbatch,
     reduce_over_ranks,
+    run_logits,
     run_microbatches,
     to_device,
 )
@@ -22,7 +25,7 @@ from mcore_swift.engines.megatron.optimizer_state import optimizer_shards, optim
 from mcore_swift.engines.megatron.random_state import random_state, set_random_state
 from mcore_swift.models.build import ModelPlan, build_model, transformer_config
 from mcore_swift.models.shards import LiveShard, live_shards
-from mcore_swift.models.specs import choose_implementation
+from mcore_swift.models.specs import choose_implementation, have_transformer_engine
 from mcore_swift.objectives.base import Objective
 from mcore_swift.plan.layout import Layout
 
@@ -68,6 +71,13 @@ class MegatronEngine:
         for chunk in self.model:
             chunk.eval()
         return self._run(microbatches, objective, forward_only=True)
+
+    def logits(self, microbatches: Sequence[Batch]) -> list[Tensor]:
+        """Logits `[b, s, vocabulary]` of each microbatch on the last pipeline stage; an empty list on others."""
+        for chunk in self.model:
+            chunk.eval()
+        prepared = [self._prepare(batch) for batch in microbatches]
+        return run_logits(self.model, prepared, self.plan.hf.vocab_size)
 
     def checkpoint_shards(self, holds: Sequence[str], *, for_loading: bool = False) -> list[LiveShard]:
         """What a checkpoint that holds 'weights' and / or 'optimizer' keeps of this rank: views, not copies."""
@@ -143,13 +153,22 @@ def model_options(args: Any) -> dict[str, Any]:
     if args.recompute_granularity == "selective":
         options["recompute_modules"] = list(args.recompute_modules)
     if get_accelerator().is_cuda:
-        for name in (
-            "masked_softmax_fusion",
-            "bias_dropout_fusion",
-            "bias_activation_fusion",
-            "apply_rope_fusion",
-            "gradient_accumulation_fusion",
-            "cross_entropy_loss_fusion",
-        ):
-            options[name] = getattr(args, name)
+        options |= {name: getattr(args, name) for name in _FUSIONS}
+        # Kernels that come with other packages; without them the plain operations give the same result.
+        options["gradient_accumulation_fusion"] &= _installed("fused_weight_gradient_mlp_cuda")
+        options["apply_rope_fusion"] &= have_transformer_engine()
     return options
+
+
+_FUSIONS = (
+    "masked_softmax_fusion",
+    "bias_dropout_fusion",
+    "bias_activation_fusion",
+    "apply_rope_fusion",
+    "gradient_accumulation_fusion",
+    "cross_entropy_loss_fusion",
+)
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
 from mcore_swift.data.batch import Batch
@@ -61,19 +62,46 @@ def run_microbatches(
     )
 
 
+@torch.no_grad()
+def run_logits(model: list[Any], microbatches: Sequence[Microbatch], vocab_size: int) -> list[Tensor]:
+    """Logits `[b, s, vocab_size]` of each microbatch, on all tensor-parallel ranks of the last pipeline stage.
+
+    Other stages get an empty list. For checks: a whole row of logits is large.
+    """
+    b, s = microbatches[0].batch.input_ids.shape
+    outputs = get_forward_backward_func()(
+        forward_step_func=_logits_step,
+        data_iterator=[iter(microbatches) for _ in model] if len(model) > 1 else iter(microbatches),
+        model=model if len(model) > 1 else model[0],
+        num_microbatches=len(microbatches),
+        seq_length=s,
+        micro_batch_size=b,
+        forward_only=True,
+        collect_non_loss_data=True,
+    )
+    return [gather_from_tensor_model_parallel_region(shard)[..., :vocab_size] for shard in outputs]
+
+
+def _logits_step(data: Any, model: Any) -> tuple[Tensor, Callable[..., Tensor]]:
+    return _forward(next(data), model, labels=None), lambda logits, non_loss_data: logits
+
+
+def _forward(microbatch: Microbatch, model: Any, labels: Tensor | None) -> Tensor:
+    return model(
+        input_ids=microbatch.batch.input_ids,
+        position_ids=microbatch.batch.position_ids,
+        attention_mask=None,
+        labels=labels,
+        packed_seq_params=microbatch.packing,
+    )
+
+
 def _forward_step(
     data: Any, model: Any, objective: Objective
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
     microbatch: Microbatch = next(data)
-    batch = microbatch.batch
-    output = model(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        attention_mask=None,
-        labels=batch.labels,
-        packed_seq_params=microbatch.packing,
-    )
-    return output, partial(_loss, batch=batch, objective=objective)
+    output = _forward(microbatch, model, microbatch.batch.labels)
+    return output, partial(_loss, batch=microbatch.batch, objective=objective)
 
 
 def _loss(token_nll: Tensor, batch: Batch, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:

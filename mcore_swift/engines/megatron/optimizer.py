@@ -12,8 +12,7 @@ def wrap_for_gradients(model: list[Any], args: Any) -> list[DistributedDataParal
     """Give each model chunk the buffers in which gradients are summed over data-parallel ranks."""
     config = model[0].config
     ddp = DistributedDataParallelConfig(
-        # Sums of many small bf16 numbers lose what they add; fp32 unless the user insists otherwise.
-        grad_reduce_in_fp32=wants_fp32_gradients(args, config.params_dtype),
+        grad_reduce_in_fp32=args.accumulate_allreduce_grads_in_fp32,
         overlap_grad_reduce=args.overlap_grad_reduce,
         overlap_param_gather=args.overlap_param_gather,
         use_distributed_optimizer=args.use_distributed_optimizer,
@@ -35,11 +34,6 @@ def wrap_for_gradients(model: list[Any], args: Any) -> list[DistributedDataParal
         if len(wrapped) == 1:
             config.param_sync_func = config.param_sync_func[0]
     return wrapped
-
-
-def wants_fp32_gradients(args: Any, dtype: torch.dtype) -> bool:
-    chosen = args.accumulate_allreduce_grads_in_fp32
-    return dtype is not torch.float32 if chosen is None else chosen
 
 
 def build_optimizer(model: list[DistributedDataParallel], args: Any) -> Any:
