@@ -169,7 +169,8 @@ def _import_megatron_uncompiled() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that Apex and Transformer Engine are missing, five times over
             import megatron.core
-            import megatron.core.models.gpt  # noqa: F401  the modules whose functions would be compiled
+            import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401  what it brings would be compiled
+            import megatron.core.optimizer  # noqa: F401
         megatron.core.jit.disable_jit_fuser()
     finally:
         torch.compile = compiler

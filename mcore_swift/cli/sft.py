@@ -19,6 +19,6 @@ def run(argv: Sequence[str]) -> int:
 
 def train(argv: Sequence[str]) -> int | None:
     """The command's part in each process."""
-    from ..training.main import train_main
+    from ..training import train_main
 
     return train_main(arguments("sft", argv))

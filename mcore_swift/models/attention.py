@@ -5,6 +5,7 @@ and no S x S mask is ever made. A packed row is attended segment by segment, whi
 without the blocks that would be masked.
 """
 
+import importlib.util
 import math
 from contextlib import nullcontext
 from typing import Any
@@ -18,12 +19,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from mcore_swift.models.packing import Packing
-
-try:  # torch >= 2.10, CUDA only: one kernel for all segments of a packed row
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:
-    varlen_attn = None
-
 
 class CoreAttention(MegatronModule):
     """softmax(q k^T / sqrt(d)) v, causal, with the interface of megatron-core's core attention modules."""
@@ -71,7 +66,10 @@ class CoreAttention(MegatronModule):
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
         """query `[s, heads, d]`, key and value `[s, groups, d]` -> `[s, heads, d]`."""
-        if query.is_cuda and varlen_attn is not None and self._fits_varlen(query):
+        if query.is_cuda and self._fits_varlen(query):
+            # One kernel for all segments. Imported here, since the import brings a compiler that a CPU run can spare.
+            from torch.nn.attention.varlen import varlen_attn
+
             repeat = query.size(1) // key.size(1)
             return varlen_attn(
                 query,
@@ -92,6 +90,8 @@ class CoreAttention(MegatronModule):
         return torch.cat(out)
 
     def _fits_varlen(self, query: Tensor) -> bool:
+        if importlib.util.find_spec("torch.nn.attention.varlen") is None:  # torch before 2.10
+            return False
         return query.dtype in (torch.bfloat16, torch.float16) and not self.window and not self._dropout_now
 
     @property

@@ -1,0 +1,17 @@
+"""The training loop, its schedule and its checkpoints."""
+
+from typing import Any
+
+
+def train_main(args: Any) -> int:
+    """Train as the arguments say; called in every process of the run. Returns the exit code.
+
+    The device is made ready before megatron-core is imported: without CUDA that spares the import of a compiler,
+    which takes seconds and compiles nothing there.
+    """
+    from mcore_swift.accelerator import get_accelerator
+
+    get_accelerator().install()
+    from mcore_swift.training.main import train_main
+
+    return train_main(args)
