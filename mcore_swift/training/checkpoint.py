@@ -30,6 +30,7 @@ MCORE = "mcore"
 GENERATORS = "rng"
 LATEST = "latest"
 _NAME = re.compile(r"checkpoint-(\d+)")
+_LEFTOVERS = tuple(f".checkpoint-*.{what}" for what in ("writing", "replaced", "deleting"))
 
 
 def checkpoints_in(run_dir: Path) -> list[tuple[int, Path]]:
@@ -68,8 +69,7 @@ class Checkpoints:
     """Writes and reads the checkpoints of one run.
 
     source_dir: the Hugging Face folder whose config and tokenizer go along. export_hf: writes the weights in
-    Hugging Face form into a folder (collective), or None. limit: how many checkpoints are kept, besides the
-    best one. timeout_s: longest time a save may take.
+    Hugging Face form into a folder (collective), or None. timeout_s: longest time a save may take.
     """
 
     def __init__(
@@ -105,6 +105,8 @@ class Checkpoints:
         """
         self.poll(wait=True)
         final = self.run_dir / f"checkpoint-{state.step}"
+        if self.ranks.is_first:
+            self._sweep()
         with Limit(f"save of {final.name}", self.timeout_s), contextlib.ExitStack() as stack:
             folder = stack.enter_context(pending_directory(final, self.ranks, exist_ok=True))
             shards = self._prepare(folder)
@@ -138,6 +140,12 @@ class Checkpoints:
             writing.join()
             self._finish(writing)
         self._after_save(writing.state)
+
+    def _sweep(self) -> None:
+        """Remove what runs that were killed while they saved or deleted have left behind."""
+        for leftover in _LEFTOVERS:
+            for path in self.run_dir.glob(leftover):
+                shutil.rmtree(path, ignore_errors=True)
 
     def _prepare(self, folder: Path) -> list[LiveShard]:
         """The shards this rank writes, after looking whether all ranks' fit on the disk. Collective."""
@@ -196,9 +204,9 @@ class Checkpoints:
         limit = self.args.save_total_limit
         if not limit:
             return
-        kept = [path for step, path in checkpoints_in(self.run_dir) if step != state.best_step]
-        has_best = any(step == state.best_step for step, _ in checkpoints_in(self.run_dir))
-        for path in kept[: max(0, len(kept) - max(1, limit - has_best))]:
+        found = checkpoints_in(self.run_dir)
+        others = [path for step, path in found if step not in (state.step, state.best_step)]
+        for path in others[: max(0, len(found) - limit)]:
             doomed = path.with_name(f".{path.name}.deleting")  # never half-deleted under its own name
             path.rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)

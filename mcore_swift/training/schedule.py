@@ -53,10 +53,12 @@ class Schedule:
             return self.warmup_init + (self.max_lr - self.warmup_init) * step / self.warmup_steps
         if self.style == "constant":
             return self.max_lr
+        if step > self.decay_steps:
+            return self.min_lr
         if self.style == "inverse-square-root":
             warmup = max(self.warmup_steps, 1)
             return max(self.min_lr, self.max_lr * math.sqrt(warmup / max(step, warmup)))
-        if step >= self.decay_steps:
+        if step == self.decay_steps:
             return self.min_lr
         return self.min_lr + (self.max_lr - self.min_lr) * self._fraction(step)
 
