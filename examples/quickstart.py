@@ -23,8 +23,8 @@ from pathlib import Path
 from arithmetic_demo import Demo, Score, make_demo, score
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = 180
-# Three seeds ended at 99 to 100 % from 0 %; half of it cannot be luck on 300 questions.
+STEPS = 210
+# Runs end near 90 % or above, from 0 %; half of that cannot be luck on 300 questions.
 MIN_GAIN = 0.5
 
 
@@ -33,7 +33,7 @@ class Failed(Exception):
 
 
 def command(demo: Demo, output: Path) -> list[str]:
-    """The fine-tuning command. Four packed rows of 512 tokens, some fifty samples, are one step."""
+    """The fine-tuning command. Two packed rows of 1024 tokens, some fifty samples, are one step."""
     flags = {
         "model": demo.model,
         "dataset": demo.train,
@@ -44,9 +44,9 @@ def command(demo: Demo, output: Path) -> list[str]:
         "torch_dtype": "float32",
         "recompute_granularity": "none",
         "packing": "true",
-        "max_length": 512,
+        "max_length": 1024,
         "micro_batch_size": 1,
-        "global_batch_size": 4,
+        "global_batch_size": 2,
         "train_iters": STEPS,
         "lr": "4e-3",
         "lr_warmup_fraction": 0.05,
