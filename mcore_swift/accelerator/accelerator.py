@@ -1,5 +1,7 @@
 """One interface to the device we run on: CUDA with NCCL, or CPU with gloo."""
 
+import contextlib
+import ctypes
 import os
 from functools import cache
 
@@ -83,6 +85,7 @@ class CpuAccelerator(Accelerator):
         return "cpu"
 
     def install(self) -> None:
+        _keep_freed_memory()
         install_cpu_seam()
 
     def memory_peak_bytes(self) -> int:
@@ -91,6 +94,19 @@ class CpuAccelerator(Accelerator):
                 if line.startswith("VmHWM:"):
                     return int(line.split()[1]) * 1024
         return 0
+
+
+def _keep_freed_memory() -> None:
+    """Let the C library keep large blocks that are freed, instead of giving them back to the system.
+
+    Every step asks for the same sizes again, and the first touch of fresh pages costs more than the arithmetic
+    done on them: up to four times the time of an elementwise pass over logits. Only with glibc; elsewhere nothing.
+    """
+    trim_threshold, mmap_max = -1, -4  # malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 @cache

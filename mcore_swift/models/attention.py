@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from mcore_swift.models.packing import Packing
 
+
 class CoreAttention(MegatronModule):
     """softmax(q k^T / sqrt(d)) v, causal, with the interface of megatron-core's core attention modules."""
 

@@ -15,6 +15,7 @@ from mcore_swift.models.family import Family, HFConfig, family_of
 from mcore_swift.models.rope import Rotary, inverse_frequencies
 from mcore_swift.models.rules import RuleTable
 from mcore_swift.models.specs import block_spec, choose_implementation
+from mcore_swift.models.token_nll import token_nll
 from mcore_swift.plan.layout import Layout
 from mcore_swift.plan.shape import padded_vocab_size
 
@@ -85,24 +86,29 @@ def transformer_config(
 
 
 class Model(GPTModel):
-    """megatron-core's GPT model with an output layer that never predicts the padding of the vocabulary.
+    """megatron-core's GPT model whose loss looks at the learnt positions only, and never at vocabulary padding.
 
-    megatron-core lets padded rows take part in the softmax, so that a loss would depend on how far the
-    vocabulary had to be padded for TP, and differ from the Hugging Face model's.
+    With labels, `loss_mask` is the learnt positions, int64 `[learnt]`, into the labels laid end to end, and the
+    result is fp32 `[b, s]` as `token_nll` gives it. Without labels the result is logits.
     """
 
     def __init__(self, *args: Any, real_vocab_size: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.real_vocab_size = real_vocab_size
 
-    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """labels `[b, s]`, logits `[s, b, vocabulary / TP]` -> negative log-likelihood `[b, s]`."""
-        shard = logits.size(-1)
-        real = self.real_vocab_size - shard * parallel_state.get_tensor_model_parallel_rank()
-        if real < shard:
-            padding = torch.arange(shard, device=logits.device) >= real
-            logits = logits.masked_fill(padding, float("-inf"))
-        return super().compute_language_model_loss(labels, logits)
+    def _postprocess(self, hidden_states: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
+        if labels is None or not self.post_process:
+            return super()._postprocess(hidden_states=hidden_states, labels=labels, **kwargs)
+        tied = self.share_embeddings_and_output_weights
+        return token_nll(
+            hidden_states,
+            self.shared_embedding_or_output_weight() if tied else self.output_layer.weight,
+            labels,
+            kwargs["loss_mask"],
+            vocab_size=self.real_vocab_size,
+            group=parallel_state.get_tensor_model_parallel_group(),
+            sequence_parallel=self.config.sequence_parallel,
+        )
 
 
 def build_model(

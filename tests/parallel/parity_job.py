@@ -86,7 +86,9 @@ def microbatches(samples: list[torch.Tensor], packed: bool) -> list[Batch]:
             ends.append(stop)
         cu_seqlens = torch.tensor([*ends, shape[1]], dtype=torch.int32) if packed else None
         longest = max(map(len, rows)) if packed else None
-        batches.append(Batch(ids, labels, mask, positions, cu_seqlens, longest, len(rows), sum(map(len, rows))))
+        batches.append(
+            Batch(ids, labels, mask, positions, cu_seqlens, longest, len(rows), sum(map(len, rows)))
+        )
     return batches
 
 
@@ -127,11 +129,18 @@ def agrees_with_transformers(folder: Path, layout: Layout, packed: bool, distrib
     lr = LEARNING_RATE * (ADAM_EPS if distributed_optimizer else 1)
     result = engine.train_step(batches, NextToken(), lr=lr, weight_decay=0.0)
     assert abs(result.loss / reference.loss - 1) < LOSS_RTOL, (result.loss, reference.loss)
-    assert abs(result.grad_norm / reference.grad_norm - 1) < GRADIENT_RTOL, (result.grad_norm, reference.grad_norm)
+    assert abs(result.grad_norm / reference.grad_norm - 1) < GRADIENT_RTOL, (
+        result.grad_norm,
+        reference.grad_norm,
+    )
     for bucket in hf_weights(engine.chunks, engine.plan.table):
         for name, tensor in bucket.tensors.items():
             torch.testing.assert_close(
-                tensor, reference.weights[name], atol=WEIGHT_ATOL, rtol=0, msg=lambda text, n=name: f"{n}: {text}"
+                tensor,
+                reference.weights[name],
+                atol=WEIGHT_ATOL,
+                rtol=0,
+                msg=lambda text, n=name: f"{n}: {text}",
             )
 
 

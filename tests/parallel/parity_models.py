@@ -59,7 +59,9 @@ def make_reference(variant: str, folder: Path, *, attention: str = "eager") -> N
     torch.manual_seed(sum(map(ord, variant)))
     config = getattr(transformers, f"{architecture}Config")(**(SIZES | changes))
     config.architectures = [f"{architecture}ForCausalLM"]
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).float().eval()
+    model = (
+        transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).float().eval()
+    )
     with torch.no_grad():
         for parameter in model.parameters():  # norms and biases too: ones and zeros would hide a mix-up
             parameter.copy_(torch.randn(parameter.shape) * 0.1 + (parameter.dim() == 1))

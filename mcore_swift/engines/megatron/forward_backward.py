@@ -19,20 +19,25 @@ from mcore_swift.objectives.base import Objective
 
 @dataclass
 class Microbatch:
-    """A batch on the device, with the packing that every layer of every model chunk takes."""
+    """A batch on the device, with what every model chunk takes of it.
+
+    learnt: int64 `[n]`, the positions with a loss, in labels laid end to end.
+    """
 
     batch: Batch
     packing: Packing | None
+    learnt: Tensor
 
 
 def to_device(batch: Batch, device: torch.device, *, thd: bool) -> Microbatch:
     """thd: pack for Transformer Engine's attention rather than for ours."""
     packing = Packing.of(batch.cu_seqlens, device, thd=thd) if batch.cu_seqlens is not None else None
+    learnt = batch.loss_mask.reshape(-1).nonzero().squeeze(-1)  # on the host: no wait for the device
     tensors = {
         name: getattr(batch, name).to(device, non_blocking=True)
         for name in ("input_ids", "labels", "loss_mask", "position_ids")
     }
-    return Microbatch(replace(batch, **tensors), packing)
+    return Microbatch(replace(batch, **tensors), packing, learnt.to(device, non_blocking=True))
 
 
 def run_microbatches(
@@ -93,6 +98,7 @@ def _forward(microbatch: Microbatch, model: Any, labels: Tensor | None) -> Tenso
         attention_mask=None,
         labels=labels,
         packed_seq_params=microbatch.packing,
+        loss_mask=microbatch.learnt,
     )
 
 

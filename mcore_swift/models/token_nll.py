@@ -1,0 +1,99 @@
+"""Output layer and cross entropy in one step, over the learnt positions only.
+
+megatron-core computes logits for every position and then several vocabulary-sized tensors from them. Here prompts
+and padding never reach the vocabulary, and one buffer of `[learnt, vocabulary / TP]` is all there is: its values are
+the logits going forward and their gradient going back.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from torch import Tensor
+
+
+def token_nll(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    positions: Tensor,
+    *,
+    vocab_size: int,
+    group: dist.ProcessGroup,
+    sequence_parallel: bool,
+) -> Tensor:
+    """-log p(label) at the given positions, 0 elsewhere: fp32 `[b, s]`.
+
+    hidden: `[s, b, h]`, or `[s / TP, b, h]` with sequence parallelism. weight: this rank's rows of the output layer,
+    `[padded vocabulary / TP, h]`. labels: int64 `[b, s]`. positions: int64 `[learnt]`, into labels laid end to end.
+    vocab_size: rows that exist; padding takes no part in the softmax, or the loss would depend on TP.
+    """
+    if sequence_parallel:
+        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+    learnt = hidden.transpose(0, 1).reshape(-1, hidden.size(-1)).index_select(0, positions)
+    if not sequence_parallel:  # sums the gradient over ranks; only now, when there is less of it
+        learnt = copy_to_tensor_model_parallel_region(learnt)
+    nll = _VocabParallelNLL.apply(learnt, weight, labels.reshape(-1)[positions], vocab_size, group)
+    return (
+        torch.zeros(labels.numel(), dtype=nll.dtype, device=nll.device)
+        .index_put((positions,), nll)
+        .view(labels.shape)
+    )
+
+
+class _VocabParallelNLL(torch.autograd.Function):
+    """hidden `[n, h]`, weight `[rows, h]`, labels `[n]` -> -log softmax(hidden weight^T) at the labels, `[n]`.
+
+    Each rank of `group` holds other rows of the weight; the softmax runs over all of them (Megatron-LM,
+    arXiv:1909.08053, section 3). The gradient of the logits is softmax - onehot.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, group: dist.ProcessGroup
+    ) -> Tensor:
+        rows = weight.size(0)
+        first = rows * group.rank()
+        logits = hidden @ weight.t()
+        if vocab_size < first + rows:
+            logits[:, max(0, vocab_size - first) :] = float("-inf")
+        wide = logits.float()
+        normalizer = _logsumexp_over_ranks(wide.logsumexp(-1), group)
+        local = labels - first
+        mine = ((local >= 0) & (local < rows)).nonzero().squeeze(-1)
+        target = torch.zeros_like(normalizer)
+        target[mine] = wide[mine, local[mine]]
+        _all_reduce(target, dist.ReduceOp.SUM, group)
+        ctx.save_for_backward(hidden, weight, normalizer, mine, local[mine])
+        ctx.logits = wide  # kept out of save_for_backward: the backward pass overwrites it
+        return normalizer - target
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        hidden, weight, normalizer, mine, columns = ctx.saved_tensors
+        gradient, ctx.logits = ctx.logits, None
+        gradient.sub_(normalizer[:, None]).exp_()
+        gradient[mine, columns] -= 1
+        gradient.mul_(grad[:, None])
+        gradient = gradient.to(weight.dtype)
+        return gradient @ weight, gradient.t() @ hidden, None, None, None
+
+
+def _logsumexp_over_ranks(local: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """log of the sum of exp over every rank's part, from each rank's own."""
+    if group.size() == 1:
+        return local
+    largest = local.clone()
+    _all_reduce(largest, dist.ReduceOp.MAX, group)
+    total = (local - largest).exp()
+    _all_reduce(total, dist.ReduceOp.SUM, group)
+    return total.log() + largest
+
+
+def _all_reduce(tensor: Tensor, op: Any, group: dist.ProcessGroup) -> None:
+    if group.size() > 1:
+        dist.all_reduce(tensor, op, group)

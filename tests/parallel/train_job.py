@@ -1,0 +1,107 @@
+"""One process of a job that trains several command lines one after the other, in layouts of their own.
+
+python train_job.py <folder>: reads `<folder>/plan.json`, a list of {"name", "do", "argv"}; see `DOES`.
+"""
+
+import json
+import sys
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from jobs import run_cases
+
+from mcore_swift.accelerator import get_accelerator
+
+get_accelerator().install()
+
+from converters.ranks import Ranks  # noqa: E402
+from mcore_swift.config import MegatronSftArguments, parse  # noqa: E402
+from mcore_swift.engines.megatron import process_groups  # noqa: E402
+from mcore_swift.models.shards import METADATA, live_shards  # noqa: E402
+from mcore_swift.plan.layout import Layout  # noqa: E402
+from mcore_swift.training.loop import Run, train  # noqa: E402
+from mcore_swift.training.main import build_run  # noqa: E402
+
+
+def build(argv: list[str]) -> Run:
+    from megatron.core import parallel_state
+
+    args = parse(MegatronSftArguments, argv, notify=lambda notice: None)
+    layout = Layout.from_args(args, dist.get_world_size())
+    parallel_state.destroy_model_parallel()
+    process_groups.start(layout, seed=args.seed)
+    return build_run(args, layout, Ranks())
+
+
+def run_training(argv: list[str]) -> None:
+    train(build(argv))
+
+
+def save_again(argv: list[str]) -> None:
+    """Load a checkpoint into this layout and save it without a step between."""
+    run = build(argv)
+    run.log.close()
+    run.state.data = run.data.state_dict(run.state.step)
+    run.checkpoints.save(run.state)
+
+
+def read_by_megatron(argv: list[str]) -> None:
+    """megatron-core's own loader fills this layout's model with what ours has filled it with."""
+    from megatron.core import dist_checkpointing
+
+    run = build(argv)
+    run.log.close()
+    shards = live_shards(run.engine.chunks)
+    expected = [shard.data.clone() for shard in shards]
+    for shard in shards:
+        shard.data.fill_(7)
+    state_dict = {
+        f"model{number}": {
+            key: value
+            for key, value in chunk.sharded_state_dict(metadata=dict(METADATA)).items()
+            if not key.endswith("_extra_state")
+        }
+        for number, chunk in enumerate(run.engine.chunks)
+    }
+    dist_checkpointing.load(state_dict, str(Path(run.args.resume) / "mcore"))
+    assert shards
+    for shard, values in zip(shards, expected, strict=True):
+        assert torch.equal(shard.data, values), shard.key
+
+
+def refused(argv: list[str], *, said: list[str]) -> None:
+    """The user is told, on every rank, in words that hold each of `said`."""
+    from mcore_swift.errors import UserError
+
+    try:
+        build(argv)
+    except UserError as error:
+        assert all(text in str(error) for text in said), str(error)
+    else:
+        raise AssertionError("it was not refused")
+
+
+DOES = {
+    "train": run_training,
+    "save": save_again,
+    "megatron-load": read_by_megatron,
+    "refused": refused,
+}
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    plan = json.loads((folder / "plan.json").read_text())
+    cases = {
+        case["name"]: partial(DOES[case["do"]], case["argv"], **case.get("options", {})) for case in plan
+    }
+    run_cases(cases, folder)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
