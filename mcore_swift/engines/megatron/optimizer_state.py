@@ -97,9 +97,8 @@ def _make_moments(torch_optimizer: Any, main: Tensor) -> None:
     if "betas" in torch_optimizer.defaults:
         for name in ("exp_avg", "exp_avg_sq"):
             state.setdefault(name, torch.zeros_like(main.data))
-    elif torch_optimizer.defaults.get("momentum"):
-        if state.get("momentum_buffer") is None:
-            state["momentum_buffer"] = torch.zeros_like(main.data)
+    elif torch_optimizer.defaults.get("momentum") and state.get("momentum_buffer") is None:
+        state["momentum_buffer"] = torch.zeros_like(main.data)
 
 
 def _tensors_of(torch_optimizer: Any, main: Tensor, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
