@@ -31,5 +31,6 @@ def initialize(chunks: Sequence[nn.Module], table: RuleTable, *, std: float, see
 def _draw(name: str, shape: Shape, std: float, seed: int) -> Tensor:
     if len(shape) == 1:
         return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
-    generator = torch.Generator().manual_seed((seed << 32) + zlib.crc32(name.encode()))
+    # torch's generator for CPU looks at the lowest 32 bits of a seed only
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     return torch.empty(shape).normal_(0.0, std, generator=generator)

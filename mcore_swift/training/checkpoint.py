@@ -115,7 +115,10 @@ class Checkpoints:
                 self._export_hf(folder)
             self._together(lambda: self._write_generators(folder))
             writing = _BackgroundSave(
-                folder, state, lambda: write_shards(folder / MCORE, self.ranks.rank, shards)
+                folder,
+                state,
+                self.engine.optimizer_step(),
+                lambda: write_shards(folder / MCORE, self.ranks.rank, shards),
             )
             if self.args.async_save:
                 # The model goes on changing: what is written is a copy.
@@ -189,7 +192,7 @@ class Checkpoints:
                 family=self.engine.plan.family.name,
                 versions=versions(),
                 args="args.json",
-                optimizer_step=self.engine.optimizer_step(),
+                optimizer_step=writing.optimizer_step,
                 train_state=writing.state.to_dict(),
             ).write(writing.folder)
 
@@ -223,11 +226,14 @@ class Checkpoints:
 
 
 class _BackgroundSave:
-    """This rank's part of a save, done here or in a thread."""
+    """This rank's part of a save, done here or in a thread, and what was true when it began."""
 
-    def __init__(self, folder: Path, state: TrainState, write: Callable[[], Contents]) -> None:
+    def __init__(
+        self, folder: Path, state: TrainState, optimizer_step: int, write: Callable[[], Contents]
+    ) -> None:
         self.folder = folder
         self.state = TrainState(**state.to_dict())
+        self.optimizer_step = optimizer_step
         self.contents: Contents | None = None
         self.error: Exception | None = None
         self.stack = contextlib.ExitStack()
