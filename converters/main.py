@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from converters import stream
 from converters.hf_reader import HFReader
+from converters.manifest import Manifest, versions
 from converters.pending import pending_directory
 from converters.ranks import Ranks
 from converters.side_files import copy_side_files
@@ -21,7 +22,6 @@ from converters.torch_dist_reader import MCoreReader
 from mcore_swift.config.checkpoint import size_bytes
 from mcore_swift.observability import configure_logging
 from mcore_swift.plan.layout import Layout
-from mcore_swift.training.manifest import Manifest, versions
 
 MCORE = "mcore"
 ROWS = 4
@@ -176,7 +176,7 @@ def _processes(args: Any) -> Iterator[Ranks]:
 
 
 def _read_plan(model_dir: str) -> Any:
-    from mcore_swift.models.build import read_model
+    from mcore_swift.models.reading import read_model
 
     return read_model(model_dir)
 

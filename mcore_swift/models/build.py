@@ -1,6 +1,5 @@
 """From a HF config to the model chunks of this rank."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,42 +9,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mcore_swift.accelerator import get_accelerator
-from mcore_swift.errors import UserError
-from mcore_swift.models.family import Family, HFConfig, family_of
-from mcore_swift.models.rope import Rotary, inverse_frequencies
-from mcore_swift.models.rules import RuleTable
+from mcore_swift.models.frequencies import inverse_frequencies
+from mcore_swift.models.reading import ModelPlan
+from mcore_swift.models.rope import Rotary
 from mcore_swift.models.specs import block_spec, choose_implementation
 from mcore_swift.models.token_nll import token_nll
 from mcore_swift.plan.layout import Layout
 from mcore_swift.plan.shape import padded_vocab_size
-
-
-@dataclass(frozen=True)
-class ModelPlan:
-    """A model before it is built: its HF config, its family, and how its weights are named.
-
-    Reading it is cheap and needs no process group.
-    """
-
-    hf: HFConfig
-    family: Family
-    table: RuleTable
-
-
-def read_model(model_dir: str) -> ModelPlan:
-    """Read `<model_dir>/config.json`.
-
-    Raises UserError for an architecture, or an option of one, that is not supported.
-    """
-    from transformers import AutoConfig
-
-    hf = AutoConfig.from_pretrained(model_dir)
-    family = family_of(hf)
-    refused = family.unsupported(hf)
-    if refused:
-        raise UserError(f"{model_dir}/config.json asks for what is not supported: {'; '.join(refused)}")
-    inverse_frequencies(hf)
-    return ModelPlan(hf, family, family.rules(hf))
 
 
 def transformer_config(

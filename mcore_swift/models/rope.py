@@ -3,9 +3,6 @@
 megatron-core's own module knows packed rows only through per-layer loops over the samples, and reads a bound on
 the sample length that equals the row length as "positions do not restart". This one looks the angles up by
 position once a microbatch, and every layer uses them as if the row were one sequence.
-
-Frequencies come from transformers' own table of initialisers, so that every scaling it knows (linear, Llama 3)
-is the same to the last bit.
 """
 
 from typing import Any
@@ -13,38 +10,8 @@ from typing import Any
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor, nn
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from mcore_swift.errors import UserError
 from mcore_swift.models.packing import Packing
-
-SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3")
-
-
-def rope_parameters(hf: Any) -> dict[str, Any]:
-    """The rope settings of a HF config, of transformers 5 (`rope_parameters`) or before (`rope_scaling`)."""
-    settings = getattr(hf, "rope_parameters", None) or getattr(hf, "rope_scaling", None) or {}
-    return {"rope_type": settings.get("type", "default"), **settings}
-
-
-def inverse_frequencies(hf: Any) -> Tensor:
-    """Angle per position of each pair of dimensions, fp32 `[head_dim / 2]`.
-
-    Raises UserError for a kind of scaling that is not supported.
-    """
-    settings = rope_parameters(hf)
-    kind = settings["rope_type"]
-    if kind not in SUPPORTED_ROPE_TYPES:
-        raise UserError(
-            f"the checkpoint's config.json asks for rope scaling of type {kind!r}, which is not supported",
-            remedy=f"supported rope types: {', '.join(SUPPORTED_ROPE_TYPES)}",
-        )
-    if kind == "default":
-        dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
-        base = settings.get("rope_theta") or getattr(hf, "rope_theta", None) or 10000.0
-        return 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim))
-    frequencies, _ = ROPE_INIT_FUNCTIONS[kind](hf, torch.device("cpu"))
-    return frequencies
 
 
 class Rotary(nn.Module):

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from converters.manifest import Manifest, versions
 from converters.pending import check_free_space, disk_errors, pending_directory
 from converters.ranks import Ranks
 from converters.shard_files import Contents, read_shards, write_contents, write_shards
@@ -23,7 +24,6 @@ from converters.side_files import copy_side_files
 from mcore_swift.errors import UserError
 from mcore_swift.models.shards import LiveShard
 from mcore_swift.observability import Limit
-from mcore_swift.training.manifest import Manifest, versions
 from mcore_swift.training.state import TrainState
 
 MCORE = "mcore"

@@ -19,8 +19,8 @@ from mcore_swift.data import PreparedData, prepare
 from mcore_swift.engines.megatron import process_groups
 from mcore_swift.engines.megatron.engine import MegatronEngine
 from mcore_swift.errors import UserError, raise_together
-from mcore_swift.models.build import ModelPlan, read_model
 from mcore_swift.models.initialization import initialize
+from mcore_swift.models.reading import ModelPlan, read_model
 from mcore_swift.objectives.sft import NextToken
 from mcore_swift.observability import Meter, RunLog, configure_logging
 from mcore_swift.plan.layout import Layout

@@ -36,7 +36,8 @@ from converters.load import load_hf  # noqa: E402
 from converters.ranks import Ranks  # noqa: E402
 from converters.torch_dist_reader import MCoreReader  # noqa: E402
 from mcore_swift.errors import UserError  # noqa: E402
-from mcore_swift.models.build import build_model, read_model, transformer_config  # noqa: E402
+from mcore_swift.models.build import build_model, transformer_config  # noqa: E402
+from mcore_swift.models.reading import read_model  # noqa: E402
 from mcore_swift.models.shards import METADATA, live_shards  # noqa: E402
 from mcore_swift.plan.layout import Layout  # noqa: E402
 

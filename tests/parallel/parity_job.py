@@ -23,7 +23,7 @@ from mcore_swift.config import MegatronSftArguments  # noqa: E402
 from mcore_swift.data import Batch  # noqa: E402
 from mcore_swift.engines.megatron import process_groups  # noqa: E402
 from mcore_swift.engines.megatron.engine import MegatronEngine  # noqa: E402
-from mcore_swift.models.build import read_model  # noqa: E402
+from mcore_swift.models.reading import read_model  # noqa: E402
 from mcore_swift.objectives.sft import NextToken  # noqa: E402
 from mcore_swift.plan.layout import Layout  # noqa: E402
 

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from converters.manifest import FORMAT, Manifest, versions
 from converters.ranks import Ranks
 from mcore_swift.errors import UserError
 from mcore_swift.training.checkpoint import Checkpoints, checkpoints_in, find_checkpoint, load_checkpoint
-from mcore_swift.training.manifest import FORMAT, Manifest, versions
 from mcore_swift.training.state import TrainState
 
 

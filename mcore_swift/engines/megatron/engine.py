@@ -23,7 +23,8 @@ from mcore_swift.engines.megatron.forward_backward import (
 from mcore_swift.engines.megatron.optimizer import build_optimizer, set_hyperparameters, wrap_for_gradients
 from mcore_swift.engines.megatron.optimizer_state import optimizer_shards, optimizer_step, set_optimizer_step
 from mcore_swift.engines.megatron.random_state import random_state, set_random_state
-from mcore_swift.models.build import ModelPlan, build_model, transformer_config
+from mcore_swift.models.build import build_model, transformer_config
+from mcore_swift.models.reading import ModelPlan
 from mcore_swift.models.shards import LiveShard, live_shards
 from mcore_swift.models.specs import choose_implementation, have_transformer_engine
 from mcore_swift.objectives.base import Objective
