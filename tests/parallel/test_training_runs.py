@@ -31,8 +31,8 @@ def test_recomputing_activations_changes_nothing(trained, granularity):
 
 def test_bf16_trains(trained):
     losses = [row["loss"] for row in rows_of(trained["bf16"])]
-    assert len(losses) == 25
-    assert losses[-1] < 0.75 * losses[0]
+    assert len(losses) == 15
+    assert losses[-1] < 0.85 * losses[0]
     bf16, fp32 = (curve(trained[name])[1][0] for name in ("bf16", "one"))
     assert bf16 != fp32 and bf16 == pytest.approx(fp32, rel=1e-2)  # 8 bits of mantissa
 

@@ -29,7 +29,13 @@ VPP2 = {"virtual_pipeline_model_parallel_size": 2}
 BF16 = {"torch_dtype": "bfloat16"}
 WHOLE = {"use_distributed_optimizer": "false"}
 STILL = {"lr": 0}  # weights that do not move show which samples a step took
-UNPACKED = {"packing": "false", "num_train_epochs": 2, "train_iters": None, "global_batch_size": 30}
+UNPACKED = {
+    "packing": "false",
+    "num_train_epochs": 2,
+    "train_iters": None,
+    "global_batch_size": 30,
+    "micro_batch_size": 10,
+}
 RANDOM = {"perform_initialization": "true", "train_iters": 1, "seed": 5}
 EIGHT = {"dataset": "{train}#8", "train_iters": 1, "max_length": 192}
 
@@ -70,7 +76,7 @@ TRAIN: dict[int, dict[str, dict]] = {
         "without-optimizer": checkpoint("tp2-pp2") | {"no_load_optim": "true"},
         "sgd": {"optimizer": "sgd"} | WHOLE,
         "sgd-again": {"optimizer": "sgd"} | WHOLE | checkpoint("sgd"),
-        "bf16": BF16 | {"train_iters": 25, "save_steps": 25},
+        "bf16": BF16 | {"train_iters": 15, "save_steps": 15},
         "weights-only": {"no_save_optim": "true"},
         "still": STILL | {"logging_steps": 2, "save_steps": 2},
         "still-larger-batch": STILL | {"global_batch_size": 8} | checkpoint("still", 2),
