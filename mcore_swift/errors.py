@@ -28,6 +28,12 @@ class UserError(Exception):
         return type(self), (self.message, self.remedy)
 
 
+class TrainingStopped(UserError):
+    """Training cannot go on, and the reason is in the run (data, learning rate), not in our code."""
+
+    exit_code = 1
+
+
 class UserErrors(UserError):
     """Several mistakes found together, so that a user mends them in one go and not one a run."""
 

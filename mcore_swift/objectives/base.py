@@ -31,5 +31,5 @@ class Objective(Protocol):
     """Names of the metrics it reports, known to every rank so that they can be summed over all of them."""
 
     def __call__(self, token_nll: "Tensor", batch: "Batch") -> Loss:
-        """token_nll: fp32 `[b, s]`, -log p(labels[t] | tokens up to t); 0 where loss_mask is. batch: where it came from."""
+        """token_nll: fp32 `[b, s]`, -log p(labels[t] | tokens up to t), 0 where loss_mask is 0."""
         ...

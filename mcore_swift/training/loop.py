@@ -13,6 +13,7 @@ import torch.distributed as dist
 from mcore_swift.accelerator import get_accelerator
 from mcore_swift.data import EvalSteps, Prefetcher, Steps
 from mcore_swift.engines.base import Engine, StepResult
+from mcore_swift.errors import TrainingStopped
 from mcore_swift.objectives.base import Objective
 from mcore_swift.observability import Limit, RunLog, StepReport
 from mcore_swift.plan.flops import training_flops_of_sums
@@ -42,15 +43,18 @@ class Run:
 def train(run: Run) -> TrainState:
     """Train from `run.state` to the last step; returns where it ended.
 
-    Raises FloatingPointError, after naming the step, if the loss is no longer a number; the weights of the step
-    before are the newest then.
+    Raises TrainingStopped, naming the step, if the loss or the gradient is no longer a number; nothing of that step
+    is saved.
     """
     state = run.state
     with _garbage(run.args), run.log, _prefetch(run, run.data, state.step, run.data.total_steps) as batches:
         started = time.perf_counter()
         for step, microbatches in batches:
             lr, weight_decay = run.schedule.lr(step), run.schedule.weight_decay(step)
-            with Limit(f"training step {step + 1}", 2 * run.args.ddp_timeout):
+            with (
+                Limit(f"training step {step + 1}", 2 * run.args.ddp_timeout),
+                _divergence_named(run, step + 1),
+            ):
                 result = run.engine.train_step(microbatches, run.objective, lr=lr, weight_decay=weight_decay)
             state.step = step + 1
             state.consumed_samples = run.data.consumed(state.step)
@@ -61,6 +65,17 @@ def train(run: Run) -> TrainState:
             started = time.perf_counter()
         run.checkpoints.poll(wait=True)
     return state
+
+
+@contextmanager
+def _divergence_named(run: Run, step: int) -> Iterator[None]:
+    try:
+        yield
+    except FloatingPointError as error:
+        raise TrainingStopped(
+            f"step {step} of the run in {run.checkpoints.run_dir}: {error}",
+            remedy="resume from the newest checkpoint with a lower --lr or more --lr_warmup_iters, and look at the data",
+        ) from None
 
 
 def evaluate(run: Run) -> StepResult:

@@ -53,17 +53,21 @@ class MegatronEngine:
     def train_step(
         self, microbatches: Sequence[Batch], objective: Objective, *, lr: float, weight_decay: float
     ) -> StepResult:
-        """One optimizer step. Raises FloatingPointError, leaving the weights untouched, if the loss is not finite."""
+        """One optimizer step. Raises FloatingPointError if the loss or the gradient is not finite."""
         for chunk in self.model:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         result = self._run(microbatches, objective, forward_only=False)
         if not math.isfinite(result.loss):
-            raise FloatingPointError(f"the loss is {result.loss}")
+            raise FloatingPointError(f"the loss is {result.loss}; the weights are as they were")
         set_hyperparameters(self.optimizer, lr=lr, weight_decay=weight_decay)
         _, grad_norm, _ = self.optimizer.step()
         result.grad_norm = float(grad_norm) if grad_norm is not None else None
+        if not math.isfinite(result.grad_norm or 0.0):
+            raise FloatingPointError(
+                f"the gradient norm is {result.grad_norm}; the weights of this run are spoiled"
+            )
         return result
 
     @torch.no_grad()
