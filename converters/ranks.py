@@ -28,6 +28,15 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
+    def collect(self, value: Any) -> list[Any]:
+        """`value` of every rank, on the first rank; an empty list on the others. Collective."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.is_first else None
+        first = dist.get_global_rank(self.group, 0) if self.group is not None else 0
+        dist.gather_object(value, values, dst=first, group=self.group)
+        return values or []
+
     def agree(self, error: Exception | None) -> None:
         """Raise on every rank what went wrong on any of them. Collective, and so also a barrier.
 

@@ -138,7 +138,7 @@ def main() -> int:
     parser.add_argument(
         "--seed", type=int, default=0, help="of the demo: weights, and which questions are held out"
     )
-    parser.add_argument("--limit", type=float, default=280, help="seconds the training command may take")
+    parser.add_argument("--limit", type=float, default=900, help="seconds the training command may take")
     options = parser.parse_args()
     from transformers.utils.logging import disable_progress_bar
 

@@ -179,7 +179,7 @@ class Checkpoints:
     def _finish(self, writing: "_BackgroundSave") -> None:
         """Join what the ranks wrote; the folder is complete afterwards. Collective."""
         self.ranks.agree(writing.error)
-        contents = self.ranks.gather(writing.contents)
+        contents = self.ranks.collect(writing.contents)
 
         def describe() -> None:
             write_contents(writing.folder / MCORE, contents, {"step": writing.state.step})
