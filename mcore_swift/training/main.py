@@ -2,6 +2,9 @@
 
 import logging
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from megatron.core import parallel_state
 from converters.export import write_hf
 from converters.hf_reader import HFReader
 from converters.load import load_hf
+from converters.pending import disk_errors
 from converters.ranks import Ranks
 from mcore_swift.accelerator import get_accelerator
 from mcore_swift.config.checkpoint import size_bytes
@@ -53,11 +57,18 @@ def train_main(args: Any) -> int:
 def build_run(args: Any, layout: Layout, ranks: Ranks) -> Run:
     """Data, model, optimizer and checkpoints of a run, filled from where it starts. Collective."""
     resume = _resume_from(args, ranks)
-    run_dir = _run_folder(args, resume, ranks)
+    run_dir = _choose_folder(args, resume, ranks)
+    with _made_folder(run_dir, ranks):
+        return _build_run(args, layout, ranks, resume, run_dir)
+
+
+def _build_run(args: Any, layout: Layout, ranks: Ranks, resume: Path | None, run_dir: Path) -> Run:
     plan = read_model(args.model)
     data = _prepare_data(args, layout, plan, run_dir, ranks)
     engine = MegatronEngine(plan, layout, args, model_dtype(args, plan))
     state = _fill(engine, args, data, resume, ranks)
+    if ranks.is_first:
+        args.save(run_dir)
 
     def export(folder: Path) -> None:
         write_hf(
@@ -121,7 +132,7 @@ def _resume_from(args: Any, ranks: Ranks) -> Path | None:
     return ranks.gather(found)[0]
 
 
-def _run_folder(args: Any, resume: Path | None, ranks: Ranks) -> Path:
+def _choose_folder(args: Any, resume: Path | None, ranks: Ranks) -> Path:
     """The folder of logs and checkpoints: a new version of the output folder, or the one that is continued."""
     output = Path(args.output_dir)
     chosen = output
@@ -131,9 +142,30 @@ def _run_folder(args: Any, resume: Path | None, ranks: Ranks) -> Path:
         elif args.add_version:
             versions = [int(path.name[1:].split("-")[0]) for path in output.glob("v[0-9]*-*")]
             chosen = output / f"v{max(versions, default=-1) + 1}-{datetime.now():%Y%m%d-%H%M%S}"
-        chosen.mkdir(parents=True, exist_ok=True)
-        args.save(chosen)
     return ranks.gather(chosen)[0]
+
+
+@contextmanager
+def _made_folder(run_dir: Path, ranks: Ranks) -> Iterator[None]:
+    """Make the run's folder; what fails inside, before the first step, leaves no new folder behind."""
+    missing = [path for path in (run_dir, *run_dir.parents) if ranks.is_first and not path.exists()]
+    error: UserError | None = None
+    try:
+        if ranks.is_first:
+            with disk_errors(run_dir):
+                run_dir.mkdir(parents=True, exist_ok=True)
+    except UserError as raised:
+        error = raised
+    ranks.agree(error)
+    try:
+        yield
+    except BaseException:
+        if run_dir in missing:
+            shutil.rmtree(run_dir, ignore_errors=True)
+        for parent in missing[1:]:
+            with suppress(OSError):  # something else is in there by now
+                parent.rmdir()
+        raise
 
 
 def _prepare_data(args: Any, layout: Layout, plan: ModelPlan, run_dir: Path, ranks: Ranks) -> PreparedData:
