@@ -6,8 +6,11 @@ Prints, for one and for two processes and each direction: seconds, the ratio to 
 (median over the repeats, taken in turns so that a busy disk hits both), and the memory peak of each process
 beside the largest tensor. Aims: ratio <= 2, peak <= largest tensor + 1 GiB. The result is compared bit for bit.
 
-The page cache is warm unless --cold (root only) empties it before every timing. Nothing is fsynced, neither by
-`cp` nor by us. Imports are not part of the time; they are printed beside it.
+The source is in the page cache unless --cold (root only) empties it before every timing. Nothing is fsynced,
+neither by `cp` nor by us. Before every timing as much page cache is written and freed as the output needs: on a
+virtual machine, memory that the guest has not used for a while comes back slowly (a factor of 5 was seen with
+`cp` alone), which would hit one or the other by chance. Imports are not part of the time; they are printed
+beside it.
 """
 
 import argparse
@@ -19,10 +22,12 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 HIDDEN, INTERMEDIATE, VOCABULARY = 2048, 6144, 151_936
 GIB = 1 << 30
+READY = "ready\n"
 
 
 def main() -> None:
@@ -30,7 +35,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--gigabytes", type=float, default=3.0, help="size of the checkpoint, in 10^9 bytes")
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/conversion"), help="needs 4 times the size")
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/conversion"), help="needs 5 times the size")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--cold", action="store_true", help="empty the page cache before every timing (root)")
@@ -61,8 +66,11 @@ def run(options: argparse.Namespace) -> None:
                 ("HF -> mcore", ["--to_mcore", "true", "--model", source, "--output_dir", mcore]),
                 ("mcore -> HF", ["--to_hf", "true", "--mcore_model", mcore, "--output_dir", back]),
             ):
-                settle(source if name.startswith("HF") else mcore, options.cold)
-                steps.setdefault((name, count), []).append(convert(count, [str(flag) for flag in flags]))
+                origin = source if name.startswith("HF") else mcore
+                result = convert(
+                    count, [str(flag) for flag in flags], lambda o=origin: settle(o, options.cold)
+                )
+                steps.setdefault((name, count), []).append(result)
             compare(source, back)
             shutil.rmtree(mcore)
             shutil.rmtree(back)
@@ -117,16 +125,22 @@ def make_checkpoint(folder: Path, gigabytes: float) -> int:
 
 
 def settle(folder: Path, cold: bool) -> None:
-    """Let earlier writes reach the disk, and make the source's pages cached, or not."""
+    """The same state before every timing: earlier writes on the disk, free memory ready for use, the source cached
+    or not."""
     os.sync()
     if cold:
         Path("/proc/sys/vm/drop_caches").write_text("1")
-        return
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb", buffering=0) as file:
-                while file.read(16 << 20):
-                    pass
+    scratch, block = folder.parent / "scratch", bytes(16 << 20)
+    with scratch.open("wb", buffering=0) as file:
+        for _ in range(sum(path.stat().st_size for path in folder.rglob("*")) // len(block) + 1):
+            file.write(block)
+    scratch.unlink()
+    if not cold:
+        for path in folder.rglob("*"):
+            if path.is_file():
+                with path.open("rb", buffering=0) as file:
+                    while file.read(len(block)):
+                        pass
 
 
 def time_copy(source: Path, target: Path, cold: bool) -> float:
@@ -138,8 +152,11 @@ def time_copy(source: Path, target: Path, cold: bool) -> float:
     return seconds
 
 
-def convert(processes: int, flags: list[str]) -> dict:
-    """Run the command's own function in `processes` processes; what the slowest and the largest needed."""
+def convert(processes: int, flags: list[str], prepare: Callable[[], None]) -> dict:
+    """Run the command's own function in `processes` processes; what the slowest and the largest needed.
+
+    prepare: called when all of them have done their imports and wait for the word.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -149,11 +166,19 @@ def convert(processes: int, flags: list[str]) -> dict:
             env=os.environ
             | ({"RANK": str(rank), "WORLD_SIZE": str(processes)} if processes > 1 else {})
             | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
         for rank in range(processes)
     ]
+    for process in started:
+        if process.stdout.readline() != READY:
+            raise RuntimeError("a process did not get ready")
+    prepare()
+    for process in started:
+        process.stdin.write("go\n")
+        process.stdin.flush()
     outputs = [process.communicate(timeout=1800)[0] for process in started]
     if any(process.returncode for process in started):
         raise RuntimeError(f"the conversion failed: {outputs}")
@@ -164,12 +189,15 @@ def convert(processes: int, flags: list[str]) -> dict:
 def worker(flags: list[str]) -> None:
     """One process of a conversion: prints its seconds and memory as JSON."""
     started = time.perf_counter()
-    import mcore_swift.models.build  # noqa: F401  (imports are told apart from the work)
-    from converters.main import export_main
+    from converters.main import export_main, hf_source
     from mcore_swift.config import COMMANDS, parse
+    from mcore_swift.models.reading import read_model
 
-    imports = time.perf_counter() - started
     args = parse(COMMANDS["export"], flags, notify=lambda notice: None)
+    read_model(args.model if args.to_mcore else hf_source(args))  # transformers imports when first used
+    imports = time.perf_counter() - started
+    print(READY, end="", flush=True)
+    sys.stdin.readline()
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     before = status("VmRSS")
     started = time.perf_counter()

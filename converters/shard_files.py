@@ -6,6 +6,7 @@ The folder is a PyTorch distributed checkpoint with megatron-core's metadata bes
 `dist_checkpointing.load` reads in any layout.
 """
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,14 @@ from converters.tensor_file import TensorFile
 from converters.torch_dist_reader import MODEL_ROOTS, MCoreReader
 from mcore_swift.models.rules import Region, Shape, as_slices
 from mcore_swift.models.shards import LiveShard
+
+MEGATRON_METADATA = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+"""What megatron-core's `CheckpointingConfig` writes (its import takes seconds)."""
 
 ALL_ROOTS = MODEL_ROOTS | {"optimizer", "rng"}
 
@@ -62,7 +71,6 @@ def write_shards(folder: Path, rank: int, shards: Iterable[LiveShard]) -> Conten
 
 def write_contents(folder: Path, contents: Sequence[Contents], common: Mapping[str, Any]) -> None:
     """Join what all ranks wrote into a checkpoint. On one rank. common: small values for `common.pt`."""
-    from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
     from torch.distributed.checkpoint import FileSystemWriter
     from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.metadata import MetadataIndex
@@ -76,7 +84,7 @@ def write_contents(folder: Path, contents: Sequence[Contents], common: Mapping[s
     with disk_errors(folder):
         FileSystemWriter(folder, sync_files=False).finish(_metadata(stored), [results])
         torch.save(dict(common), folder / "common.pt")
-        save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+        (folder / "metadata.json").write_text(json.dumps(MEGATRON_METADATA), encoding="utf-8")
 
 
 def _metadata(stored: Iterable[StoredShard]) -> Any:

@@ -157,20 +157,16 @@ class RegionReader:
 
 
 class Buffers:
-    """One piece of memory lent out as tensors of any shape: fresh memory costs more than reading into it.
+    """One piece of memory lent out as tensors of any shape: fresh memory costs more than reading into it."""
 
-    size: bytes of the first allocation; a larger tensor makes it grow.
-    """
-
-    def __init__(self, size: int) -> None:
-        self._size = size
+    def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8).numpy()
 
     def tensor(self, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
         """Contiguous and uninitialised; valid until the next call. Its storage is just its own bytes."""
         size = StoredTensor(Path(), 0, shape, dtype).nbytes
         if self._memory.size < size:
-            self._memory = torch.empty(max(size, self._size), dtype=torch.uint8).numpy()
+            self._memory = torch.empty(size, dtype=torch.uint8).numpy()
         return torch.from_numpy(self._memory[:size]).view(dtype).view(shape)
 
 

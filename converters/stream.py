@@ -4,7 +4,9 @@ No model is built and no process group is needed; a process holds one bounded pi
 With several processes, each converts a share of the bytes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -15,16 +17,26 @@ from converters.hf_reader import HFReader
 from converters.hf_writer import HFWriter, PlannedFile, in_writing_order, plan_files, share_out, write_index
 from converters.pending import check_free_space
 from converters.ranks import Ranks
-from converters.regions import clip, numel, relative, slabs
+from converters.read_ahead import read_ahead
+from converters.regions import clip, relative, slabs
 from converters.safetensors_format import TensorSpec
 from converters.side_files import copy_side_files
 from converters.stored import Buffers
 from converters.torch_dist_reader import MCoreReader
 from converters.torch_dist_writer import MCoreWriter
-from mcore_swift.models.rules import Block, Region, Rule, RuleTable, Shape, as_slices, full_region
+from mcore_swift.models.rules import (
+    Block,
+    Region,
+    Rule,
+    RuleTable,
+    Shape,
+    as_slices,
+    full_region,
+    region_shape,
+)
 
-PART_BYTES = 32 << 20
-"""How much of an HF tensor is put together in memory before it is written."""
+PART_BYTES = 8 << 20
+"""How much of an HF tensor is put together in memory before it is written: fits a processor's cache."""
 
 Progress = Callable[[int], None]
 """Called with the bytes of weights written since the last call."""
@@ -121,31 +133,46 @@ def _write_files(
     rank: int,
     progress: Progress,
 ) -> None:
-    buffers = Buffers(PART_BYTES)
     specs = [spec for file in files if file.rank == rank for spec in file.specs]
     with HFWriter(folder, files, rank) as writer:
-        for _, group in groupby(specs, key=lambda spec: table.by_hf[spec.name].mcore):
-            tensors = list(group)
-            blocks = _blocks_by_name(table.by_hf[tensors[0].name], reader.shapes)
-            for spec in tensors:
-                for region in slabs(spec.shape, spec.dtype.itemsize, PART_BYTES):
-                    part = buffers.tensor(tuple(stop - start for start, stop in region), spec.dtype)
-                    _fill_part(reader, table.by_hf[spec.name], blocks[spec.name], region, part)
-                    writer.write(spec.name, part)
-                    progress(part.nbytes)
+        for job, part in read_ahead(_parts(reader, table, specs), partial(_fill_part, reader)):
+            writer.write(job.spec.name, part)
+            progress(part.nbytes)
 
 
-def _fill_part(
-    reader: MCoreReader, rule: Rule, blocks: list[Block], region: Region, part: torch.Tensor
-) -> None:
+@dataclass(frozen=True)
+class _Part:
+    """A part of an HF tensor that is put together in memory, and the blocks it may meet."""
+
+    spec: TensorSpec
+    region: Region
+    rule: Rule
+    blocks: list[Block]
+
+
+def _parts(reader: MCoreReader, table: RuleTable, specs: list[TensorSpec]) -> Iterator[_Part]:
+    shapes = reader.shapes
+    for _, group in groupby(specs, key=lambda spec: table.by_hf[spec.name].mcore):
+        tensors = list(group)
+        rule = table.by_hf[tensors[0].name]
+        blocks = _blocks_by_name(rule, shapes)
+        for spec in tensors:
+            for region in slabs(spec.shape, spec.dtype.itemsize, PART_BYTES):
+                yield _Part(spec, region, rule, blocks[spec.name])
+
+
+def _fill_part(reader: MCoreReader, job: _Part, buffers: Buffers) -> torch.Tensor:
+    part = buffers.tensor(region_shape(job.region), job.spec.dtype)
     covered = 0
-    for block in blocks:
-        piece = clip(block, region)
+    for block in job.blocks:
+        piece = clip(block, job.region)
         if piece is not None:
-            reader.copy_into(rule.mcore, piece.mcore, part[as_slices(relative(piece.hf, region))])
-            covered += numel(piece.hf)
+            target = part[as_slices(relative(piece.hf, job.region))]
+            reader.copy_into(job.rule.mcore, piece.mcore, target)
+            covered += target.numel()
     if covered != part.numel():
-        raise ValueError(f"{rule} covers {covered} of {part.numel()} values of {region}")
+        raise ValueError(f"{job.rule} covers {covered} of {part.numel()} values of {job.region}")
+    return part
 
 
 def _blocks_by_name(rule: Rule, mcore_shapes: dict[str, Shape]) -> dict[str, list[Block]]:

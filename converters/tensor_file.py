@@ -1,12 +1,25 @@
 """A file of tensors, each in torch.save's format, one after the other: what a torch_dist folder is made of."""
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from converters.pending import disk_errors
+
+
+@contextmanager
+def _no_checksums() -> Iterator[None]:
+    """Checksums take as long as all the rest, and torch.load looks at none."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 class TensorFile(io.RawIOBase):
@@ -26,7 +39,7 @@ class TensorFile(io.RawIOBase):
     def save(self, tensor: torch.Tensor) -> tuple[int, int]:
         """Append a tensor, with its whole storage; returns at which byte it starts and how many bytes it took."""
         start = self._at
-        with disk_errors(self._path):
+        with disk_errors(self._path), _no_checksums():
             try:
                 torch.save(tensor, self)
             except RuntimeError:

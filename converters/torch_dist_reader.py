@@ -167,7 +167,8 @@ def locate_values(chunk: Chunk, dtype: torch.dtype) -> StoredTensor | torch.Tens
         with zipfile.ZipFile(view) as archive:
             values = [entry for entry in archive.infolist() if "/data/" in entry.filename]
             pickled = next(entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl"))
-            layout = _LayoutUnpickler(io.BytesIO(archive.read(pickled))).load()
+            view.seek(_values_start(view, pickled))
+            layout = _LayoutUnpickler(io.BytesIO(view.read(pickled.file_size))).load()
         shape = region_shape(chunk.region)
         plain = StoredTensor(chunk.path, 0, shape, dtype)
         if (
@@ -176,12 +177,17 @@ def locate_values(chunk: Chunk, dtype: torch.dtype) -> StoredTensor | torch.Tens
             and values[0].file_size == plain.nbytes
             and layout == (0, shape, torch.empty(shape, device="meta").stride())
         ):
-            view.seek(values[0].header_offset)
-            name_length, extra_length = struct.unpack("<26x2H", view.read(30))
-            start = chunk.offset + values[0].header_offset + 30 + name_length + extra_length
-            return StoredTensor(chunk.path, start, shape, dtype)
+            start = _values_start(view, values[0])
+            return StoredTensor(chunk.path, chunk.offset + start, shape, dtype)
         view.seek(0)
         return torch.load(view, map_location="cpu", weights_only=True)
+
+
+def _values_start(archive: io.RawIOBase, entry: zipfile.ZipInfo) -> int:
+    """Where the bytes of an uncompressed entry start. (zipfile reads them too, but insists on checksums.)"""
+    archive.seek(entry.header_offset)
+    name_length, extra_length = struct.unpack("<26x2H", archive.read(30))
+    return entry.header_offset + 30 + name_length + extra_length
 
 
 class _FileView(io.RawIOBase):

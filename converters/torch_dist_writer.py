@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from converters.ranks import Ranks
+from converters.read_ahead import read_ahead
 from converters.regions import slabs
 from converters.safetensors_format import TensorSpec
 from converters.shard_files import Contents, StoredShard, write_contents
@@ -18,7 +19,7 @@ from converters.tensor_file import TensorFile
 from mcore_swift.models.rules import Region, region_shape
 from mcore_swift.models.shards import METADATA
 
-CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = 32 << 20
 """Largest chunk that is written: what a reader of any layout fetches to get a part of it."""
 
 
@@ -45,24 +46,28 @@ class MCoreWriter:
             done += nbytes_of(spec, region)
 
     def write(self, fill: Callable[[TensorSpec, Region, torch.Tensor], None]) -> None:
-        """Write this rank's chunks; `fill` gives the values of a region. One buffer serves all chunks.
+        """Write this rank's chunks; `fill` gives the values of a region, in a thread that reads ahead.
 
         Raises UserError if the disk is full or refuses.
         """
         if not self.chunks:
             return
         path = self._folder / f"__{self._ranks.rank}_0.distcp"
-        buffers = Buffers(max(nbytes_of(spec, region) for spec, region in self.chunks))
+
+        def filled(chunk: tuple[TensorSpec, Region], buffers: Buffers) -> torch.Tensor:
+            spec, region = chunk
+            values = buffers.tensor(region_shape(region), spec.dtype)
+            fill(spec, region, values)
+            return values
+
         with TensorFile(path) as file:
-            for spec, region in self.chunks:
-                values = buffers.tensor(region_shape(region), spec.dtype)
-                fill(spec, region, values)
+            for (spec, region), values in read_ahead(self.chunks, filled):
                 place = (path.name, *file.save(values))
                 self._contents.shards.append(StoredShard(spec.name, spec.shape, spec.dtype, region, *place))
 
     def finish(self) -> None:
         """Write what makes the folder a checkpoint. Collective, after every rank's `write`."""
-        contents = self._ranks.gather(self._contents)
+        contents = self._ranks.collect(self._contents)
         if self._ranks.is_first:
             write_contents(self._folder, contents, {"content_metadata": dict(METADATA)})
 

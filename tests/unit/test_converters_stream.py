@@ -90,6 +90,9 @@ class FakeRanks(Ranks):
         said[self.rank] = value
         return list(said.values())
 
+    def collect(self, value):
+        return self.gather(value)
+
     def agree(self, error):
         if error is not None:
             raise error
