@@ -74,7 +74,7 @@ def _divergence_named(run: Run, step: int) -> Iterator[None]:
     except FloatingPointError as error:
         raise TrainingStopped(
             f"step {step} of the run in {run.checkpoints.run_dir}: {error}",
-            remedy="resume from the newest checkpoint with a lower --lr or more --lr_warmup_iters, and look at the data",
+            remedy="resume from the newest checkpoint with a lower --lr or a longer warm-up, and look at the data",
         ) from None
 
 
