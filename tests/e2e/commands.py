@@ -96,7 +96,9 @@ class Command:
         except subprocess.TimeoutExpired:
             self.process.send_signal(signal.SIGABRT)
             raise AssertionError(f"still running after {LIMIT} s:\n{self._err.read_text()[-3000:]}") from None
-        left = [process for process in self._seen.values() if process.is_running() and not _is_zombie(process)]
+        left = [
+            process for process in self._seen.values() if process.is_running() and not _is_zombie(process)
+        ]
         assert not left, f"left running: {left}"
         return Ended(code, self._out.read_text(), self._err.read_text())
 

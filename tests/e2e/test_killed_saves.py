@@ -18,7 +18,12 @@ STEPS, KILLS, LIMIT_OF_CHECKPOINTS = 24, 9, 3
 @pytest.fixture(scope="module")
 def job(sft, tmp_path_factory):
     folder = tmp_path_factory.mktemp("kills")
-    common = {"train_iters": STEPS, "save_steps": 1, "save_total_limit": LIMIT_OF_CHECKPOINTS, "resume": "auto"}
+    common = {
+        "train_iters": STEPS,
+        "save_steps": 1,
+        "save_total_limit": LIMIT_OF_CHECKPOINTS,
+        "resume": "auto",
+    }
     small = {"global_batch_size": 2}
     settings = {
         "argv": sft(output_dir=folder / "run", save_safetensors=True, **small, **common),
@@ -31,7 +36,8 @@ def job(sft, tmp_path_factory):
     (folder / "job.json").write_text(json.dumps(settings))
     ended = subprocess.run(
         [sys.executable, "-W", "ignore", str(Path(__file__).with_name("kills_job.py")), str(folder)],
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+        env=os.environ
+        | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
         capture_output=True,
         text=True,
         timeout=2 * LIMIT,

@@ -36,7 +36,7 @@ def make_model(folder: Path, tokenizer, **config) -> None:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     defaults = {
-        "vocab_size": len(tokenizer) + 1,  # odd: tensor-parallel ranks must pad it
+        "vocab_size": (len(tokenizer) + 1) | 1,  # odd: tensor-parallel ranks must pad it
         "hidden_size": 32,
         "intermediate_size": 64,
         "num_hidden_layers": 4,
