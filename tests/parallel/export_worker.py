@@ -35,6 +35,7 @@ from converters.hf_reader import HFReader  # noqa: E402
 from converters.load import load_hf  # noqa: E402
 from converters.ranks import Ranks  # noqa: E402
 from converters.torch_dist_reader import MCoreReader  # noqa: E402
+from converters.verify import compare_logits, fixed_rows, require_equal  # noqa: E402
 from mcore_swift.errors import UserError  # noqa: E402
 from mcore_swift.models.build import build_model, transformer_config  # noqa: E402
 from mcore_swift.models.reading import read_model  # noqa: E402
@@ -220,6 +221,31 @@ def missing_tensor(layout: str, folder: Path) -> None:
     assert all((shard.data == 7).all() for shard in live_shards(chunks))
 
 
+def logits(layout: str, folder: Path) -> None:
+    """The comparison with transformers passes on a sound model and fails on one with a single wrong tensor."""
+    source = folder / "source"
+    if dist.get_rank() == 0:
+        make_checkpoint("qwen3", source)
+    dist.barrier()
+    plan, chunks = model_in(source, layout, torch.float32)
+    with HFReader(source) as reader:
+        load_hf(chunks, reader, plan.table)
+    tokens = fixed_rows(plan.hf.vocab_size, rows=4)
+    sound = compare_logits(chunks, plan.hf.vocab_size, str(source), tokens)
+    assert sound.max < 1e-5 and sound.same_best == 1.0, sound  # fp32 of a model with logits near 1
+    require_equal(sound, "it")
+    for shard in live_shards(chunks):
+        if shard.key == "decoder.layers.2.self_attention.k_layernorm.weight":
+            shard.data.mul_(1.01)
+    wrong = compare_logits(chunks, plan.hf.vocab_size, str(source), tokens)
+    try:
+        require_equal(wrong, "it")
+    except UserError as error:
+        assert "it does not compute what transformers computes" in error.message
+    else:
+        raise AssertionError(f"one norm is off by a hundredth, and nobody saw it: {wrong}")
+
+
 def cases():
     """Case name -> function of a folder."""
     layouts = list(LAYOUTS[dist.get_world_size()])
@@ -233,6 +259,7 @@ def cases():
             yield f"each-once {family} {layout}", partial(each_tensor_once, family, layout)
         yield f"full-disk {layout}", partial(full_disk_on_one_rank, layout)
         yield f"missing-tensor {layout}", partial(missing_tensor, layout)
+        yield f"logits {layout}", partial(logits, layout)
 
 
 def main(folder: Path) -> None:

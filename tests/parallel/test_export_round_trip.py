@@ -53,7 +53,7 @@ def run_job(world_size: int, folder: Path) -> tuple[dict[str, str], str]:
 def test_every_case_in_every_layout(world_size, tmp_path):
     results, _ = run_job(world_size, tmp_path)
     kinds = {name.split()[0] for name in results}
-    assert kinds == {"round-trip", "streamed", "each-once", "full-disk", "missing-tensor"}
+    assert kinds == {"round-trip", "streamed", "each-once", "full-disk", "missing-tensor", "logits"}
     failed = {name: error for name, error in results.items() if error}
     assert not failed, f"{len(failed)} of {len(results)} cases failed:\n" + "\n".join(
         f"--- {name}\n{error}" for name, error in failed.items()
