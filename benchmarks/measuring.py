@@ -1,0 +1,126 @@
+"""Starting what is measured, and saying on what machine it was measured."""
+
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A benchmark that is told to stop ends what it has started, as it does on Ctrl-C.
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+def machine(*packages: str) -> str:
+    """The machine, the load that others put on it (rows measured under load are to be doubted), and versions."""
+    versions = "".join(f", {name} {version(name)}" for name in packages)
+    return f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}{versions}"
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """The median of values, with all of them behind it: `1.02 (0.99 1.02 1.03)`."""
+    each = " ".join(format(value, form) for value in sorted(values))
+    return f"{statistics.median(values):{form}} ({each})"
+
+
+def megatron(*arguments: object) -> list[str]:
+    """The command line `megatron ...`, by the script beside this interpreter or by the module."""
+    script = Path(sys.executable).with_name("megatron")
+    program = [str(script)] if script.exists() else [sys.executable, "-m", "mcore_swift.cli.main", "megatron"]
+    return [*program, *map(str, arguments)]
+
+
+def flags(**values: object) -> list[str]:
+    """`--name value` of each."""
+    return [str(part) for name, value in values.items() for part in (f"--{name}", value)]
+
+
+def environment(**values: str) -> dict[str, str]:
+    """This process's environment with `values` over it, such that a child finds this checkout and looks up nothing.
+
+    Python may keep compiled files, as it does unless told otherwise: an import is then not compiled each time.
+    """
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    own = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return own | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"} | values
+
+
+def stamped_lines(command: Sequence[str], *, limit_s: float, **env: str) -> Iterator[tuple[float, str]]:
+    """Run a command; each line it prints, with the seconds since it was started when the line arrived.
+
+    Raises RuntimeError, with what it printed last, if it fails or takes longer than `limit_s`.
+    """
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        command,
+        env=environment(PYTHONUNBUFFERED="1", **env),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # so that the processes it starts can be ended with it
+    )
+    timer = threading.Timer(limit_s, end, [process])
+    timer.start()
+    lines: list[str] = []
+    try:
+        for line in process.stdout:
+            yield time.perf_counter() - started, line.rstrip("\n")
+            lines.append(line)
+        code = process.wait()
+    finally:
+        timed_out = not timer.is_alive()
+        timer.cancel()
+        end(process)
+    if code:
+        why = f"did not end within {limit_s:.0f} s" if timed_out else f"ended with exit code {code}"
+        raise RuntimeError(f"{' '.join(command)}\n{why}:\n{''.join(lines[-30:])}")
+
+
+def end(process: subprocess.Popen) -> None:
+    """Kill a process if it still runs, with those it started if it leads a session."""
+    if process.poll() is None:
+        if os.getpgid(process.pid) == process.pid:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        process.wait()
+
+
+def run_ranks(command: Sequence[str], processes: int, *, threads: int | None = None, limit_s: float) -> str:
+    """Run a command in `processes` processes that torch.distributed can join; what rank 0 printed.
+
+    threads: of each process; None shares the cores evenly. Raises RuntimeError if one fails or takes longer than
+    `limit_s` seconds.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    own_threads = str(threads or max(1, os.cpu_count() // processes))
+    started = [
+        subprocess.Popen(
+            command,
+            env=environment(RANK=str(rank), LOCAL_RANK=str(rank), OMP_NUM_THREADS=own_threads, **common),
+            stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
+            text=True,
+        )
+        for rank in range(processes)
+    ]
+    deadline = time.monotonic() + limit_s
+    try:
+        output = started[0].communicate(timeout=limit_s)[0]
+        codes = [process.wait(timeout=max(1.0, deadline - time.monotonic())) for process in started]
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"{' '.join(command)}\ndid not end within {limit_s:.0f} s") from None
+    finally:
+        for process in started:
+            end(process)
+    if any(codes):
+        raise RuntimeError(f"{' '.join(command)}\nended with exit codes {codes}:\n{output[-3000:]}")
+    return output

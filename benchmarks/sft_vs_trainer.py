@@ -1,0 +1,289 @@
+"""`megatron sft` with packing against transformers' Trainer: tokens/s on the same model and the same samples.
+
+    python benchmarks/sft_vs_trainer.py --rounds 3
+
+A random Qwen3 of 17 million parameters in fp32, conversations of log-normal length with half of the tokens learnt (or
+--dataset), AdamW, clipping, one process. Every optimizer step takes the same samples on both sides: ours the packed
+rows of the step, Trainer the samples in them, cut into as many batches of whole samples as --accumulation says, each
+padded to its longest. Trainer gets tokens that are ready, and sums its loss over the step's tokens as we do.
+
+Sides, each in a process of its own, in turns:
+  ours              megatron sft --packing true, nothing recomputed
+  ours, default     the same with the default, selective recomputation of attention
+  Trainer           the samples of a step in random order
+  Trainer, sorted   the samples of a step sorted by length before they are cut into batches: less padding than its
+                    own group_by_length leaves
+
+Tokens/s are real tokens over the time between two lines on the terminal, that of the last warm-up step and that of
+the last step; padding never counts. Printed are medians over the rounds and ratios within each round. The losses of
+the first step must agree to 1e-4, or the work is not the same and the benchmark fails.
+"""
+
+import argparse
+import json
+import random
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from measuring import ROOT, environment, flags, machine, megatron, spread, stamped_lines
+from workload import SIZES, Workload, make_workload
+
+SIDES = ("ours", "ours, default", "Trainer", "Trainer, sorted")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=5, help="steps that count in each run")
+    parser.add_argument("--warm-up", type=int, default=1, help="steps before them")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a packed row")
+    parser.add_argument("--rows", type=int, default=2, help="packed rows of a step")
+    parser.add_argument("--accumulation", type=int, default=4, help="batches of Trainer in a step")
+    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
+    parser.add_argument("--size", default="small", choices=SIZES)
+    parser.add_argument("--dataset", type=Path, help="a file of your own in place of generated rows")
+    parser.add_argument("--columns", help="its columns, JSON as in megatron sft --columns")
+    parser.add_argument("--threads", type=int, help="by default all cores")
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/sft_vs_trainer"))
+    parser.add_argument("--limit", type=float, default=900, help="seconds one run may take")
+    options = parser.parse_args()
+    print(machine("torch", "megatron-core", "transformers"))
+    try:
+        run(options)
+    finally:
+        shutil.rmtree(options.folder, ignore_errors=True)
+    print(machine())
+
+
+def run(options: argparse.Namespace) -> None:
+    workload = make_workload(options.folder, options.size, train=options.dataset)
+    arguments = sft_arguments(options, workload)
+    steps = write_samples(options, arguments)
+    describe(steps, options)
+    tokens = sum(len(ids) for step in steps[options.warm_up :] for ids, _ in step)
+    results: dict[str, list[tuple[float, float]]] = {side: [] for side in options.sides}
+    for _ in range(options.rounds):
+        for side in options.sides:
+            seconds, first_loss = time_side(side, options, workload, arguments)
+            results[side].append((tokens / seconds, first_loss))
+    report(results)
+
+
+def sft_arguments(options: argparse.Namespace, workload: Workload) -> list[str]:
+    """What both sides are told, in the words of `megatron sft`."""
+    arguments = flags(
+        model=workload.model,
+        dataset=workload.train,
+        cache_dir=options.folder / "tokens",
+        output_dir=options.folder / "ours",
+        packing="true",
+        max_length=options.length,
+        micro_batch_size=1,
+        global_batch_size=options.rows,
+        train_iters=options.warm_up + options.steps,
+        torch_dtype="float32",
+        lr=1e-4,
+        lr_decay_style="constant",
+        logging_steps=1,
+        report_to="none",
+        save_safetensors="false",
+        no_save_optim="true",
+    )
+    return arguments + (flags(columns=options.columns) if options.columns else [])
+
+
+def write_samples(options: argparse.Namespace, arguments: list[str]) -> list[list[Any]]:
+    """Ask our data pipeline, in a process of its own, which samples each step takes; [step][sample](ids, labels)."""
+    command = [
+        sys.executable,
+        str(Path(__file__).resolve()),
+        "--samples",
+        str(samples_file(options)),
+        *arguments,
+    ]
+    subprocess.run(command, env=environment(), check=True, timeout=options.limit)
+    return json.loads(samples_file(options).read_text())
+
+
+def samples_file(options: argparse.Namespace) -> Path:
+    return options.folder / "samples.json"
+
+
+def time_side(
+    side: str, options: argparse.Namespace, workload: Workload, arguments: list[str]
+) -> tuple[float, float]:
+    """Seconds of the steps that count, and the loss of the first step."""
+    if side.startswith("ours"):
+        recompute = "selective" if "default" in side else "none"
+        command = megatron("sft", *arguments, *flags(recompute_granularity=recompute))
+    else:
+        facts = {
+            "model": str(workload.model),
+            "samples": str(samples_file(options)),
+            "output": str(options.folder / "trainer"),
+            "accumulation": options.accumulation,
+            "sorted": "sorted" in side,
+        }
+        command = [sys.executable, str(Path(__file__).resolve()), "--trainer", json.dumps(facts)]
+    env = {"OMP_NUM_THREADS": str(options.threads)} if options.threads else {}
+    at: dict[int, float] = {}
+    losses: dict[int, float] = {}
+    for seconds, line in stamped_lines(command, limit_s=options.limit, **env):
+        found = re.match(r"step (\d+)/\d+ .*?loss ([\d.]+)", line)
+        if found:
+            at[int(found[1])], losses[int(found[1])] = seconds, float(found[2])
+    return at[options.warm_up + options.steps] - at[options.warm_up], losses[1]
+
+
+def describe(steps: list[list[Any]], options: argparse.Namespace) -> None:
+    samples = [sample for step in steps for sample in step]
+    lengths = sorted(len(ids) for ids, _ in samples)
+    learnt = sum(label != -100 for _, labels in samples for label in labels)
+    print(
+        f"{len(samples) / len(steps):.1f} samples and {sum(lengths) / len(steps):,.0f} tokens a step; "
+        f"a sample has {lengths[len(lengths) // 2]} tokens (median), {lengths[-1]} (longest); "
+        f"{learnt / sum(lengths):.0%} of the tokens are learnt"
+    )
+    rows = len(steps) * options.rows * options.length
+    shares = [f"ours {1 - sum(lengths) / rows:.1%}"]
+    for name, order in (("Trainer", None), ("Trainer, sorted", len)):
+        padded = sum(
+            len(batch) * max(map(len, batch))
+            for step in steps
+            for batch in cut([ids for ids, _ in step], options.accumulation, order)
+        )
+        shares.append(f"{name} {1 - sum(lengths) / padded:.1%}")
+    print(f"padding: {'; '.join(shares)}\n", flush=True)
+
+
+def cut(samples: list[Any], count: int, order: Callable[[Any], int] | None = None) -> list[list[Any]]:
+    """The samples of a step in `count` batches of as even a size as can be, sorted by `order` first."""
+    samples = sorted(samples, key=order, reverse=True) if order else samples
+    edges = [round(i * len(samples) / count) for i in range(count + 1)]
+    return [samples[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def report(results: dict[str, list[tuple[float, float]]]) -> None:
+    losses = {side: runs[0][1] for side, runs in results.items()}
+    reference = "Trainer" if "Trainer" in results else next(iter(results))
+    print(f"{'':18}{'loss of step 1':>15}{'tokens/s':>10}     / {reference} (each round)")
+    for side, runs in results.items():
+        rates = [rate for rate, _ in runs]
+        ratios = [rate / other for rate, (other, _) in zip(rates, results[reference], strict=True)]
+        print(
+            f"{side:18}{losses[side]:15.4f}{statistics.median(rates):10,.0f}     {spread(ratios, '.2f')}",
+            flush=True,
+        )
+    if max(losses.values()) - min(losses.values()) > 1.5e-4:  # both print four decimals
+        raise SystemExit("the losses of the first step differ: the sides do not do the same work")
+
+
+def export_samples(path: Path, argv: list[str]) -> None:
+    """Write the samples of every step as JSON, labels as transformers takes them (not shifted, -100: no loss).
+
+    Shuffled within the step: packing puts samples of like length together, which batches of them would gain from.
+    """
+    sys.path.insert(0, str(ROOT))
+    from transformers import AutoTokenizer
+
+    from mcore_swift.config import MegatronSftArguments, parse
+    from mcore_swift.data import prepare
+
+    args = parse(MegatronSftArguments, argv, notify=lambda notice: None)
+    data = prepare(
+        args,
+        AutoTokenizer.from_pretrained(args.model),
+        is_builder=True,
+        barrier=lambda: None,
+        output_dir=path.parent,
+        model_max_length=args.max_length,
+    )
+    steps = [
+        [sample for batch in data.train.step(step) for sample in samples_of(batch)]
+        for step in range(data.train.total_steps)
+    ]
+    draw = random.Random(0)
+    path.write_text(json.dumps([draw.sample(step, len(step)) for step in steps]))
+
+
+def samples_of(batch: Any) -> list[tuple[list[int], list[int]]]:
+    """(ids, labels) of each sample of a packed row."""
+    edges = batch.cu_seqlens.tolist()[: batch.num_samples + 1]
+    targets = batch.labels.masked_fill(batch.loss_mask == 0, -100)
+    return [
+        (batch.input_ids[0, a:b].tolist(), [-100, *targets[0, a : b - 1].tolist()])
+        for a, b in zip(edges, edges[1:], strict=False)
+    ]
+
+
+def train_with_trainer(facts: dict[str, Any]) -> None:
+    """transformers' Trainer with its own defaults, but for the order of the samples and what the command says."""
+    import torch
+    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+    steps = json.loads(Path(facts["samples"]).read_text())
+    order = (lambda sample: len(sample[0])) if facts["sorted"] else None
+    batches = [batch for step in steps for batch in cut(step, facts["accumulation"], order)]
+
+    class InGivenOrder(Trainer):
+        def get_train_dataloader(self) -> Any:
+            return torch.utils.data.DataLoader(batches, batch_size=None, collate_fn=padded)
+
+    class SayLoss(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if "loss" in logs:
+                print(
+                    f"step {state.global_step}/{state.max_steps} loss {float(logs['loss']):.4f}", flush=True
+                )
+
+    arguments = TrainingArguments(
+        output_dir=facts["output"],
+        max_steps=len(steps),
+        gradient_accumulation_steps=facts["accumulation"],
+        learning_rate=1e-4,
+        lr_scheduler_type="constant",
+        weight_decay=0.1,
+        adam_beta2=0.95,
+        max_grad_norm=1.0,
+        logging_steps=1,
+        logging_strategy="steps",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    model = AutoModelForCausalLM.from_pretrained(facts["model"], dtype=torch.float32)
+    InGivenOrder(model, arguments, callbacks=[SayLoss()]).train()
+
+
+def padded(batch: list[tuple[list[int], list[int]]]) -> dict[str, Any]:
+    """Samples as rows, padded on the right to the longest."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    columns = {
+        "input_ids": [torch.tensor(ids) for ids, _ in batch],
+        "labels": [torch.tensor(labels) for _, labels in batch],
+        "attention_mask": [torch.ones(len(ids), dtype=torch.int64) for ids, _ in batch],
+    }
+    fill = {"input_ids": 0, "labels": -100, "attention_mask": 0}
+    return {
+        name: pad_sequence(rows, batch_first=True, padding_value=fill[name]) for name, rows in columns.items()
+    }
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--samples"]:
+        export_samples(Path(sys.argv[2]), sys.argv[3:])
+    elif sys.argv[1:2] == ["--trainer"]:
+        train_with_trainer(json.loads(sys.argv[2]))
+    else:
+        main()

@@ -1,0 +1,195 @@
+"""Our training loop against a bare megatron-core loop on the same model and the same batches.
+
+    python benchmarks/training_loop.py --rounds 5
+
+Ours is `mcore_swift.training.loop.train` with a whole Run: batches made ahead by threads, learning rate schedule,
+checks, a log line every 5 steps to the terminal, logging.jsonl and tensorboard. Bare is zero gradients,
+megatron-core's forward-backward function, optimizer step: batches ready beforehand, nothing checked, nothing said.
+
+Both run in the same process on the same engine, in turns of some seconds, so that a busy machine hits both. Printed
+are medians of real tokens/s over the rounds, and the ratio ours / bare: the median of the rounds' own ratios.
+Aim: >= 0.97. The checkpoint that ends a run is left out.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from measuring import ROOT, flags, machine, run_ranks, spread
+from workload import SIZES, make_workload
+
+LENGTH = 1024  # tokens of a packed row
+STEPS = {"small": 4, "tiny": 40}  # of a turn: some seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sizes", nargs="+", default=["small", "tiny"], choices=SIZES)
+    parser.add_argument(
+        "--processes", type=int, nargs="+", default=[1, 2], help="tensor-parallel size of a row"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="turns that count, after one to warm up")
+    parser.add_argument(
+        "--threads", type=int, help="of each process; by default the processes share the cores"
+    )
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/training_loop"))
+    parser.add_argument("--limit", type=float, default=900, help="seconds a row may take")
+    options = parser.parse_args()
+    print(machine("torch", "megatron-core"))
+    print(f"{'tokens/s':16}{'ours':>10}{'bare':>10}     ours / bare (each round)", flush=True)
+    try:
+        for size in options.sizes:
+            workload = make_workload(options.folder, size)
+            for processes in options.processes:
+                result = measure(options, workload, processes, STEPS[size])
+                report(f"{size}, TP={processes}", result)
+    finally:
+        shutil.rmtree(options.folder, ignore_errors=True)
+    print(machine())
+
+
+def measure(options: argparse.Namespace, workload: Any, processes: int, steps: int) -> dict[str, list[float]]:
+    arguments = flags(
+        model=workload.model,
+        dataset=workload.train,
+        output_dir=options.folder / "output",
+        cache_dir=options.folder / "tokens",
+        tensor_model_parallel_size=processes,
+        packing="true",
+        max_length=LENGTH,
+        micro_batch_size=1,
+        global_batch_size=2,
+        train_iters=steps * (options.rounds + 1),
+        recompute_granularity="none",
+        save_steps=10**9,
+        save_safetensors="false",
+    )
+    command = [sys.executable, str(Path(__file__).resolve()), "--worker", str(steps), *arguments]
+    output = run_ranks(command, processes, threads=options.threads, limit_s=options.limit)
+    return json.loads(output.splitlines()[-1])
+
+
+def worker(steps: int, argv: list[str]) -> None:
+    """One process of a row. Prints the tokens/s of each round as JSON, the first round left out."""
+    sys.path.insert(0, str(ROOT))
+    from mcore_swift.accelerator import get_accelerator
+
+    get_accelerator().install()
+    from converters.ranks import Ranks
+    from mcore_swift.config import MegatronSftArguments, parse
+    from mcore_swift.engines.megatron import process_groups
+    from mcore_swift.plan.layout import Layout
+    from mcore_swift.training.main import build_run
+
+    args = parse(MegatronSftArguments, argv, notify=lambda notice: None)
+    ranks = Ranks()
+    layout = Layout.from_args(args, ranks.size)
+    process_groups.start(layout, seed=args.seed)
+    run = build_run(args, layout, ranks)
+    run.log = OpenLog(run.log)
+    run.checkpoints.save = lambda state: None
+    rounds: dict[str, list[float]] = {"ours": [], "bare": []}
+    for first in range(0, args.train_iters, steps):
+        batches = [run.data.step(step) for step in range(first, first + steps)]
+        tokens = sum(batch.num_tokens for microbatches in batches for batch in microbatches)
+        rounds["ours"].append(tokens / time_ours(run, first + steps, ranks))
+        rounds["bare"].append(tokens / time_bare(run.engine, batches, ranks))
+    process_groups.stop()
+    print(json.dumps({name: values[1:] for name, values in rounds.items()}))
+
+
+class OpenLog:
+    """The run's own log, not closed at the end of a turn. Knows when it had taken the last step's report."""
+
+    def __init__(self, log: Any) -> None:
+        self._log = log
+        self.is_due = log.is_due
+        self.reported_at = 0.0
+
+    def after_step(self, report: Any) -> None:
+        self._log.after_step(report)
+        self.reported_at = time.perf_counter()
+
+    def __enter__(self) -> "OpenLog":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        pass
+
+
+def time_ours(run: Any, until: int, ranks: Any) -> float:
+    """Seconds of the run's steps before step `until`."""
+    from mcore_swift.training.loop import train
+
+    run.data.total_steps = until
+    ranks.gather(None)
+    started = time.perf_counter()
+    train(run)
+    return run.log.reported_at - started
+
+
+def time_bare(engine: Any, batches: list[list[Any]], ranks: Any) -> float:
+    """Seconds of a loop of nothing but what training is, on the engine's own model and optimizer."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from mcore_swift.engines.megatron.forward_backward import to_device
+
+    device = next(engine.chunks[0].parameters()).device
+    prepared = [[to_device(batch, device, thd=False) for batch in step] for step in batches]
+    forward_backward = get_forward_backward_func()
+    (model,) = engine.model
+    ranks.gather(None)
+    started = time.perf_counter()
+    for microbatches in prepared:
+        model.zero_grad_buffer()
+        engine.optimizer.zero_grad()
+        forward_backward(
+            forward_step_func=forward_step,
+            data_iterator=iter(microbatches),
+            model=model,
+            num_microbatches=len(microbatches),
+            seq_length=LENGTH,
+            micro_batch_size=1,
+            forward_only=False,
+        )
+        engine.optimizer.step()
+    return time.perf_counter() - started
+
+
+def forward_step(data: Any, model: Any) -> tuple[Any, Any]:
+    item = next(data)
+    batch = item.batch
+    nll = model(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        attention_mask=None,
+        labels=batch.labels,
+        packed_seq_params=item.packing,
+        loss_mask=item.learnt,
+    )
+    return nll, partial(loss_sum, mask=batch.loss_mask)
+
+
+def loss_sum(nll: Any, mask: Any) -> tuple[Any, Any, dict]:
+    return (nll * mask).sum(), (mask > 0).sum().int(), {}
+
+
+def report(label: str, rounds: dict[str, list[float]]) -> None:
+    ours, bare = (statistics.median(rounds[name]) for name in ("ours", "bare"))
+    ratios = [a / b for a, b in zip(rounds["ours"], rounds["bare"], strict=True)]
+    print(f"{label:16}{ours:10,.0f}{bare:10,.0f}     {spread(ratios, '.3f')}", flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        worker(int(sys.argv[2]), sys.argv[3:])
+    else:
+        main()
