@@ -5,9 +5,11 @@ and no S x S mask is ever made. A packed row is attended segment by segment, whi
 without the blocks that would be masked.
 """
 
-import importlib.util
+import inspect
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -68,11 +70,8 @@ class CoreAttention(MegatronModule):
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
         """query `[s, heads, d]`, key and value `[s, groups, d]` -> `[s, heads, d]`."""
         if query.is_cuda and self._fits_varlen(query):
-            # One kernel for all segments. Imported here, since the import brings a compiler that a CPU run can spare.
-            from torch.nn.attention.varlen import varlen_attn
-
             repeat = query.size(1) // key.size(1)
-            return varlen_attn(
+            return _varlen_attention()(
                 query,
                 key.repeat_interleave(repeat, dim=1),
                 value.repeat_interleave(repeat, dim=1),
@@ -80,8 +79,8 @@ class CoreAttention(MegatronModule):
                 packing.cu_seqlens_kv,
                 packing.longest,
                 packing.longest,
-                is_causal=True,
                 scale=self.softmax_scale,
+                window_size=(-1, 0),  # all before, none after: causal
             )
         segments = zip(*(t.split(packing.lengths) for t in (query, key, value)), strict=True)
         out = [
@@ -91,9 +90,8 @@ class CoreAttention(MegatronModule):
         return torch.cat(out)
 
     def _fits_varlen(self, query: Tensor) -> bool:
-        if importlib.util.find_spec("torch.nn.attention.varlen") is None:  # torch before 2.10
-            return False
-        return query.dtype in (torch.bfloat16, torch.float16) and not self.window and not self._dropout_now
+        fits_kernel = query.dtype in (torch.bfloat16, torch.float16) and query.size(-1) % 8 == 0
+        return fits_kernel and not self.window and not self._dropout_now and _varlen_attention() is not None
 
     @property
     def _dropout_now(self) -> float:
@@ -132,3 +130,17 @@ class CoreAttention(MegatronModule):
                 enable_gqa=key.size(1) != query.size(1),
                 **mask,
             )
+
+
+@cache
+def _varlen_attention() -> Callable[..., Tensor] | None:
+    """torch's attention over segments of a row, one kernel for all of them; None where torch has none such.
+
+    A form of it without scale and window, as older torch has, counts as none.
+    """
+    try:  # here, since the import brings a compiler that a CPU run can spare
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    takes = inspect.signature(varlen_attn).parameters
+    return varlen_attn if "scale" in takes and "window_size" in takes else None

@@ -69,6 +69,10 @@ class Model(GPTModel):
     def _postprocess(self, hidden_states: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
         if labels is None or not self.post_process:
             return super()._postprocess(hidden_states=hidden_states, labels=labels, **kwargs)
+        # The output layer's weight is used without calling its module, whose hooks wait for a weight that is
+        # still being gathered (--overlap_param_gather).
+        for hook in self.output_layer._forward_pre_hooks.values():
+            hook(self.output_layer, ())
         tied = self.share_embeddings_and_output_weights
         return token_nll(
             hidden_states,

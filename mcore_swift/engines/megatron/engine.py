@@ -84,8 +84,16 @@ class MegatronEngine:
         prepared = [self._prepare(batch) for batch in microbatches]
         return run_logits(self.model, prepared, self.plan.hf.vocab_size)
 
+    @torch.no_grad()
     def checkpoint_shards(self, holds: Sequence[str], *, for_loading: bool = False) -> list[LiveShard]:
-        """What a checkpoint that holds 'weights' and / or 'optimizer' keeps of this rank: views, not copies."""
+        """What a checkpoint that holds 'weights' and / or 'optimizer' keeps of this rank: views, not copies.
+
+        Collective: with `--overlap_param_gather` a step leaves stepped weights on their owners until the next
+        forward pass asks for them.
+        """
+        if self.optimizer is not None and self.args.overlap_param_gather and not for_loading:
+            for chunk in self.model:
+                chunk.start_param_sync(force_sync=True)
         shards = live_shards(self.chunks) if "weights" in holds else []
         if "optimizer" in holds:
             shards += optimizer_shards(self.optimizer, self.chunks, for_loading=for_loading)

@@ -41,8 +41,8 @@ def start(layout: Layout, *, seed: int, timeout_s: float = 600, backend: str | N
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
         distributed_timeout_minutes=max(1, round(timeout_s / 60)),
-        # On CPU the groups are gloo's already; a second set would only take time to connect.
-        create_gloo_process_groups=accelerator.is_cuda,
+        # A second set of groups, which nothing here uses, would only take time to connect.
+        create_gloo_process_groups=False,
     )
     seed_everything(seed)
 
