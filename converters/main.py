@@ -15,7 +15,7 @@ import torch.distributed as dist
 from converters import stream
 from converters.hf_reader import HFReader
 from converters.manifest import Manifest, versions
-from converters.pending import pending_directory
+from converters.pending import disk_errors, pending_directory
 from converters.ranks import Ranks
 from converters.side_files import copy_side_files
 from converters.torch_dist_reader import MCoreReader
@@ -59,7 +59,8 @@ def to_mcore(args: Any, ranks: Ranks) -> None:
             if ranks.is_first:
                 stored = dtype or _common_dtype(reader.dtype(name) for name in reader.names)
                 copy_side_files(args.model, folder, stored)
-                args.save(folder)
+                with disk_errors(folder):
+                    args.save(folder)
                 Manifest(
                     holds=["weights"],
                     dtype=stored and str(stored).removeprefix("torch."),

@@ -61,11 +61,14 @@ class Manifest:
         return cls(**{name: value for name, value in content.items() if name in known})
 
     def write(self, folder: str | Path) -> None:
-        """Write the manifest; it appears complete or not at all."""
+        """Write the manifest; it appears complete or not at all. Raises UserError if the disk refuses."""
+        from converters.pending import disk_errors  # here, since it brings torch
+
         path = Path(folder) / FILE_NAME
         partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
+        with disk_errors(path):
+            partial.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+            partial.replace(path)
 
 
 def versions() -> dict[str, str]:

@@ -110,8 +110,12 @@ class RecomputeArguments(Arguments):
 class KernelArguments(Arguments):
     TITLE: ClassVar[str] = "Kernels"
 
-    attention_softmax_in_fp32: bool = arg(True, "softmax of attention in float32")
-    masked_softmax_fusion: bool = arg(True, "mask and softmax in one kernel" + _ONLY_CUDA)
+    attention_softmax_in_fp32: bool = arg(
+        True, "softmax of attention in float32; the attention kernels used here do so either way"
+    )
+    masked_softmax_fusion: bool = arg(
+        True, "mask and softmax in one kernel; they are part of the attention kernels used here either way"
+    )
     bias_dropout_fusion: bool = arg(True, "bias, dropout and residual in one kernel" + _ONLY_CUDA)
     bias_activation_fusion: bool = arg(True, "bias and activation in one kernel" + _ONLY_CUDA)
     apply_rope_fusion: bool = arg(
@@ -119,9 +123,10 @@ class KernelArguments(Arguments):
     )
     gradient_accumulation_fusion: bool = arg(
         True,
-        "add weight gradients inside the matrix product; needs NVIDIA's apex or Transformer Engine"
+        "add weight gradients inside the matrix product; needs fused_weight_gradient_mlp_cuda of NVIDIA's apex"
         + _ONLY_CUDA,
     )
     cross_entropy_loss_fusion: bool = arg(
-        True, "vocabulary-parallel cross entropy in one kernel" + _ONLY_CUDA
+        True,
+        "vocabulary-parallel cross entropy in one kernel; output layer and loss are one step here either way",
     )

@@ -50,7 +50,7 @@ def find_checkpoint(place: Path) -> Path:
     """
     if (place / "manifest.json").is_file():
         return place
-    runs = [place, *sorted(place.glob("v*-*"), key=lambda run: _version(run.name))]
+    runs = [place, *sorted(place.glob("v*-*"), key=version_of)]
     newest = [found[-1] for run in runs if (found := checkpoints_in(run))]
     if not newest:
         raise UserError(
@@ -60,8 +60,9 @@ def find_checkpoint(place: Path) -> Path:
     return newest[-1][1]
 
 
-def _version(name: str) -> int:
-    digits = re.match(r"v(\d+)-", name)
+def version_of(run: Path) -> int:
+    """N of a run folder vN-<time>; -1 for a folder of another name."""
+    digits = re.match(r"v(\d+)-", run.name)
     return int(digits.group(1)) if digits else -1
 
 
@@ -168,7 +169,8 @@ class Checkpoints:
         if not self.ranks.is_first:
             return
         copy_side_files(self.source_dir, folder, self.engine.dtype)
-        self.args.save(folder)
+        with disk_errors(folder):
+            self.args.save(folder)
 
     def _write_generators(self, folder: Path) -> None:
         if "rng" in self.holds and self.engine.is_first_replica:

@@ -72,6 +72,9 @@ def _divergence_named(run: Run, step: int) -> Iterator[None]:
     try:
         yield
     except FloatingPointError as error:
+        run.checkpoints.poll(
+            wait=True
+        )  # all ranks have come here: a save under way becomes the one to resume from
         raise TrainingStopped(
             f"step {step} of the run in {run.checkpoints.run_dir}: {error}",
             remedy="resume from the newest checkpoint with a lower --lr or a longer warm-up, and look at the data",

@@ -30,7 +30,7 @@ from mcore_swift.observability import Meter, RunLog, configure_logging
 from mcore_swift.plan.layout import Layout
 from mcore_swift.plan.peaks import peak_tflops
 from mcore_swift.plan.preflight import read_shape
-from mcore_swift.training.checkpoint import Checkpoints, find_checkpoint, load_checkpoint
+from mcore_swift.training.checkpoint import Checkpoints, find_checkpoint, load_checkpoint, version_of
 from mcore_swift.training.loop import Run, train
 from mcore_swift.training.schedule import Schedule
 from mcore_swift.training.state import TrainState
@@ -140,7 +140,7 @@ def _choose_folder(args: Any, resume: Path | None, ranks: Ranks) -> Path:
         if resume is not None and output.resolve() in (resume.resolve(), *resume.resolve().parents):
             chosen = resume.parent
         elif args.add_version:
-            versions = [int(path.name[1:].split("-")[0]) for path in output.glob("v[0-9]*-*")]
+            versions = [version_of(path) for path in output.glob("v*-*")]
             chosen = output / f"v{max(versions, default=-1) + 1}-{datetime.now():%Y%m%d-%H%M%S}"
     return ranks.gather(chosen)[0]
 
@@ -220,7 +220,8 @@ def _fill(
         initialize(engine.chunks, engine.plan.table, std=std, seed=args.seed)
         engine.after_load(["weights"], optimizer_step=0)
     else:
-        stats = load_hf(engine.chunks, HFReader(args.model), engine.plan.table, ranks)
+        with HFReader(args.model) as reader:
+            stats = load_hf(engine.chunks, reader, engine.plan.table, ranks)
         engine.after_load(["weights"], optimizer_step=0)
         logger.info(f"read {stats.bytes_read / 1e6:.0f} MB of weights in {stats.seconds:.1f} s")
     return TrainState()
