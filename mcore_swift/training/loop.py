@@ -72,9 +72,8 @@ def _divergence_named(run: Run, step: int) -> Iterator[None]:
     try:
         yield
     except FloatingPointError as error:
-        run.checkpoints.poll(
-            wait=True
-        )  # all ranks have come here: a save under way becomes the one to resume from
+        # All ranks have come here: a save under way is finished, to be the one to resume from.
+        run.checkpoints.poll(wait=True)
         raise TrainingStopped(
             f"step {step} of the run in {run.checkpoints.run_dir}: {error}",
             remedy="resume from the newest checkpoint with a lower --lr or a longer warm-up, and look at the data",
