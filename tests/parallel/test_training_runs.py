@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from tiny import curve, eval_losses, rows_of
+from tiny import curve, eval_losses, rows_of, stored
 from training_plan import STEPS
 
 
@@ -27,6 +27,14 @@ def test_the_layout_does_not_change_the_curve(trained, layout):
 def test_recomputing_activations_changes_nothing(trained, granularity):
     """Not a bit: the same operations run again on the same values."""
     assert curve(trained[granularity]) == curve(trained["one"])
+
+
+def test_communication_behind_computation_changes_nothing(trained):
+    """Nor what is saved, although a step leaves its weights to be gathered by the next forward pass."""
+    assert curve(trained["dp2-overlap"]) == curve(trained["dp2-bf16"])
+    last, other = (stored(trained[name] / f"checkpoint-{STEPS}") for name in ("dp2-bf16", "dp2-overlap"))
+    assert last.keys() == other.keys()
+    assert [key for key in last if not last[key].equal(other[key])] == []
 
 
 def test_bf16_trains(trained):

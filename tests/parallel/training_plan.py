@@ -28,6 +28,7 @@ TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2
 VPP2 = {"virtual_pipeline_model_parallel_size": 2}
 BF16 = {"torch_dtype": "bfloat16"}
 WHOLE = {"use_distributed_optimizer": "false"}
+OVERLAP = {"overlap_grad_reduce": "true", "overlap_param_gather": "true"}
 STILL = {"lr": 0}  # weights that do not move show which samples a step took
 UNPACKED = {
     "packing": "false",
@@ -56,6 +57,7 @@ TRAIN: dict[int, dict[str, dict]] = {
         "tp2-again": TP2 | checkpoint("tp2"),
         "dp2-bf16": BF16,
         "dp2-bf16-again": BF16 | checkpoint("dp2-bf16"),
+        "dp2-overlap": BF16 | OVERLAP,
         "pp2-vpp2": PP2 | VPP2,
         "pp2-vpp2-again": PP2 | VPP2 | checkpoint("pp2-vpp2"),
         "dp2": {"save_total_limit": 2},
