@@ -1,7 +1,7 @@
 """What a forward pass gets: the tensors of one microbatch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -34,20 +34,6 @@ class Batch:
     max_seqlen: int | None
     num_samples: int
     num_tokens: int
-
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
-        """The same batch with its tensors on `device`."""
-        moved = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, torch.Tensor):
-                moved[field.name] = value.to(device, non_blocking=non_blocking)
-        return replace(self, **moved)
-
-    def pin_memory(self) -> "Batch":
-        """The same batch in page-locked memory, from which copies to a GPU can overlap with work."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("max_seqlen",)}
-        return replace(self, **{k: v.pin_memory() for k, v in tensors.items() if isinstance(v, torch.Tensor)})
 
 
 class _Rows:
