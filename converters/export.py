@@ -18,7 +18,6 @@ from converters.hf_writer import HFWriter, plan_files, write_index
 from converters.pending import check_free_space, pending_directory
 from converters.ranks import Ranks
 from converters.side_files import copy_side_files
-from mcore_swift.errors import UserError
 from mcore_swift.models.rules import RuleTable, as_slices, region_shape
 from mcore_swift.models.shards import LiveShard, live_shards
 
@@ -91,12 +90,12 @@ def write_hf(
     shards = live_shards(model_chunks)
     plans = _plan(shards, table, BUCKET_BYTES, dtype, ranks)
     files = plan_files(_specs_by_rank(plans, ranks.size), max_shard_bytes)
-    error: UserError | None = None
+    error: Exception | None = None
     try:
         if ranks.is_first:
             check_free_space(folder, sum(plan.spec.nbytes for plan in plans))
-    except UserError as mistake:
-        error = mistake
+    except Exception as raised:  # whatever it is, no rank may go on alone
+        error = raised
     ranks.agree(error)
     writer = HFWriter(folder, files, ranks.rank)
     try:
@@ -107,20 +106,20 @@ def write_hf(
             if ranks.is_first:
                 write_index(folder, files)
                 copy_side_files(source_dir, folder, _common_dtype(plans))
-    except UserError as mistake:
-        error = mistake
+    except Exception as raised:
+        error = raised
     finally:
         writer.abandon()
     ranks.agree(error)
 
 
-def _write_bucket(writer: HFWriter, bucket: Bucket) -> UserError | None:
+def _write_bucket(writer: HFWriter, bucket: Bucket) -> Exception | None:
     """A full disk on one rank must not leave the others waiting: it goes on sending, and tells at the end."""
     try:
         for name, tensor in bucket.tensors.items():
             writer.write(name, tensor)
-    except UserError as mistake:
-        return mistake
+    except Exception as raised:
+        return raised
     return None
 
 

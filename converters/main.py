@@ -20,6 +20,7 @@ from converters.ranks import Ranks
 from converters.side_files import copy_side_files
 from converters.torch_dist_reader import MCoreReader
 from mcore_swift.config.checkpoint import size_bytes
+from mcore_swift.errors import UserError
 from mcore_swift.observability import configure_logging
 from mcore_swift.plan.layout import Layout
 
@@ -114,7 +115,11 @@ def check_precision(args: Any, ranks: Ranks) -> None:
     chunks = build_model(plan, transformer_config(plan, layout, dtype), args.transformer_impl)
     with MCoreReader(mcore_dir) as reader:
         folder = reader.folder
-    read_shards(folder, live_shards(chunks))
+    missing = read_shards(folder, live_shards(chunks))
+    if missing:
+        raise UserError(
+            f"{mcore_dir} does not hold {', '.join(missing[:5])}", "it is another model's checkpoint"
+        )
     rows = -(-ROWS // layout.pp) * layout.pp
     tokens = fixed_rows(plan.hf.vocab_size, rows, seed=args.seed)
     comparison = compare_logits(chunks, plan.hf.vocab_size, hf_dir, tokens, dtype)

@@ -20,7 +20,8 @@ class Manifest:
     trained on so far. layout: sizes of the parallelism it was written under (any other can read it).
     dtype: of the weights, as 'bfloat16'. family: of the model. versions: of the packages that wrote it.
     args: file name of the arguments of the run, beside the manifest, or None. optimizer_step: steps as the
-    optimizer counts them. train_state: the training loop's `TrainState`.
+    optimizer counts them. train_state: the training loop's `TrainState`. written: Unix time in seconds at which it was
+    complete; a run that went back to an earlier step has newer checkpoints with smaller numbers.
     """
 
     format: int = FORMAT
@@ -34,6 +35,7 @@ class Manifest:
     args: str | None = None
     optimizer_step: int = 0
     train_state: dict[str, Any] = field(default_factory=dict)
+    written: float = 0.0
 
     @classmethod
     def read(cls, folder: str | Path) -> Self:

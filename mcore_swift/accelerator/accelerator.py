@@ -31,18 +31,9 @@ class Accelerator:
     def install(self) -> None:
         """Make megatron-core ready for this device. Called once a process, before a model is built."""
 
-    def synchronize(self) -> None:
-        """Wait until the device has done all that was asked of it."""
-
     def memory_peak_bytes(self) -> int:
-        """The most memory this process has used on the device since `reset_peak`."""
+        """The most memory this process has used on the device."""
         raise NotImplementedError
-
-    def reset_peak(self) -> None:
-        """Start counting the memory peak anew, where the device can."""
-
-    def empty_cache(self) -> None:
-        """Give unused memory back, so that another process on the device can take it."""
 
 
 class CudaAccelerator(Accelerator):
@@ -61,17 +52,8 @@ class CudaAccelerator(Accelerator):
     def install(self) -> None:
         torch.cuda.set_device(self.device)
 
-    def synchronize(self) -> None:
-        torch.cuda.synchronize(self.device)
-
     def memory_peak_bytes(self) -> int:
         return torch.cuda.max_memory_allocated(self.device)
-
-    def reset_peak(self) -> None:
-        torch.cuda.reset_peak_memory_stats(self.device)
-
-    def empty_cache(self) -> None:
-        torch.cuda.empty_cache()
 
 
 class CpuAccelerator(Accelerator):

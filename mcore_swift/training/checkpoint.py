@@ -9,6 +9,7 @@ import contextlib
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -34,13 +35,13 @@ _LEFTOVERS = tuple(f".checkpoint-*.{what}" for what in ("writing", "replaced", "
 
 
 def checkpoints_in(run_dir: Path) -> list[tuple[int, Path]]:
-    """Complete checkpoints of a run, (step, folder), oldest first. A folder without a manifest is none."""
+    """Complete checkpoints of a run, (step, folder), in the order they were written. Without a manifest it is none."""
     found = []
     for path in run_dir.glob("checkpoint-*"):
         match = _NAME.fullmatch(path.name)
         if match and (path / "manifest.json").is_file():
-            found.append((int(match.group(1)), path))
-    return sorted(found)
+            found.append((Manifest.read(path).written, int(match.group(1)), path))
+    return [(step, path) for _, step, path in sorted(found)]
 
 
 def find_checkpoint(place: Path) -> Path:
@@ -106,8 +107,7 @@ class Checkpoints:
         """
         self.poll(wait=True)
         final = self.run_dir / f"checkpoint-{state.step}"
-        if self.ranks.is_first:
-            self._sweep()
+        self._together(self._sweep, only_first=True)
         with Limit(f"save of {final.name}", self.timeout_s), contextlib.ExitStack() as stack:
             folder = stack.enter_context(pending_directory(final, self.ranks, exist_ok=True))
             shards = self._prepare(folder)
@@ -147,6 +147,10 @@ class Checkpoints:
 
     def _sweep(self) -> None:
         """Remove what runs that were killed while they saved or deleted have left behind."""
+        for path in self.run_dir.glob(".checkpoint-*.replaced"):
+            final = path.with_name(path.name.removeprefix(".").removesuffix(".replaced"))
+            if not final.exists():  # killed between moving the old one away and the new one in
+                path.rename(final)
         for leftover in _LEFTOVERS:
             for path in self.run_dir.glob(leftover):
                 shutil.rmtree(path, ignore_errors=True)
@@ -196,14 +200,18 @@ class Checkpoints:
                 args="args.json",
                 optimizer_step=writing.optimizer_step,
                 train_state=writing.state.to_dict(),
+                written=time.time(),
             ).write(writing.folder)
 
         self._together(describe, only_first=True)
 
     def _after_save(self, state: TrainState) -> None:
-        if self.ranks.is_first:
-            _point_to(self.run_dir / LATEST, f"checkpoint-{state.step}")
-            self._rotate(state)
+        def tidy() -> None:
+            with disk_errors(self.run_dir):
+                _point_to(self.run_dir / LATEST, f"checkpoint-{state.step}")
+                self._rotate(state)
+
+        self._together(tidy, only_first=True)
 
     def _rotate(self, state: TrainState) -> None:
         limit = self.args.save_total_limit

@@ -96,20 +96,30 @@ def evaluate(run: Run) -> StepResult:
 
 
 def _evaluate_and_save(run: Run) -> None:
-    state, last = run.state, run.state.step == run.data.total_steps
-    every = run.args.eval_steps or run.args.save_steps
-    if run.validation is not None and run.args.eval_iters != 0 and (last or state.step % every == 0):
+    state = run.state
+    save_is_due = state.step == run.data.total_steps or _save_is_due(run)
+    if _evaluation_is_due(run, save_is_due):
         if run.args.manual_gc and run.args.manual_gc_eval:
             gc.collect()
         loss = evaluate(run).loss
         run.log.after_eval(state.step, {"loss": loss})
-        if state.best_loss is None or loss < state.best_loss:
+        # The best of the checkpoints: a step that is not saved cannot be gone back to.
+        if save_is_due and (state.best_loss is None or loss < state.best_loss):
             state.best_loss, state.best_step = loss, state.step
-    if last or _save_is_due(run):
+    if save_is_due:
         state.data = run.data.state_dict(state.step)
         run.checkpoints.save(state)
     else:
         run.checkpoints.poll()
+
+
+def _evaluation_is_due(run: Run, save_is_due: bool) -> bool:
+    if run.validation is None or run.args.eval_iters == 0:
+        return False
+    step, by_epoch = run.state.step, run.args.save_strategy == "epoch" and not run.args.eval_steps
+    if step == run.data.total_steps or (by_epoch and save_is_due):
+        return True
+    return not by_epoch and step % (run.args.eval_steps or run.args.save_steps) == 0
 
 
 def _save_is_due(run: Run) -> bool:

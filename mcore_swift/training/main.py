@@ -67,8 +67,7 @@ def _build_run(args: Any, layout: Layout, ranks: Ranks, resume: Path | None, run
     data = _prepare_data(args, layout, plan, run_dir, ranks)
     engine = MegatronEngine(plan, layout, args, model_dtype(args, plan))
     state = _fill(engine, args, data, resume, ranks)
-    if ranks.is_first:
-        args.save(run_dir)
+    ranks.agree(_args_saved(args, run_dir) if ranks.is_first else None)
 
     def export(folder: Path) -> None:
         write_hf(
@@ -103,6 +102,15 @@ def _build_run(args: Any, layout: Layout, ranks: Ranks, resume: Path | None, run
         state=state,
         dp_rank=parallel_state.get_data_parallel_rank(),
     )
+
+
+def _args_saved(args: Any, run_dir: Path) -> UserError | None:
+    try:
+        with disk_errors(run_dir):
+            args.save(run_dir)
+    except UserError as error:
+        return error
+    return None
 
 
 def model_dtype(args: Any, plan: ModelPlan) -> torch.dtype:

@@ -8,7 +8,7 @@ from typing import Any
 class TrainState:
     """step: optimizer steps done. consumed_samples: samples (packing: rows) taken from the stream so far.
 
-    best_loss, best_step: of the evaluation with the smallest loss. data: position in the data, as its stages
+    best_loss, best_step: of the saved step with the smallest validation loss. data: position in the data, as its stages
     tell it.
     """
 
