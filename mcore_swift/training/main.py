@@ -265,6 +265,9 @@ def _say_what_starts(run: Run) -> None:
 
 
 def _say_what_ended(run: Run, state: TrainState) -> None:
+    if run.log.meter.start_step >= run.data.total_steps:
+        logger.info(f"nothing to do: step {state.step} of {run.data.total_steps} was reached before")
+        return
     best = (
         f"; best loss {state.best_loss:.4f} at step {state.best_step}" if state.best_loss is not None else ""
     )

@@ -170,3 +170,13 @@ class TestRefusals:
     def test_a_folder_that_is_no_checkpoint(self, tmp_path):
         with pytest.raises(UserError, match="no manifest.json"):
             load_checkpoint(tmp_path, self.Engine(), parts=["weights"])
+
+
+def test_the_newest_checkpoint_is_the_one_written_last(tmp_path):
+    """A run that went back from step 20 to step 10 goes on from what it wrote since, not from the abandoned 20."""
+    for step, written in ((10, 1.0), (20, 2.0), (15, 3.0)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        Manifest(holds=["weights"], step=step, written=written).write(folder)
+    assert find_checkpoint(tmp_path).name == "checkpoint-15"
+    assert [step for step, _ in checkpoints_in(tmp_path)] == [10, 20, 15]
