@@ -25,9 +25,10 @@ def machine(*packages: str) -> str:
 
 
 def spread(values: Sequence[float], form: str) -> str:
-    """The median of values, with all of them behind it: `1.02 (0.99 1.02 1.03)`."""
-    each = " ".join(format(value, form) for value in sorted(values))
-    return f"{statistics.median(values):{form}} ({each})"
+    """The median of values, with the extremes and how many they are: `1.02 (0.99 to 1.03 in 5)`."""
+    return (
+        f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}} in {len(values)})"
+    )
 
 
 def megatron(*arguments: object) -> list[str]:

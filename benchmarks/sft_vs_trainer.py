@@ -174,7 +174,7 @@ def cut(samples: list[Any], count: int, order: Callable[[Any], int] | None = Non
 def report(results: dict[str, list[tuple[float, float]]]) -> None:
     losses = {side: runs[0][1] for side, runs in results.items()}
     reference = "Trainer" if "Trainer" in results else next(iter(results))
-    print(f"{'':18}{'loss of step 1':>15}{'tokens/s':>10}     / {reference} (each round)")
+    print(f"{'':18}{'loss of step 1':>15}{'tokens/s':>10}     / {reference} (rounds)")
     for side, runs in results.items():
         rates = [rate for rate, _ in runs]
         ratios = [rate / other for rate, (other, _) in zip(rates, results[reference], strict=True)]

@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> None:
             raise RuntimeError(f"{' '.join(training)}\nprinted no line of its first step")
         seconds[FIRST_STEP].append(first_step)
         seconds[TO_THE_END].append(end)
-    print(f"{'seconds':30}{'first run':>10}     median (each run)")
+    print(f"{'seconds':30}{'first run':>10}     median (runs)")
     for name, values in seconds.items():
         print(f"{name:30}{values[0]:10.2f}     {spread(values[1:], '.2f')}")
     if options.imports:
