@@ -50,7 +50,8 @@ def environment(**values: str) -> dict[str, str]:
     """
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     own = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    return own | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"} | values
+    own |= {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    return own | values
 
 
 def stamped_lines(command: Sequence[str], *, limit_s: float, **env: str) -> Iterator[tuple[float, str]]:
