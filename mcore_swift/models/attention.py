@@ -36,13 +36,16 @@ class CoreAttention(MegatronModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: Any = None,
+        *,
+        window: int | None = None,
     ) -> None:
+        """window: tokens that a token attends to, itself included; None: all before it."""
         super().__init__(config=config)
         if config.context_parallel_size > 1:
             raise ValueError("CoreAttention does not attend across context-parallel ranks")
         self.softmax_scale = softmax_scale if softmax_scale is not None else 1 / math.sqrt(config.kv_channels)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-        self.window = config.window_size[0] + 1 if config.window_size else None
+        self.window = window
 
     def forward(
         self,

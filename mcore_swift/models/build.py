@@ -52,7 +52,22 @@ def transformer_config(
         "bias_activation_fusion": False,
         "cross_entropy_loss_fusion": False,
     }
-    return TransformerConfig(**(fields | plan.family.config(plan.hf) | (options or {})))
+    return TransformerConfig(**(fields | plan.family.config(plan.hf) | _windows(plan) | (options or {})))
+
+
+def _windows(plan: ModelPlan) -> dict[str, Any]:
+    """Sliding windows in megatron-core's terms, for Transformer Engine's attention. Ours is told layer by layer."""
+    windows = [plan.family.layer(plan.hf, number).window for number in range(plan.hf.num_hidden_layers)]
+    sizes = {window for window in windows if window}
+    if not sizes:
+        return {}
+    if len(sizes) > 1:
+        raise ValueError(f"sliding windows of several sizes in one model: {sorted(sizes)}")
+    return {
+        # HF counts the token itself, megatron-core how far a token may look back and forward.
+        "window_size": (sizes.pop() - 1, 0),
+        "window_attn_skip_freq": [1 if window else 0 for window in windows],
+    }
 
 
 class Model(GPTModel):
@@ -101,7 +116,7 @@ def build_model(
         vocab_size = model_fields.pop("vocab_size")
         model = Model(
             config=config,
-            transformer_layer_spec=block_spec(config, implementation, vp_stage),
+            transformer_layer_spec=block_spec(plan, config, implementation, vp_stage),
             real_vocab_size=vocab_size,
             vocab_size=padded_vocab_size(vocab_size, vocab_divisible_by, config.tensor_model_parallel_size),
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),

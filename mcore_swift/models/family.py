@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 from mcore_swift.errors import UserError
 from mcore_swift.models.catalog import SUPPORTED_ARCHITECTURES
+from mcore_swift.models.layer import PLAIN, LayerTraits
 from mcore_swift.models.rules import Rule, RuleTable
 
 HFConfig = Any
@@ -15,7 +16,7 @@ class Family:
     """An architecture: how its HF config reads as megatron-core's, and which weights it has.
 
     Subclasses override `config` and `layer_rules`; everything that loads, exports or checks weights is
-    derived from these.
+    derived from these. `layer` is for families whose layers are not of the plain kind.
     """
 
     name: ClassVar[str]
@@ -27,6 +28,10 @@ class Family:
     def model(self, hf: HFConfig) -> dict[str, Any]:
         """Keyword arguments for megatron-core's GPTModel: vocabulary, rotary embedding, tied weights."""
         raise NotImplementedError
+
+    def layer(self, hf: HFConfig, number: int) -> LayerTraits:
+        """What decoder layer `number`, counted from 0 over the whole model, is made of."""
+        return PLAIN
 
     def layer_rules(self, hf: HFConfig, mcore_layer: str, hf_layer: str) -> list[Rule]:
         """Rules of one decoder layer, given the prefixes of its names, such as 'decoder.layers.3'."""

@@ -1,6 +1,7 @@
 """Layer specs: which modules a layer is made of, on a machine with Transformer Engine and on one without."""
 
 import importlib.util
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,11 +20,17 @@ from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 
 from mcore_swift.errors import UserError
 from mcore_swift.models.attention import CoreAttention
+from mcore_swift.models.layer import LayerTraits
 from mcore_swift.models.norm import RMSNorm
+from mcore_swift.models.reading import ModelPlan
 
 # The checkpoint keeps Transformer Engine's names, where a norm is part of the linear layer that follows it.
 _CHECKPOINT_NAMES = {
@@ -52,15 +59,20 @@ def choose_implementation(wanted: str) -> str:
     return wanted
 
 
-def block_spec(config: Any, implementation: str, vp_stage: int | None) -> Any:
+def block_spec(plan: ModelPlan, config: Any, implementation: str, vp_stage: int | None) -> Any:
     """The spec of this rank's part of the decoder: its layers, and the norm after the last one."""
     if implementation == "transformer_engine":
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    layers = get_num_layers_to_build(config, vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[_local_layer(config)] * layers, layer_norm=RMSNorm)
+    first = get_transformer_layer_offset(config, vp_stage)
+    count = get_num_layers_to_build(config, vp_stage)
+    layers = [
+        local_layer(config, plan.family.layer(plan.hf, number)) for number in range(first, first + count)
+    ]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 
-def _local_layer(config: Any) -> ModuleSpec:
+def local_layer(config: Any, traits: LayerTraits) -> ModuleSpec:
+    """One decoder layer of plain torch modules."""
     head_norm = RMSNorm if config.qk_layernorm else IdentityOp
     return ModuleSpec(
         module=TransformerLayer,
@@ -71,7 +83,7 @@ def _local_layer(config: Any) -> ModuleSpec:
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
-                    core_attention=CoreAttention,
+                    core_attention=partial(CoreAttention, window=traits.window),
                     linear_proj=RowParallelLinear,
                     q_layernorm=head_norm,
                     k_layernorm=head_norm,

@@ -2,15 +2,14 @@
 
 from mcore_swift.models.families.llama import Llama
 from mcore_swift.models.family import HFConfig
+from mcore_swift.models.layer import LayerTraits
 
 
 class Mistral(Llama):
     name = "mistral"
 
-    def config(self, hf: HFConfig) -> dict:
-        window = getattr(hf, "sliding_window", None)
-        # HF counts the token itself, megatron-core how far a token may look back and forward.
-        return super().config(hf) | ({"window_size": (window - 1, 0)} if window else {})
+    def layer(self, hf: HFConfig, number: int) -> LayerTraits:
+        return LayerTraits(window=getattr(hf, "sliding_window", None))
 
 
 FAMILY = Mistral()
