@@ -4,15 +4,17 @@ A bad layout or a broken checkpoint folder is refused here, before a process is 
 """
 
 from .check import check_layout, nearest_layout, notices
+from .count import active_parameters, parameters
 from .flops import flops_per_token, forward_flops, training_flops
 from .layout import Layout
 from .peaks import peak_tflops
 from .preflight import preflight, preflight_notices
-from .shape import ModelShape, padded_vocab_size, parameters
+from .shape import ModelShape, padded_vocab_size
 
 __all__ = [
     "Layout",
     "ModelShape",
+    "active_parameters",
     "check_layout",
     "flops_per_token",
     "forward_flops",

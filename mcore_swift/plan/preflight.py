@@ -7,7 +7,7 @@ from typing import Any
 from ..errors import UserError, UserErrors
 from .check import check_layout, notices
 from .layout import Layout
-from .shape import ModelShape
+from .shape import ModelShape, family_of
 from .weights import weight_problems
 
 
@@ -85,5 +85,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_shape(folder: Path) -> ModelShape:
-    """Sizes of the model in a checkpoint folder. Raises UserError."""
-    return ModelShape.from_config_dict(read_config(folder), str(folder / "config.json"))
+    """Sizes of the model in a checkpoint folder. Raises UserError, also for a model that we cannot train."""
+    config, source = read_config(folder), str(folder / "config.json")
+    family_of(config, source)
+    return ModelShape.from_config_dict(config, source)

@@ -7,22 +7,30 @@ from typing import Any, Self
 
 from ..errors import UserError, raise_together
 from ..models.catalog import SUPPORTED_ARCHITECTURES
+from .architectures import ARCHITECTURES, Architecture
 
-# What transformers takes where a config.json does not name the key; from its configuration classes.
-_DEFAULT_GROUPS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
-_DEFAULT_HEAD_DIM = {"qwen3": 128}
-_DEFAULT_POSITIONS = {"llama": 2048, "mistral": 4096 * 32, "qwen2": 32768, "qwen3": 32768}
 _REQUIRED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a dense decoder with gated MLPs, RMS norms and rotary positions.
+    """Sizes of a decoder with gated MLPs or experts, RMS norms and rotary positions.
 
-    num_query_groups: key/value heads; ffn_hidden_size: width inside the MLP; tied: input and output
+    num_query_groups: key/value heads; ffn_hidden_size: width inside the dense MLP; tied: input and output
     embedding are one tensor; qkv_bias, output_bias, mlp_bias: which linear layers have a bias;
-    qk_norm: queries and keys of each head are normalised; max_position_embeddings: longest sequence
-    the checkpoint was trained for; rope_type: 'default', 'llama3', 'yarn' ...
+    qk_norm: queries and keys of each head are normalised (qk_norm_full: of all heads together);
+    max_position_embeddings: longest sequence the checkpoint was trained for; rope_type: 'default', 'llama3' ...
+    norms_per_layer: RMS norms of hidden size. sinks: a learnt attention sink for each head.
+    sliding_layers: for each layer whether its attention sees `sliding_window` tokens only; empty: none does.
+
+    Experts: num_experts routed ones (0: a dense model), of which a token sees num_experts_per_token, each
+    moe_ffn_hidden_size wide; shared_ffn_hidden_size: width of all shared experts together (0: none), behind
+    a gate of their own with shared_expert_gate; moe_layers: for each layer whether its MLP has experts;
+    expert_bias: router and experts have biases. num_mtp_layers: multi-token-prediction layers.
+
+    Latent attention (kv_lora_rank not None; arXiv:2405.04434, section 2.1): q_lora_rank None means queries are
+    projected directly; head_dim = qk_nope_head_dim + qk_rope_head_dim; v_head_dim: of values.
     """
 
     family: str
@@ -41,39 +49,67 @@ class ModelShape:
     max_position_embeddings: int = 2048
     rope_theta: float = 10000.0
     rope_type: str = "default"
+    qk_norm_full: bool = False
+    norms_per_layer: int = 2
+    sinks: bool = False
+    sliding_window: int | None = None
+    sliding_layers: tuple[bool, ...] = ()
+    num_experts: int = 0
+    num_experts_per_token: int = 0
+    moe_ffn_hidden_size: int = 0
+    shared_ffn_hidden_size: int = 0
+    shared_expert_gate: bool = False
+    moe_layers: tuple[bool, ...] = ()
+    expert_bias: bool = False
+    num_mtp_layers: int = 0
+    kv_lora_rank: int | None = None
+    q_lora_rank: int | None = None
+    qk_nope_head_dim: int = 0
+    qk_rope_head_dim: int = 0
+    v_head_dim: int | None = None
 
     @classmethod
     def from_config_dict(cls, config: Mapping[str, Any], source: str = "config.json") -> Self:
         """Read the dict that config.json holds, as transformers 4 or 5 wrote it.
 
-        source: path for messages. Raises UserError for an architecture that is not supported, and for every
+        source: path for messages. Raises UserError for an architecture that is not known, and for every
         size that is missing or no positive integer (together).
         """
-        family = family_of(config, source)
-        raise_together(_bad_sizes(config, source))
-        heads = config["num_attention_heads"]
-        head_dim = config.get("head_dim", _DEFAULT_HEAD_DIM.get(family)) or config["hidden_size"] // heads
-        attention_bias = family != "mistral" and bool(config.get("attention_bias", False))
+        facts = architecture_of(config, source)
+        given = {**_defaults(facts, config), **config}
+        raise_together(_bad_sizes(given, facts, source))
         theta, rope_type = _rope(config)
         return cls(
-            family=family,
-            num_layers=config["num_hidden_layers"],
-            hidden_size=config["hidden_size"],
-            ffn_hidden_size=config["intermediate_size"],
-            num_heads=heads,
-            # null means "as many as heads"; a key that is not there means the family's default
-            num_query_groups=config.get("num_key_value_heads", _DEFAULT_GROUPS.get(family)) or heads,
-            head_dim=head_dim,
-            vocab_size=config["vocab_size"],
-            tied=bool(config.get("tie_word_embeddings", False)),
-            qkv_bias=family == "qwen2" or attention_bias,  # qwen2 always has it, whatever the config says
-            output_bias=family != "qwen2" and attention_bias,
-            mlp_bias=family == "llama" and bool(config.get("mlp_bias", False)),
-            qk_norm=family == "qwen3",
-            max_position_embeddings=config.get("max_position_embeddings") or _DEFAULT_POSITIONS[family],
+            family=facts.family,
+            num_layers=given["num_hidden_layers"],
+            hidden_size=given["hidden_size"],
+            ffn_hidden_size=given["intermediate_size"],
+            vocab_size=given["vocab_size"],
+            tied=bool(given.get("tie_word_embeddings", False)),
+            qkv_bias=_switch(facts.qkv_bias, given),
+            output_bias=_switch(facts.output_bias, given),
+            mlp_bias=_switch(facts.mlp_bias, given),
+            qk_norm=_switch(facts.qk_norm, given),
+            qk_norm_full=facts.qk_norm_full,
+            norms_per_layer=facts.norms_per_layer,
+            sinks=facts.sinks,
+            max_position_embeddings=given["max_position_embeddings"] or 2048,
             rope_theta=theta,
             rope_type=rope_type,
+            **_heads(given, facts),
+            **_windows(given, facts),
+            **_experts(given, facts),
         )
+
+    @property
+    def is_moe(self) -> bool:
+        """Whether any layer has experts."""
+        return self.num_experts > 0 and any(self.moe_layers)
+
+    @property
+    def is_mla(self) -> bool:
+        """Whether attention is multi-head latent attention."""
+        return self.kv_lora_rank is not None
 
     @property
     def query_size(self) -> int:
@@ -82,32 +118,39 @@ class ModelShape:
 
     @property
     def kv_size(self) -> int:
-        """Width of all key heads together, and of all value heads."""
+        """Width of all key heads together (and of all value heads, but for latent attention)."""
         return self.num_query_groups * self.head_dim
+
+    @property
+    def value_dim(self) -> int:
+        """Width of one value head, and of one head of the attention's output."""
+        return self.v_head_dim or self.head_dim
+
+    @property
+    def has_dense_layers(self) -> bool:
+        """Whether any layer has an MLP in place of experts."""
+        return not self.is_moe or not all(self.moe_layers)
+
+    def is_moe_layer(self, index: int) -> bool:
+        """Whether layer `index` (from 0) has experts. Layers after the last are MTP layers, built like it."""
+        return self.is_moe and self.moe_layers[min(index, self.num_layers - 1)]
+
+    def window(self, index: int) -> int | None:
+        """Tokens that attention of layer `index` sees; None: all before."""
+        sliding = bool(self.sliding_layers) and self.sliding_layers[min(index, self.num_layers - 1)]
+        return self.sliding_window if sliding else None
 
     @property
     def matmul_parameters(self) -> int:
         """Weights that each token is multiplied with: linear layers and the output embedding, no biases.
 
-        The input embedding is a look-up and does not count; the output embedding does, tied or not.
+        The input embedding is a look-up and does not count; the output embedding does, tied or not. Of the
+        routed experts those count that a token sees. Without MTP layers.
         """
-        return self.num_layers * self._layer_matmuls() + self.vocab_size * self.hidden_size
+        from .count import layer_matmuls
 
-    def _layer_matmuls(self) -> int:
-        attention = self.hidden_size * (2 * self.query_size + 2 * self.kv_size)
-        return attention + 3 * self.hidden_size * self.ffn_hidden_size
-
-
-def parameters(shape: ModelShape) -> int:
-    """Number of parameters, as transformers counts them (a tied embedding once, no padding)."""
-    embeddings = shape.vocab_size * shape.hidden_size * (1 if shape.tied else 2)
-    biases = (
-        shape.qkv_bias * (shape.query_size + 2 * shape.kv_size)
-        + shape.output_bias * shape.hidden_size
-        + shape.mlp_bias * (2 * shape.ffn_hidden_size + shape.hidden_size)
-    )
-    norms = 2 * shape.hidden_size + shape.qk_norm * 2 * shape.head_dim
-    return embeddings + shape.num_layers * (shape._layer_matmuls() + biases + norms) + shape.hidden_size
+        layers = sum(layer_matmuls(self, index) for index in range(self.num_layers))
+        return layers + self.vocab_size * self.hidden_size
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int, tp: int) -> int:
@@ -119,13 +162,22 @@ def padded_vocab_size(vocab_size: int, divisible_by: int, tp: int) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
+def architecture_of(config: Mapping[str, Any], source: str = "config.json") -> Architecture:
+    """What is known of the architecture that a config.json names. Raises UserError for an unknown one."""
+    return ARCHITECTURES[_named(config, ARCHITECTURES, source)]
+
+
 def family_of(config: Mapping[str, Any], source: str = "config.json") -> str:
-    """Our family for the architecture that a config.json names. Raises UserError for an unknown one."""
+    """Our family that trains the architecture a config.json names. Raises UserError if there is none."""
+    return SUPPORTED_ARCHITECTURES[_named(config, SUPPORTED_ARCHITECTURES, source)]
+
+
+def _named(config: Mapping[str, Any], known: Mapping[str, Any], source: str) -> str:
     named = config.get("architectures") or []
     for architecture in named:
-        if architecture in SUPPORTED_ARCHITECTURES:
-            return SUPPORTED_ARCHITECTURES[architecture]
-    supported = ", ".join(SUPPORTED_ARCHITECTURES)
+        if architecture in known:
+            return architecture
+    supported = ", ".join(known)
     if not named:
         raise UserError(
             f"{source}: names no architecture (key 'architectures')", f"add the one that it is: {supported}"
@@ -135,14 +187,93 @@ def family_of(config: Mapping[str, Any], source: str = "config.json") -> str:
     )
 
 
-def _bad_sizes(config: Mapping[str, Any], source: str) -> list[UserError]:
+def _switch(fact: bool | str, given: Mapping[str, Any]) -> bool:
+    return bool(given.get(fact, False)) if isinstance(fact, str) else fact
+
+
+def _bad_sizes(given: Mapping[str, Any], facts: Architecture, source: str) -> list[UserError]:
+    required = [*_REQUIRED]
+    if facts.experts in ("qwen", "deepseek"):
+        required += ["moe_intermediate_size"]
+    if facts.experts != "none":
+        required += ["num_experts_per_tok"]
     problems = []
-    for key in _REQUIRED:
-        value = config.get(key)
+    for key in required:
+        value = given.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            what = "is missing" if key not in config else f"is {value!r}, not a positive integer"
+            what = "is missing" if key not in given else f"is {value!r}, not a positive integer"
             problems.append(UserError(f"{source}: {key} {what}", "copy config.json of the checkpoint again"))
     return problems
+
+
+def _heads(given: Mapping[str, Any], facts: Architecture) -> dict[str, Any]:
+    heads = given["num_attention_heads"]
+    if facts.mla:
+        nope, rope = given["qk_nope_head_dim"], given["qk_rope_head_dim"]
+        return {
+            "num_heads": heads,
+            "num_query_groups": heads,  # keys and values are made for every head
+            "head_dim": nope + rope,
+            "kv_lora_rank": given["kv_lora_rank"],
+            "q_lora_rank": given["q_lora_rank"],
+            "qk_nope_head_dim": nope,
+            "qk_rope_head_dim": rope,
+            "v_head_dim": given["v_head_dim"],
+        }
+    return {
+        "num_heads": heads,
+        # null means "as many as heads"; a key that is not there means the family's default
+        "num_query_groups": given.get("num_key_value_heads") or heads,
+        "head_dim": given.get("head_dim") or given["hidden_size"] // heads,
+    }
+
+
+def _windows(given: Mapping[str, Any], facts: Architecture) -> dict[str, Any]:
+    window, layers = given.get("sliding_window"), given["num_hidden_layers"]
+    if not window or facts.windows == "none":
+        return {}
+    sliding = [True] * layers
+    if facts.windows == "types":
+        every = given.get("sliding_window_pattern") or facts.full_every
+        sliding = [(index + 1) % every != 0 for index in range(layers)]
+        types = given.get("layer_types")
+        if types and len(types) == layers:
+            sliding = [kind == "sliding_attention" for kind in types]
+    return {"sliding_window": window, "sliding_layers": tuple(sliding)}
+
+
+def _defaults(facts: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The architecture's defaults; a number of experts counts under whichever name it is given."""
+    if any(name in config for name in _EXPERT_COUNTS):
+        return {key: value for key, value in facts.defaults.items() if key not in _EXPERT_COUNTS}
+    return dict(facts.defaults)
+
+
+def _experts(given: Mapping[str, Any], facts: Architecture) -> dict[str, Any]:
+    count = next((given[name] for name in _EXPERT_COUNTS if given.get(name)), 0)
+    if facts.experts == "none" or not count:
+        return {}
+    layers = range(given["num_hidden_layers"])
+    found: dict[str, Any] = {
+        "num_experts": count,
+        "num_experts_per_token": given["num_experts_per_tok"],
+        "moe_ffn_hidden_size": given.get("moe_intermediate_size") or given["intermediate_size"],
+        "expert_bias": facts.expert_bias,
+        "moe_layers": tuple(True for _ in layers),
+    }
+    if facts.experts == "mixtral":
+        found["moe_ffn_hidden_size"] = given["intermediate_size"]
+    if facts.experts == "qwen":
+        step, dense = given.get("decoder_sparse_step") or 1, given.get("mlp_only_layers") or []
+        found["moe_layers"] = tuple((index + 1) % step == 0 and index not in dense for index in layers)
+        found["shared_ffn_hidden_size"] = given.get("shared_expert_intermediate_size") or 0
+        found["shared_expert_gate"] = bool(found["shared_ffn_hidden_size"])
+    if facts.experts == "deepseek":
+        first, step = given.get("first_k_dense_replace") or 0, given.get("moe_layer_freq") or 1
+        found["moe_layers"] = tuple(index >= first and index % step == 0 for index in layers)
+        found["shared_ffn_hidden_size"] = (given.get("n_shared_experts") or 0) * found["moe_ffn_hidden_size"]
+        found["num_mtp_layers"] = given.get("num_nextn_predict_layers") or given.get("num_mtp_layers") or 0
+    return found
 
 
 def _rope(config: Mapping[str, Any]) -> tuple[float, str]:
