@@ -3,9 +3,11 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from converters.dequantize import Source, dequantized
 from converters.safetensors_format import parse_file
 from converters.stored import RegionReader, StoredTensor
 from mcore_swift.errors import UserError, raise_together
@@ -22,13 +24,21 @@ class HFReader:
         with HFReader("Qwen/Qwen3-0.6B") as reader:
             rows = reader.read("model.embed_tokens.weight", ((0, 16), (0, 1024)))
 
-    Raises UserError, or UserErrors with all that is wrong, if the folder is no complete checkpoint.
+    Weights that are quantized in FP8 blocks or MXFP4 appear under their plain names, and are dequantized as they are
+    read; their scales do not appear.
+    Raises UserError, or UserErrors with all that is wrong, if the folder is no complete checkpoint, or is quantized
+    in another way.
     """
 
-    def __init__(self, model_dir: str | Path) -> None:
+    def __init__(self, model_dir: str | Path, staging_bytes: int | None = None) -> None:
+        """staging_bytes: what it holds at a time of data that cannot be read straight into its target."""
         self.model_dir = Path(model_dir)
-        self.tensors: dict[str, StoredTensor] = _find_tensors(self.model_dir)
-        self._reader = RegionReader()
+        stored = _find_tensors(self.model_dir)
+        config = _config(self.model_dir)
+        self.tensors: dict[str, Source] = (
+            dict(stored) if config is None else dequantized(stored, config, self.model_dir)
+        )
+        self._reader = RegionReader(staging_bytes)
 
     @property
     def names(self) -> list[str]:
@@ -46,8 +56,8 @@ class HFReader:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        """Bytes of all tensors as they are stored."""
+        return sum(part.nbytes for tensor in self.tensors.values() for part in tensor.parts)
 
     @property
     def bytes_read(self) -> int:
@@ -55,10 +65,10 @@ class HFReader:
         return self._reader.bytes_read
 
     def read(self, name: str, region: Region | None = None) -> torch.Tensor:
-        """A region of a tensor (all of it by default) as a new CPU tensor of the stored dtype."""
+        """A region of a tensor (all of it by default) as a new CPU tensor of `dtype(name)`."""
         region = full_region(self.shape(name)) if region is None else region
         out = torch.empty(region_shape(region), dtype=self.dtype(name))
-        self._reader.copy(self.tensors[name], region, out)
+        self.copy_into(name, region, out)
         return out
 
     def copy_into(self, name: str, region: Region, out: torch.Tensor) -> None:
@@ -67,7 +77,7 @@ class HFReader:
         A contiguous CPU tensor of the stored dtype is filled without a buffer between, any other through
         one of a few megabytes.
         """
-        self._reader.copy(self.tensors[name], region, out)
+        self.tensors[name].copy(self._reader, region, out)
 
     def close(self) -> None:
         self._reader.close()
@@ -77,6 +87,18 @@ class HFReader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _config(model_dir: Path) -> dict[str, Any] | None:
+    """config.json, or None where there is none: weights alone are read too, as they are."""
+    path = model_dir / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}", remedy=GET_AGAIN) from None
+    return content if isinstance(content, dict) else {}
 
 
 def _find_tensors(model_dir: Path) -> dict[str, StoredTensor]:

@@ -44,15 +44,22 @@ def copy_side_files(source: str | Path, target: str | Path, dtype: torch.dtype |
                 shutil.copytree(source / name, target / name, dirs_exist_ok=True)
             else:
                 shutil.copyfile(source / name, target / name)
-    if dtype is not None and "config.json" in names:
-        _set_dtype(target / "config.json", dtype)
+    if "config.json" in names:
+        _describe_weights(target / "config.json", dtype)
     return names
 
 
-def _set_dtype(path: Path, dtype: torch.dtype) -> None:
+def _describe_weights(path: Path, dtype: torch.dtype | None) -> None:
+    """Tell the dtype, and no quantization: what this project writes is never quantized."""
     config = json.loads(path.read_text(encoding="utf-8"))
-    # transformers 5 writes `dtype`, earlier versions wrote `torch_dtype`; all read the latter.
-    key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    config[key] = str(dtype).removeprefix("torch.")
+    before = dict(config)
+    for name in ("quantization_config", "compression_config"):
+        config.pop(name, None)
+    if dtype is not None:
+        # transformers 5 writes `dtype`, earlier versions wrote `torch_dtype`; all read the latter.
+        key = "torch_dtype" if "torch_dtype" in config else "dtype"
+        config[key] = str(dtype).removeprefix("torch.")
+    if config == before:
+        return
     with disk_errors(path):
         path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -39,11 +39,24 @@ class StoredTensor:
             size *= extent
         return size
 
+    @property
+    def parts(self) -> "tuple[StoredTensor, ...]":
+        """What of files is read for it."""
+        return (self,)
+
+    def copy(self, reader: "RegionReader", region: Region, out: torch.Tensor) -> None:
+        """Fill `out` from a region, see `RegionReader.copy`."""
+        reader.copy(self, region, out)
+
 
 class RegionReader:
-    """Copies regions of stored tensors into tensors. Not safe for use by several threads at once."""
+    """Copies regions of stored tensors into tensors. Not safe for use by several threads at once.
 
-    def __init__(self) -> None:
+    staging_bytes: what it may hold at a time of data that cannot be read straight into its target.
+    """
+
+    def __init__(self, staging_bytes: int | None = None) -> None:
+        self.staging_bytes = staging_bytes or STAGING_BYTES
         self.bytes_read = 0
         self._open: OrderedDict[Path, int] = OrderedDict()
         self._buffer: torch.Tensor | None = None
@@ -96,11 +109,11 @@ class RegionReader:
             self._pread(stored.path, _bytes_of(out), offset)
             return
         row_bytes = out[0].numel() * stored.dtype.itemsize
-        if row_bytes > STAGING_BYTES and out.dim() > 1:
+        if row_bytes > self.staging_bytes and out.dim() > 1:
             for row in range(out.shape[0]):
                 self._copy_run(stored, offset + row * row_bytes, out[row])
             return
-        rows = max(1, STAGING_BYTES // row_bytes)
+        rows = max(1, self.staging_bytes // row_bytes)
         for first in range(0, out.shape[0], rows):
             part = out[first : first + rows]
             staged = self._staging(part.shape[0] * row_bytes)
@@ -110,7 +123,7 @@ class RegionReader:
     def _copy_columns(self, stored: StoredTensor, offset: int, row_bytes: int, out: torch.Tensor) -> None:
         """The same columns of consecutive rows: `out.shape[0]` runs whose starts are `row_bytes` apart."""
         run_bytes = out[0].numel() * stored.dtype.itemsize
-        if run_bytes >= DIRECT_RUN_BYTES or row_bytes > STAGING_BYTES:
+        if run_bytes >= DIRECT_RUN_BYTES or row_bytes > self.staging_bytes:
             if _is_plain(out, stored.dtype):
                 target = _bytes_of(out)
                 for row in range(out.shape[0]):
@@ -120,7 +133,7 @@ class RegionReader:
                 for row in range(out.shape[0]):
                     self._copy_run(stored, offset + row * row_bytes, out[row])
             return
-        rows = STAGING_BYTES // row_bytes
+        rows = self.staging_bytes // row_bytes
         for first in range(0, out.shape[0], rows):
             part = out[first : first + rows]
             span = (part.shape[0] - 1) * row_bytes + run_bytes
@@ -131,7 +144,7 @@ class RegionReader:
 
     def _staging(self, size: int) -> torch.Tensor:
         if self._buffer is None or self._buffer.numel() < size:
-            self._buffer = torch.empty(max(size, STAGING_BYTES), dtype=torch.uint8)
+            self._buffer = torch.empty(max(size, self.staging_bytes), dtype=torch.uint8)
         return self._buffer[:size]
 
     def _pread(self, path: Path, target: memoryview, offset: int) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from ..errors import UserError, UserErrors
 from .check import check_layout, notices
 from .layout import Layout
+from .quantization import quantization_problems
 from .shape import ModelShape, family_of
 from .weights import weight_problems
 
@@ -34,7 +35,16 @@ def preflight(args: Any, world_size: int) -> list[UserError]:
         problems.append(error)
     if _reads_weights(args):
         problems += weight_problems(folder)
+        problems += _quantization(folder)
     return problems
+
+
+def _quantization(folder: Path) -> list[UserError]:
+    try:
+        config = read_config(folder)
+    except UserError:
+        return []  # said already
+    return quantization_problems(config, str(folder / "config.json"))
 
 
 def preflight_notices(args: Any) -> list[str]:
