@@ -1,20 +1,14 @@
 """Refuse a layout that cannot run, with the reason and the nearest one that can."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from itertools import product
-from math import gcd, log2
+from math import log2
 from typing import Any
 
 from ..errors import UserError
+from .axes import FLAGS, axis_problems, length_multiple, nearest_size
 from .layout import Layout
 from .shape import ModelShape
-
-_FLAGS = {
-    "tp": "tensor_model_parallel_size",
-    "pp": "pipeline_model_parallel_size",
-    "vpp": "virtual_pipeline_model_parallel_size",
-    "cp": "context_parallel_size",
-}
 
 
 def check_layout(
@@ -27,9 +21,8 @@ def check_layout(
     """
     world_size = world_size or layout.world_size
     problems = [
-        *_tensor_problems(layout, shape),
+        *axis_problems(layout, shape, args),
         *_stage_problems(layout, shape),
-        *_expert_problems(layout),
         *_world_problems(layout, world_size),
     ]
     if problems:
@@ -49,31 +42,38 @@ def nearest_layout(layout: Layout, shape: ModelShape, args: Any, world_size: int
     """
 
     def distance(other: Layout) -> float:
-        pairs = [(layout.tp, other.tp), (layout.pp, other.pp), (layout.cp, other.cp)]
-        pairs.append((layout.vpp or 1, other.vpp or 1))
+        pairs = [(getattr(layout, axis) or 1, getattr(other, axis) or 1) for axis in FLAGS]
         return sum(abs(log2(old / new)) for old, new in pairs)
 
     possible = [
         candidate
-        for candidate in _candidates(layout, world_size)
-        if not [*_tensor_problems(candidate, shape), *_stage_problems(candidate, shape)]
+        for candidate in _candidates(layout, shape, world_size)
+        if not [*axis_problems(candidate, shape, args), *_stage_problems(candidate, shape)]
     ]
     # one that needs no other batch size comes first, however far
     fitting = [candidate for candidate in possible if not list(_batch_problems(candidate, args))]
     return min(fitting or possible, key=lambda other: (distance(other), str(other)), default=None)
 
 
-def _candidates(layout: Layout, world_size: int) -> Iterator[Layout]:
-    """All ways to divide `world_size` processes, interleaved only if `layout` is."""
+def _candidates(layout: Layout, shape: ModelShape, world_size: int) -> Iterator[Layout]:
+    """All ways to divide `world_size` processes along the axes that `layout` uses.
+
+    Interleaved, context-parallel and expert-parallel only if `layout` is. Experts with tensor parallelism come
+    with sequence parallelism, without which they do not train.
+    """
     divisors = _divisors(world_size)
-    for tp, pp, cp in product(divisors, divisors, {1, layout.cp}):
+    experts = [divisors if shape.is_moe and size > 1 else [1] for size in (layout.ep, layout.etp)]
+    for tp, pp, cp in product(divisors, divisors, divisors if layout.cp > 1 else [1]):
         if world_size % (tp * pp * cp):
             continue
+        dp = world_size // (tp * pp * cp)
+        is_split = tp > 1 and (layout.sequence_parallel or shape.is_moe)
         for vpp in {None, 2, layout.vpp} if layout.vpp and pp > 1 else {None}:
-            is_split = layout.sequence_parallel and tp > 1
-            yield Layout(
-                tp=tp, pp=pp, vpp=vpp, cp=cp, dp=world_size // (tp * pp * cp), sequence_parallel=is_split
-            )
+            for ep, etp in product(*experts):
+                if tp * cp * dp % (ep * etp) == 0:
+                    yield Layout(
+                        tp=tp, pp=pp, vpp=vpp, cp=cp, ep=ep, etp=etp, dp=dp, sequence_parallel=is_split
+                    )
 
 
 def notices(shape: ModelShape, args: Any) -> list[str]:
@@ -85,62 +85,44 @@ def notices(shape: ModelShape, args: Any) -> list[str]:
             f"--max_length {max_length} is more than the {shape.max_position_embeddings} positions the model "
             "was trained for (max_position_embeddings): quality falls off without rope scaling"
         )
+    layout = Layout.from_args(args, 1)
+    multiple = length_multiple(layout)
+    if max_length and max_length % multiple:
+        padded = -(-max_length // multiple) * multiple
+        why = [f"--context_parallel_size {layout.cp} cuts it into {2 * layout.cp}"] if layout.cp > 1 else []
+        if layout.sequence_parallel:
+            why.append(f"--sequence_parallel cuts it among {layout.tp} processes")
+        lines.append(
+            f"--max_length {max_length} is no multiple of {multiple}, and {' and '.join(why)}: rows of that "
+            f"length are padded to {padded}"
+        )
     return lines
-
-
-def _tensor_problems(layout: Layout, shape: ModelShape) -> Iterator[UserError]:
-    if layout.tp == 1:
-        return
-    sizes = {
-        "num_attention_heads": shape.num_heads,
-        "num_key_value_heads": shape.num_query_groups,
-        "intermediate_size": shape.ffn_hidden_size,
-    }
-    bad = {name: size for name, size in sizes.items() if size % layout.tp}
-    if not bad:
-        return
-    common = gcd(*sizes.values())
-    listed = ", ".join(f"{name} {size}" for name, size in bad.items())
-    nearest = _nearest(layout.tp, lambda tp: common % tp == 0, common)
-    yield UserError(
-        f"--{_FLAGS['tp']} {layout.tp} does not divide the model's {listed}",
-        f"the nearest possible is --{_FLAGS['tp']} {nearest}",
-    )
 
 
 def _stage_problems(layout: Layout, shape: ModelShape) -> Iterator[UserError]:
     if layout.pp == 1:
         if layout.vpp:
             yield UserError(
-                f"--{_FLAGS['vpp']} {layout.vpp} needs a pipeline, and --{_FLAGS['pp']} is 1",
-                f"leave --{_FLAGS['vpp']} out, or set --{_FLAGS['pp']} 2 or more",
+                f"--{FLAGS['vpp']} {layout.vpp} needs a pipeline, and --{FLAGS['pp']} is 1",
+                f"leave --{FLAGS['vpp']} out, or set --{FLAGS['pp']} 2 or more",
             )
         return
     layers = shape.num_layers
     if layers % layout.pp:
-        nearest = _nearest(layout.pp, lambda pp: layers % pp == 0, layers)
+        nearest = nearest_size(layout.pp, lambda pp: layers % pp == 0, layers)
         yield UserError(
-            f"--{_FLAGS['pp']} {layout.pp} does not divide the model's {layers} layers",
-            f"the nearest possible is --{_FLAGS['pp']} {nearest}",
+            f"--{FLAGS['pp']} {layout.pp} does not divide the model's {layers} layers",
+            f"the nearest possible is --{FLAGS['pp']} {nearest}",
         )
     elif layout.vpp and layers // layout.pp % layout.vpp:
         each = layers // layout.pp
-        nearest = _nearest(layout.vpp, lambda chunks: each % chunks == 0, each)
+        nearest = nearest_size(layout.vpp, lambda chunks: each % chunks == 0, each)
         yield UserError(
-            f"--{_FLAGS['vpp']} {layout.vpp} does not divide the {each} layers of each pipeline stage",
-            f"the nearest possible is --{_FLAGS['vpp']} {nearest}"
+            f"--{FLAGS['vpp']} {layout.vpp} does not divide the {each} layers of each pipeline stage",
+            f"the nearest possible is --{FLAGS['vpp']} {nearest}"
             if nearest > 1
-            else f"leave --{_FLAGS['vpp']} out",
+            else f"leave --{FLAGS['vpp']} out",
         )
-
-
-def _expert_problems(layout: Layout) -> Iterator[UserError]:
-    for size, flag in (
-        (layout.ep, "expert_model_parallel_size"),
-        (layout.etp, "expert_tensor_parallel_size"),
-    ):
-        if size > 1:
-            yield UserError(f"--{flag} {size}: this model has no experts", f"leave --{flag} out")
 
 
 def _world_problems(layout: Layout, world_size: int) -> Iterator[UserError]:
@@ -181,12 +163,6 @@ def _batch_problems(layout: Layout, args: Any) -> Iterator[UserError]:
     yield UserError(
         f"--global_batch_size {total} {reason}", f"the nearest possible is --global_batch_size {values}"
     )
-
-
-def _nearest(value: int, is_possible: Callable[[int], bool], limit: int) -> int:
-    """The possible number closest to `value`, the smaller one of two; 1 is always possible."""
-    possible: Iterable[int] = (number for number in range(1, limit + 1) if is_possible(number))
-    return min(possible, key=lambda number: (abs(number - value), number))
 
 
 def _divisors(number: int) -> list[int]:

@@ -72,3 +72,34 @@ def test_against_torchs_counter() -> None:
 )
 def test_peaks(name: str, tflops: float | None) -> None:
     assert peak_tflops(name) == tflops
+
+
+def test_experts_latent_attention_and_token_prediction_by_hand() -> None:
+    shape = ModelShape(
+        family="deepseek_v3", num_layers=2, hidden_size=8, ffn_hidden_size=20, num_heads=2, num_query_groups=2,
+        head_dim=6, vocab_size=10, kv_lora_rank=5, q_lora_rank=7, qk_nope_head_dim=4, qk_rope_head_dim=2,
+        v_head_dim=3, num_experts=4, num_experts_per_token=2, moe_ffn_hidden_size=6, shared_ffn_hidden_size=6,
+        moe_layers=(False, True), num_mtp_layers=1,
+    )  # fmt: skip
+    queries = 8 * 7 + 7 * 12
+    keys_values = 8 * (5 + 2) + 5 * 2 * (4 + 3)
+    attention = queries + keys_values + 2 * 3 * 8
+    dense, experts = 3 * 8 * 20, 3 * 8 * 6 * (2 + 1) + 4 * 8
+    assert shape.matmul_parameters == 2 * attention + dense + experts + 10 * 8
+    predicted = attention + experts + 2 * 8 * 8 + 10 * 8
+    scores = 3 * (2 * 5 * 5 * 2 * (6 + 3))  # three layers, five tokens, two heads of 6 and 3
+    assert forward_flops(shape, [5]) == 2 * 5 * (shape.matmul_parameters + predicted) + scores
+
+
+def test_a_window_leaves_out_what_it_does_not_see() -> None:
+    sizes = {
+        **vars(SHAPE),
+        "sliding_window": 4,
+        "sliding_layers": (True,) + (False,) * (SHAPE.num_layers - 1),
+    }
+    windowed = ModelShape(**sizes)
+    width = 4 * SHAPE.query_size
+    # the causal triangle of s rows counts s^2; what a window leaves out is the triangle of the other s - w rows
+    assert forward_flops(SHAPE, [10]) - forward_flops(windowed, [10]) == width * (10 - 4) ** 2
+    assert forward_flops(windowed, [3]) == forward_flops(SHAPE, [3])
+    assert training_flops(windowed, [10, 10]) == pytest.approx(20 * flops_per_token(windowed, 10))
