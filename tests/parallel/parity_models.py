@@ -31,6 +31,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"head_dim": 10, "tie_word_embeddings": False}),
 }
+THOROUGH = ("llama3-rope-tied", "qwen3")
+"""Variants that go through every layout, packed and unpacked; the others through a few that mix the axes."""
 LENGTHS = [24, 9, 17, 24, 5, 21, 13, 24]
 PROMPT = 3
 """The first tokens of each sample are not learnt."""
