@@ -10,9 +10,14 @@ class LayerTraits:
     The plain kind: norms before attention and MLP, every token sees all before it, a dense MLP.
 
     window: tokens that a token attends to, itself included; None: all before it.
+    softcap: attention scores s become softcap * tanh(s / softcap).
+    sinks: each head has a learnt logit that takes part in its softmax and carries no value; the parameter is
+    `self_attention.core_attention.softmax_offset`, `[heads]`.
     """
 
     window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
 
 
 PLAIN = LayerTraits()

@@ -1,7 +1,6 @@
 """Layer specs: which modules a layer is made of, on a machine with Transformer Engine and on one without."""
 
 import importlib.util
-from functools import partial
 from typing import Any
 
 import torch
@@ -71,6 +70,14 @@ def block_spec(plan: ModelPlan, config: Any, implementation: str, vp_stage: int 
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 
+def core_attention(traits: LayerTraits) -> ModuleSpec:
+    """Our attention of a layer's kind, for self-attention and for multi-latent attention."""
+    return ModuleSpec(
+        module=CoreAttention,
+        params={"window": traits.window, "softcap": traits.softcap, "sinks": traits.sinks},
+    )
+
+
 def local_layer(config: Any, traits: LayerTraits) -> ModuleSpec:
     """One decoder layer of plain torch modules."""
     head_norm = RMSNorm if config.qk_layernorm else IdentityOp
@@ -83,7 +90,7 @@ def local_layer(config: Any, traits: LayerTraits) -> ModuleSpec:
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
-                    core_attention=partial(CoreAttention, window=traits.window),
+                    core_attention=core_attention(traits),
                     linear_proj=RowParallelLinear,
                     q_layernorm=head_norm,
                     k_layernorm=head_norm,

@@ -1,0 +1,5 @@
+"""Core attention for machines without Transformer Engine, on one process and across context-parallel ranks."""
+
+from mcore_swift.models.attention.core import CoreAttention
+
+__all__ = ["CoreAttention"]
