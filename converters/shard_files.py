@@ -7,7 +7,7 @@ The folder is a PyTorch distributed checkpoint with megatron-core's metadata bes
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,22 +110,25 @@ def _metadata(stored: Iterable[StoredShard]) -> Any:
     return Metadata(tensors)
 
 
-def read_shards(folder: Path, shards: Iterable[LiveShard]) -> list[str]:
+def read_shards(
+    folder: Path, shards: Iterable[LiveShard], names: Callable[[str], Sequence[str]] = lambda key: (key,)
+) -> list[str]:
     """Fill shards from a checkpoint that any layout wrote. Not collective.
 
-    A vocabulary that is padded further than when it was saved stays zero beyond. Returns the keys that the
+    names: where to look for the values of a key; the first name that the checkpoint holds counts. A vocabulary that is padded further than when it was saved stays zero beyond. Returns the keys that the
     checkpoint does not hold at all. Raises UserError if it holds only a part of a tensor.
     """
     missing: dict[str, None] = {}
     with MCoreReader(folder, ALL_ROOTS) as reader, torch.no_grad():
         for shard in shards:
-            if shard.key not in reader.specs:
+            name = next((name for name in names(shard.key) if name in reader.specs), None)
+            if name is None:
                 missing[shard.key] = None
                 continue
-            whole = tuple((0, size) for size in reader.specs[shard.key].shape)
+            whole = tuple((0, size) for size in reader.specs[name].shape)
             common = intersection(shard.region, whole)
             if common is None or numel(common) < shard.data.numel():
                 shard.data.zero_()
             if common is not None:
-                reader.copy_into(shard.key, common, shard.data[as_slices(relative(common, shard.region))])
+                reader.copy_into(name, common, shard.data[as_slices(relative(common, shard.region))])
     return list(missing)

@@ -17,12 +17,14 @@ class StepResult:
 
     loss: mean over the global batch. count: terms that mean is over (tokens to learn).
     grad_norm: of all parameters, before clipping; None when evaluating.
+    phases_s: seconds of each phase of the step on this rank.
     """
 
     loss: float
     count: int
     grad_norm: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    phases_s: dict[str, float] = field(default_factory=dict)
 
 
 class Engine(Protocol):

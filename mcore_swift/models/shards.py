@@ -15,6 +15,9 @@ from mcore_swift.models.rules import Region, Shape
 METADATA = {"non_homogeneous_layers": True, "singleton_local_shards": False}
 """Asks megatron-core for one key a layer, by global number, and one key for both halves of a gated MLP."""
 
+MAIN_WEIGHT = "fp32_param"
+"""State of the optimizer that is the exact weight, where the model's is rounded: `optimizer.fp32_param.<key>`."""
+
 
 @dataclass(frozen=True)
 class LiveShard:

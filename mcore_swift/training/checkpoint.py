@@ -23,13 +23,14 @@ from converters.ranks import Ranks
 from converters.shard_files import Contents, read_shards, write_contents, write_shards
 from converters.side_files import copy_side_files
 from mcore_swift.errors import UserError
-from mcore_swift.models.shards import LiveShard
+from mcore_swift.models.shards import MAIN_WEIGHT, LiveShard
 from mcore_swift.observability import Limit
 from mcore_swift.training.state import TrainState
 
 MCORE = "mcore"
 GENERATORS = "rng"
 LATEST = "latest"
+_MAIN_WEIGHT = f"optimizer.{MAIN_WEIGHT}."
 _NAME = re.compile(r"checkpoint-(\d+)")
 _LEFTOVERS = tuple(f".checkpoint-*.{what}" for what in ("writing", "replaced", "deleting"))
 
@@ -283,6 +284,22 @@ def _point_to(link: Path, target: str) -> None:
     partial.replace(link)
 
 
+def _sources(parts: Sequence[str], dtype: torch.dtype) -> Callable[[str], Sequence[str]]:
+    """Where a resumed run finds its exact weights: a bf16 run keeps them in its optimizer, an fp32 run has no other.
+
+    So nothing is rounded, or stays rounded, when training goes on in the other precision.
+    """
+
+    def names(key: str) -> Sequence[str]:
+        if key.startswith(_MAIN_WEIGHT):
+            return key, key.removeprefix(_MAIN_WEIGHT)
+        if dtype is torch.float32 and "optimizer" in parts and not key.startswith("optimizer."):
+            return _MAIN_WEIGHT + key, key
+        return (key,)
+
+    return names
+
+
 def load_checkpoint(
     folder: Path, engine: Any, *, parts: Sequence[str], notify: Callable[[str], None] = lambda _: None
 ) -> Manifest:
@@ -301,7 +318,7 @@ def load_checkpoint(
             ),
         )
     shards = engine.checkpoint_shards(parts, for_loading=True)
-    missing = read_shards(folder / MCORE, shards)
+    missing = read_shards(folder / MCORE, shards, _sources(parts, engine.dtype))
     if missing:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise UserError(

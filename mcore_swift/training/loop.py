@@ -157,6 +157,7 @@ def _report(run: Run, result: StepResult, lr: float, *, seconds: float, data_wai
             flops=training_flops_of_sums(run.shape, info.num_tokens, info.sum_of_squares),
             step_time_s=seconds,
             data_wait_s=data_wait,
+            phases_s=result.phases_s,
             memory_peak_bytes=int(peak),
             metrics=result.metrics,
             consumed_samples=state.consumed_samples,

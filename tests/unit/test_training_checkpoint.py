@@ -5,10 +5,13 @@ import os
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from converters.manifest import FORMAT, Manifest, versions
 from converters.ranks import Ranks
+from converters.shard_files import write_contents, write_shards
 from mcore_swift.errors import UserError
+from mcore_swift.models.shards import LiveShard
 from mcore_swift.training.checkpoint import Checkpoints, checkpoints_in, find_checkpoint, load_checkpoint
 from mcore_swift.training.state import TrainState
 
@@ -170,6 +173,57 @@ class TestRefusals:
     def test_a_folder_that_is_no_checkpoint(self, tmp_path):
         with pytest.raises(UserError, match="no manifest.json"):
             load_checkpoint(tmp_path, self.Engine(), parts=["weights"])
+
+
+class TestAnotherPrecision:
+    """Training goes on from the exact weights, whichever precision the checkpoint was written in."""
+
+    EXACT = torch.tensor([1.0, 1.001, -3.3333333])
+
+    class Engine:
+        def __init__(self, dtype, keys):
+            self.dtype, self.keys = dtype, keys
+
+        def checkpoint_shards(self, parts, *, for_loading=False):
+            self.shards = [
+                LiveShard(key, torch.zeros(3, dtype=dtype), ((0, 3),), (3,)) for key, dtype in self.keys
+            ]
+            return self.shards
+
+        def after_load(self, parts, *, optimizer_step):
+            pass
+
+    def written(self, folder, stored):
+        make(folder, 4, holds=["weights", "optimizer"])
+        checkpoint = folder / "checkpoint-4"
+        (checkpoint / "mcore").mkdir()
+        shards = [LiveShard(key, values, ((0, 3),), (3,)) for key, values in stored.items()]
+        contents = [write_shards(checkpoint / "mcore", 0, shards)]
+        write_contents(checkpoint / "mcore", contents, {})
+        return checkpoint
+
+    def test_from_bf16_to_fp32(self, tmp_path):
+        stored = {
+            "decoder.w": self.EXACT.bfloat16(),
+            "optimizer.fp32_param.decoder.w": self.EXACT,
+            "optimizer.exp_avg.decoder.w": self.EXACT * 2,
+        }
+        engine = self.Engine(
+            torch.float32, [("decoder.w", torch.float32), ("optimizer.exp_avg.decoder.w", torch.float32)]
+        )
+        load_checkpoint(self.written(tmp_path, stored), engine, parts=["weights", "optimizer"])
+        weight, moment = engine.shards
+        assert weight.data.equal(self.EXACT) and moment.data.equal(self.EXACT * 2)
+
+    def test_from_fp32_to_bf16(self, tmp_path):
+        stored = {"decoder.w": self.EXACT}
+        engine = self.Engine(
+            torch.bfloat16,
+            [("decoder.w", torch.bfloat16), ("optimizer.fp32_param.decoder.w", torch.float32)],
+        )
+        load_checkpoint(self.written(tmp_path, stored), engine, parts=["weights", "optimizer"])
+        weight, main = engine.shards
+        assert weight.data.equal(self.EXACT.bfloat16()) and main.data.equal(self.EXACT)
 
 
 def test_the_newest_checkpoint_is_the_one_written_last(tmp_path):

@@ -28,6 +28,7 @@ from mcore_swift.models.reading import ModelPlan
 from mcore_swift.models.shards import LiveShard, live_shards
 from mcore_swift.models.specs import choose_implementation, have_transformer_engine
 from mcore_swift.objectives.base import Objective
+from mcore_swift.observability.phases import PhaseTimer
 from mcore_swift.plan.layout import Layout
 
 
@@ -54,16 +55,20 @@ class MegatronEngine:
         self, microbatches: Sequence[Batch], objective: Objective, *, lr: float, weight_decay: float
     ) -> StepResult:
         """One optimizer step. Raises FloatingPointError if the loss or the gradient is not finite."""
-        for chunk in self.model:
-            chunk.train()
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        result = self._run(microbatches, objective, forward_only=False)
+        timer = PhaseTimer()  # each phase ends with a number the host waits for, on any device
+        with timer("forward_backward"):
+            for chunk in self.model:
+                chunk.train()
+                chunk.zero_grad_buffer()
+            self.optimizer.zero_grad()
+            result = self._run(microbatches, objective, forward_only=False)
         if not math.isfinite(result.loss):
             raise FloatingPointError(f"the loss is {result.loss}; the weights are as they were")
         set_hyperparameters(self.optimizer, lr=lr, weight_decay=weight_decay)
-        _, grad_norm, _ = self.optimizer.step()
-        result.grad_norm = float(grad_norm) if grad_norm is not None else None
+        with timer("optimizer"):
+            _, grad_norm, _ = self.optimizer.step()
+            result.grad_norm = float(grad_norm) if grad_norm is not None else None
+        result.phases_s = timer.take()
         if not math.isfinite(result.grad_norm or 0.0):
             raise FloatingPointError(
                 f"the gradient norm is {result.grad_norm}; the weights of this run are spoiled"

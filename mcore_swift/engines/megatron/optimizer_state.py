@@ -14,10 +14,9 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from mcore_swift.models.rules import Region, Shape
-from mcore_swift.models.shards import LiveShard, parameter_shards, unwrap
+from mcore_swift.models.shards import MAIN_WEIGHT, LiveShard, parameter_shards, unwrap
 
 STATE_NAMES = ("exp_avg", "exp_avg_sq", "momentum_buffer")
-MAIN_WEIGHT = "fp32_param"
 
 
 def optimizer_shards(optimizer: Any, chunks: list[Any], *, for_loading: bool = False) -> list[LiveShard]:
