@@ -115,8 +115,9 @@ def read_shards(
 ) -> list[str]:
     """Fill shards from a checkpoint that any layout wrote. Not collective.
 
-    names: where to look for the values of a key; the first name that the checkpoint holds counts. A vocabulary that is padded further than when it was saved stays zero beyond. Returns the keys that the
-    checkpoint does not hold at all. Raises UserError if it holds only a part of a tensor.
+    names: where to look for the values of a key; the first name that the checkpoint holds counts. A vocabulary
+    that is padded further than when it was saved stays zero beyond. Returns the keys that the checkpoint does not
+    hold at all. Raises UserError if it holds only a part of a tensor.
     """
     missing: dict[str, None] = {}
     with MCoreReader(folder, ALL_ROOTS) as reader, torch.no_grad():
