@@ -104,7 +104,7 @@ def check_precision(args: Any, ranks: Ranks) -> None:
     """Build the model in the layout asked for, load the megatron-core checkpoint, compare with transformers."""
     from converters.shard_files import read_shards
     from converters.verify import compare_logits, fixed_rows, require_equal
-    from mcore_swift.models.build import build_model, transformer_config
+    from mcore_swift.models.build import build_model, pipeline_options, transformer_config
     from mcore_swift.models.shards import live_shards
 
     hf_dir, mcore_dir = (
@@ -112,7 +112,8 @@ def check_precision(args: Any, ranks: Ranks) -> None:
     )
     layout, dtype = Layout.from_args(args, ranks.size), _dtype(args.test_convert_dtype)
     plan = _read_plan(hf_dir)
-    chunks = build_model(plan, transformer_config(plan, layout, dtype), args.transformer_impl)
+    config = transformer_config(plan, layout, dtype, pipeline_options(plan, layout, args))
+    chunks = build_model(plan, config, args.transformer_impl)
     with MCoreReader(mcore_dir) as reader:
         folder = reader.folder
     missing = read_shards(folder, live_shards(chunks))

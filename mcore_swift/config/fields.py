@@ -20,6 +20,7 @@ class Flag:
     default_text: what `--help` prints as the default, where the plain value would say too little.
     refused: choices that ms-swift has and we do not have yet, with the reason.
     at_least, above, at_most, below: bounds of a number (closed, open, closed, open).
+    nested: a list in a YAML file is the value too, as the JSON text of it.
     group: title under which `--help` lists it.
     """
 
@@ -37,6 +38,7 @@ class Flag:
     above: float | None = None
     at_most: float | None = None
     below: float | None = None
+    nested: bool = False
 
 
 def arg(
@@ -50,6 +52,7 @@ def arg(
     above: float | None = None,
     at_most: float | None = None,
     below: float | None = None,
+    nested: bool = False,
 ) -> Any:
     """Declare a dataclass field that is a flag; the arguments are those of `Flag`."""
     metadata = {
@@ -61,6 +64,7 @@ def arg(
         "above": above,
         "at_most": at_most,
         "below": below,
+        "nested": nested,
     }
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)

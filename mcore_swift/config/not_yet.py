@@ -27,14 +27,6 @@ _MEGATRON = table(
         "expert parallelism is not supported yet", expert_model_parallel_size=1, expert_tensor_parallel_size=1
     ),
     settings(
-        "uneven pipelines are not supported yet; layers are spread evenly over the stages",
-        decoder_first_pipeline_num_layers=None,
-        decoder_last_pipeline_num_layers=None,
-        account_for_embedding_in_pipeline_split=False,
-        account_for_loss_in_pipeline_split=False,
-        pipeline_model_parallel_layout=None,
-    ),
-    settings(
         "interleaved pipelines run microbatches in groups of the pipeline's size; other groups are not "
         "supported yet",
         microbatch_group_size_per_vp_stage=None,

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 from ..errors import UserError
+from ..plan.stages_check import flag_problems, stages_of_layout
 from .base import Arguments
 from .fields import arg
 
@@ -17,6 +18,25 @@ class ParallelArguments(Arguments):
     pipeline_model_parallel_size: int = arg(1, "groups of layers, each on its own processes (PP)", at_least=1)
     virtual_pipeline_model_parallel_size: int | None = arg(
         None, "groups of layers each pipeline stage holds, interleaved (VPP)", at_least=1
+    )
+    pipeline_model_parallel_layout: str | None = arg(
+        None,
+        "what each pipeline stage holds, in megatron-core's letters: E embedding, t decoder layer, m "
+        "multi-token prediction, L loss, | between stages, such as 'Ettt|(tttt|)*2tttL'; VPP follows from it. "
+        "In a YAML file also a list of lists of embedding, decoder, mtp, loss",
+        nested=True,
+    )
+    decoder_first_pipeline_num_layers: int | None = arg(
+        None, "layers of the first pipeline stage; the others share the rest", at_least=1
+    )
+    decoder_last_pipeline_num_layers: int | None = arg(
+        None, "layers of the last pipeline stage; the others share the rest", at_least=1
+    )
+    account_for_embedding_in_pipeline_split: bool = arg(
+        False, "count the embedding as one layer: the first stage holds a layer less"
+    )
+    account_for_loss_in_pipeline_split: bool = arg(
+        False, "count output layer and loss as one layer: the last stage holds a layer less"
     )
     sequence_parallel: bool = arg(
         False, "spread norms and dropout over the tensor-parallel processes too; saves activation memory (SP)"
@@ -34,6 +54,8 @@ class ParallelArguments(Arguments):
     )
 
     def fill(self) -> None:
+        if self.pipeline_model_parallel_layout and self.virtual_pipeline_model_parallel_size is None:
+            self.virtual_pipeline_model_parallel_size = stages_of_layout(self)
         if self.virtual_pipeline_model_parallel_size == 1:
             self.virtual_pipeline_model_parallel_size = None
         if self.tensor_model_parallel_size == 1:
@@ -47,6 +69,7 @@ class ParallelArguments(Arguments):
                 "there is none",
                 "add --pipeline_model_parallel_size 2 or more",
             )
+        yield from flag_problems(self)
 
 
 @dataclasses.dataclass(kw_only=True)

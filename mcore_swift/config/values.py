@@ -96,6 +96,8 @@ def _scalar(flag: Flag, value: Any) -> Any:
         if not isinstance(parsed, dict):
             raise BadValue(f"takes a JSON object, not {value!r}", """write it as '{"key": "value"}'""")
         return parsed
+    if flag.nested and isinstance(value, list):
+        return json.dumps(value)
     if isinstance(value, list | dict):
         raise BadValue(f"takes one value, not {value!r}")
     if flag.kind == "bool":

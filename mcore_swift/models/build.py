@@ -16,6 +16,7 @@ from mcore_swift.models.specs import block_spec, choose_implementation
 from mcore_swift.models.token_nll import token_nll
 from mcore_swift.plan.layout import Layout
 from mcore_swift.plan.shape import padded_vocab_size
+from mcore_swift.plan.stages import megatron_stages
 
 
 def transformer_config(
@@ -68,6 +69,12 @@ def _windows(plan: ModelPlan) -> dict[str, Any]:
         "window_size": (sizes.pop() - 1, 0),
         "window_attn_skip_freq": [1 if window else 0 for window in windows],
     }
+
+
+def pipeline_options(plan: ModelPlan, layout: Layout, args: Any) -> dict[str, Any]:
+    """Fields of TransformerConfig that the flags of an uneven pipeline ask for."""
+    stages = megatron_stages(layout, plan.hf.num_hidden_layers, args)
+    return {"pipeline_model_parallel_layout": stages} if stages else {}
 
 
 class Model(GPTModel):

@@ -10,6 +10,7 @@ from .layout import Layout
 from .peaks import peak_tflops
 from .preflight import preflight, preflight_notices
 from .shape import ModelShape, padded_vocab_size
+from .stages import stage_layers
 
 __all__ = [
     "Layout",
@@ -25,5 +26,6 @@ __all__ = [
     "peak_tflops",
     "preflight",
     "preflight_notices",
+    "stage_layers",
     "training_flops",
 ]

@@ -6,9 +6,11 @@ from math import log2
 from typing import Any
 
 from ..errors import UserError
-from .axes import FLAGS, axis_problems, length_multiple, nearest_size
+from .axes import FLAGS, axis_problems, length_multiple
 from .layout import Layout
 from .shape import ModelShape
+from .stages import is_uneven
+from .stages_check import stage_problems
 
 
 def check_layout(
@@ -20,14 +22,17 @@ def check_layout(
     there are, if the layout was made for another number of them.
     """
     world_size = world_size or layout.world_size
+    stages = stage_problems(layout, shape, args)
     problems = [
         *axis_problems(layout, shape, args),
-        *_stage_problems(layout, shape),
+        *_pipeline_problems(layout),
+        *stages,
         *_world_problems(layout, world_size),
     ]
     if problems:
         nearest = nearest_layout(layout, shape, args, world_size)
-        if nearest is not None:
+        # flags of an uneven pipeline are for the stages there are: their remedy is not another layout
+        if nearest is not None and not (is_uneven(args) and problems == stages):
             last = problems[-1]
             hint = f"the nearest layout for this model on {_processes(world_size)} is {nearest}"
             problems[-1] = UserError(last.message, "; ".join(filter(None, [last.remedy, hint])))
@@ -45,11 +50,14 @@ def nearest_layout(layout: Layout, shape: ModelShape, args: Any, world_size: int
         pairs = [(getattr(layout, axis) or 1, getattr(other, axis) or 1) for axis in FLAGS]
         return sum(abs(log2(old / new)) for old, new in pairs)
 
-    possible = [
-        candidate
-        for candidate in _candidates(layout, shape, world_size)
-        if not [*axis_problems(candidate, shape, args), *_stage_problems(candidate, shape)]
-    ]
+    def is_possible(other: Layout) -> bool:
+        if is_uneven(args):
+            has_stages = (other.pp, other.vpp) == (layout.pp, layout.vpp)
+        else:
+            has_stages = not [*_pipeline_problems(other), *stage_problems(other, shape, args)]
+        return has_stages and not list(axis_problems(other, shape, args))
+
+    possible = [candidate for candidate in _candidates(layout, shape, world_size) if is_possible(candidate)]
     # one that needs no other batch size comes first, however far
     fitting = [candidate for candidate in possible if not list(_batch_problems(candidate, args))]
     return min(fitting or possible, key=lambda other: (distance(other), str(other)), default=None)
@@ -99,29 +107,11 @@ def notices(shape: ModelShape, args: Any) -> list[str]:
     return lines
 
 
-def _stage_problems(layout: Layout, shape: ModelShape) -> Iterator[UserError]:
-    if layout.pp == 1:
-        if layout.vpp:
-            yield UserError(
-                f"--{FLAGS['vpp']} {layout.vpp} needs a pipeline, and --{FLAGS['pp']} is 1",
-                f"leave --{FLAGS['vpp']} out, or set --{FLAGS['pp']} 2 or more",
-            )
-        return
-    layers = shape.num_layers
-    if layers % layout.pp:
-        nearest = nearest_size(layout.pp, lambda pp: layers % pp == 0, layers)
+def _pipeline_problems(layout: Layout) -> Iterator[UserError]:
+    if layout.vpp and layout.pp == 1:
         yield UserError(
-            f"--{FLAGS['pp']} {layout.pp} does not divide the model's {layers} layers",
-            f"the nearest possible is --{FLAGS['pp']} {nearest}",
-        )
-    elif layout.vpp and layers // layout.pp % layout.vpp:
-        each = layers // layout.pp
-        nearest = nearest_size(layout.vpp, lambda chunks: each % chunks == 0, each)
-        yield UserError(
-            f"--{FLAGS['vpp']} {layout.vpp} does not divide the {each} layers of each pipeline stage",
-            f"the nearest possible is --{FLAGS['vpp']} {nearest}"
-            if nearest > 1
-            else f"leave --{FLAGS['vpp']} out",
+            f"--{FLAGS['vpp']} {layout.vpp} needs a pipeline, and --{FLAGS['pp']} is 1",
+            f"leave --{FLAGS['vpp']} out, or set --{FLAGS['pp']} 2 or more",
         )
 
 

@@ -30,6 +30,7 @@ from mcore_swift.observability import Meter, RunLog, configure_logging
 from mcore_swift.plan.layout import Layout
 from mcore_swift.plan.peaks import peak_tflops
 from mcore_swift.plan.preflight import read_shape
+from mcore_swift.plan.stages import is_uneven, render_stages, stage_letters
 from mcore_swift.training.checkpoint import Checkpoints, find_checkpoint, load_checkpoint, version_of
 from mcore_swift.training.loop import Run, train
 from mcore_swift.training.schedule import Schedule
@@ -259,9 +260,16 @@ def _say_what_starts(run: Run) -> None:
     accelerator, engine = get_accelerator(), run.engine
     logger.info(
         f"{engine.plan.family.name} in {str(engine.dtype).removeprefix('torch.')} on {engine.layout} "
-        f"({accelerator.name}, {accelerator.backend}, layers: {engine.implementation}), "
+        f"({accelerator.name}, {accelerator.backend}, layers: {engine.implementation}{_uneven_stages(run)}), "
         f"{run.data.total_steps} steps, output in {run.checkpoints.run_dir}"
     )
+
+
+def _uneven_stages(run: Run) -> str:
+    if run.engine.layout.pp == 1 or not is_uneven(run.args):
+        return ""
+    letters = stage_letters(run.engine.layout, run.shape.num_layers, run.args)
+    return f", stages: {render_stages(letters)}"
 
 
 def _say_what_ended(run: Run, state: TrainState) -> None:

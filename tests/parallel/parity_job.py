@@ -3,8 +3,10 @@
 import json
 import os
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +21,7 @@ from mcore_swift.accelerator import get_accelerator
 get_accelerator().install()
 
 from megatron.core import parallel_state  # noqa: E402
+from stages_cases import stages_cases  # noqa: E402
 
 from mcore_swift.config import MegatronSftArguments  # noqa: E402
 from mcore_swift.data import Batch  # noqa: E402
@@ -59,18 +62,20 @@ GRADIENT_RTOL = 1e-4  # the issue's bound on the norm
 WEIGHT_ATOL = 2e-5  # after one SGD step of rate 1: the error of each single gradient, which are up to about 1
 
 
-current: Layout | None = None
+_groups: dict[Layout, dict[str, Any]] = {}
 
 
 def start(layout: Layout) -> None:
-    """Process groups for a layout. Cases come layout by layout: gloo takes long to connect dozens of groups."""
-    global current
-    if layout == current:
-        process_groups.seed_everything(1)
-        return
+    """Process groups for a layout, made once: gloo takes long to connect dozens of them."""
+    layout = replace(layout, sequence_parallel=False)
     parallel_state.destroy_model_parallel()
-    process_groups.start(layout, seed=1, timeout_s=120)
-    current = layout
+    if layout not in _groups:
+        process_groups.start(layout, seed=1, timeout_s=120)
+        _groups[layout] = {
+            name: value for name, value in vars(parallel_state).items() if name.startswith("_")
+        }
+    vars(parallel_state).update(_groups[layout])
+    process_groups.seed_everything(1)
 
 
 def microbatches(samples: list[torch.Tensor], packed: bool) -> list[Batch]:
@@ -139,8 +144,13 @@ errors: dict[str, dict[str, float]] = {}
 """Variant -> layout -> largest error of a logit."""
 
 
-def agrees_with_transformers(folder: Path, layout: Layout, packed: bool, distributed_optimizer: bool) -> None:
-    """Weights in and out, logits, loss, gradient norm, and every weight after one SGD step."""
+def agrees_with_transformers(
+    folder: Path, layout: Layout, packed: bool, distributed_optimizer: bool, **flags: Any
+) -> None:
+    """Weights in and out, logits, loss, gradient norm, and every weight after one SGD step.
+
+    flags: further arguments of the run.
+    """
     reference: Reference = torch.load(folder / "reference.pt", weights_only=False)
     start(layout)
     # Adam with this epsilon and without memory is plain SGD, and the distributed optimizer knows Adam only.
@@ -151,6 +161,7 @@ def agrees_with_transformers(folder: Path, layout: Layout, packed: bool, distrib
         weight_decay=0.0,
         use_distributed_optimizer=distributed_optimizer,
         recompute_granularity="none" if packed else "selective",
+        **flags,
     )
     engine = MegatronEngine(read_model(str(folder / "model")), layout, args, torch.float32)
     with HFReader(folder / "model") as reader:
@@ -182,11 +193,11 @@ def agrees_with_transformers(folder: Path, layout: Layout, packed: bool, distrib
             )
 
 
-def equal_microbatches_have_equal_losses(folder: Path, layout: Layout) -> None:
+def equal_microbatches_have_equal_losses(folder: Path, layout: Layout, **flags: Any) -> None:
     """Under every pipeline schedule: a schedule that mixes up messages gives the same batch several losses."""
     reference: Reference = torch.load(folder / "reference.pt", weights_only=False)
     start(layout)
-    args = MegatronSftArguments()
+    args = MegatronSftArguments(**flags)
     engine = MegatronEngine(read_model(str(folder / "model")), layout, args, torch.float32)
     with HFReader(folder / "model") as reader:
         load_hf(engine.chunks, reader, engine.plan.table)
@@ -229,9 +240,12 @@ def main() -> None:
             cases[f"equal microbatches {layout}"] = partial(
                 equal_microbatches_have_equal_losses, folder / "qwen3", layout
             )
+    if world_size == 4:
+        cases |= stages_cases(folder, start, agrees_with_transformers, equal_microbatches_have_equal_losses)
     run_cases(cases, folder)
     if dist.get_rank() == 0:
-        (folder / "errors.json").write_text(json.dumps(errors))
+        shown = {variant: row for variant, row in errors.items() if variant in VARIANTS}
+        (folder / "errors.json").write_text(json.dumps(shown))
 
 
 if __name__ == "__main__":

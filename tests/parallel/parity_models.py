@@ -33,6 +33,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 THOROUGH = ("llama3-rope-tied", "qwen3")
 """Variants that go through every layout, packed and unpacked; the others through a few that mix the axes."""
+SIX_LAYERS = {"six-tied": "qwen2", "six-untied": "qwen3"}
+"""Folder of a reference for uneven pipelines -> its variant."""
 LENGTHS = [24, 9, 17, 24, 5, 21, 13, 24]
 PROMPT = 3
 """The first tokens of each sample are not learnt."""
@@ -53,13 +55,16 @@ class Reference:
     weights: dict[str, Tensor]
 
 
-def make_reference(variant: str, folder: Path, *, attention: str = "eager") -> None:
-    """Write a random fp32 checkpoint to `folder`/model and its Reference to `folder`/reference.pt."""
+def make_reference(variant: str, folder: Path, *, attention: str = "eager", **sizes: Any) -> None:
+    """Write a random fp32 checkpoint to `folder`/model and its Reference to `folder`/reference.pt.
+
+    sizes: fields of config.json that are not the variant's.
+    """
     import transformers
 
     architecture, changes = VARIANTS[variant]
     torch.manual_seed(sum(map(ord, variant)))
-    config = getattr(transformers, f"{architecture}Config")(**(SIZES | changes))
+    config = getattr(transformers, f"{architecture}Config")(**(SIZES | changes | sizes))
     config.architectures = [f"{architecture}ForCausalLM"]
     model = (
         transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).float().eval()

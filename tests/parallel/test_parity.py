@@ -14,7 +14,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from jobs import assert_all_passed, run_job  # noqa: E402
-from parity_models import VARIANTS, make_reference  # noqa: E402
+from parity_models import SIX_LAYERS, VARIANTS, make_reference  # noqa: E402
 from parity_table import missing_rows, render  # noqa: E402
 
 from mcore_swift.models.catalog import SUPPORTED_ARCHITECTURES  # noqa: E402
@@ -29,6 +29,9 @@ def references(tmp_path_factory):
     for variant in VARIANTS:
         (folder / variant).mkdir()
         make_reference(variant, folder / variant)
+    for name, variant in SIX_LAYERS.items():
+        (folder / name).mkdir()
+        make_reference(variant, folder / name, num_hidden_layers=6)
     return folder
 
 

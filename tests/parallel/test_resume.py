@@ -20,6 +20,7 @@ OTHER_LAYOUT = {
     "tp2-pp2-to-dp2": "tp2-pp2",
     "tp2-pp2-to-one": "tp2-pp2",
     "pp2-vpp2-to-tp2": "pp2-vpp2",
+    "pp2-first-to-letters": "pp2-first",
     "spread-to-whole": "dp2",
     "whole-to-spread": "dp2-whole",
 }

@@ -66,6 +66,10 @@ TRAIN: dict[int, dict[str, dict]] = {
         "whole-to-spread": checkpoint("dp2-whole"),
         "tp2-pp2-to-dp2": checkpoint("tp2-pp2"),
         "pp2-vpp2-to-tp2": TP2 | checkpoint("pp2-vpp2"),
+        "pp2-first": PP2 | {"decoder_first_pipeline_num_layers": 1},
+        "pp2-first-to-letters": PP2
+        | {"pipeline_model_parallel_layout": "E|tt|t|tL"}
+        | checkpoint("pp2-first"),
         "random-tp2": RANDOM | TP2,
         "random-pp2": RANDOM | PP2,
     },

@@ -23,7 +23,7 @@ from mcore_swift.engines.megatron.forward_backward import (
 from mcore_swift.engines.megatron.optimizer import build_optimizer, set_hyperparameters, wrap_for_gradients
 from mcore_swift.engines.megatron.optimizer_state import optimizer_shards, optimizer_step, set_optimizer_step
 from mcore_swift.engines.megatron.random_state import random_state, set_random_state
-from mcore_swift.models.build import build_model, transformer_config
+from mcore_swift.models.build import build_model, pipeline_options, transformer_config
 from mcore_swift.models.reading import ModelPlan
 from mcore_swift.models.shards import LiveShard, live_shards
 from mcore_swift.models.specs import choose_implementation, have_transformer_engine
@@ -46,7 +46,8 @@ class MegatronEngine:
         self.args = args
         self.dtype = dtype
         self.implementation = choose_implementation(args.transformer_impl)
-        config = transformer_config(plan, layout, dtype, model_options(args))
+        options = model_options(args) | pipeline_options(plan, layout, args)
+        config = transformer_config(plan, layout, dtype, options)
         self.chunks = build_model(plan, config, self.implementation)
         self.model: list[Any] = wrap_for_gradients(self.chunks, args) if train else self.chunks
         self.optimizer = build_optimizer(self.model, args) if train else None
