@@ -15,7 +15,19 @@ class DataArguments(Arguments):
 
     dataset: list[str] = arg(
         [],
-        "training files or folders (json, jsonl, csv, parquet, txt), several are joined; path#N takes N rows",
+        "training files or folders (json, jsonl, csv, parquet, txt), several are joined; path#N takes N rows. In "
+        "`megatron pt` also token ids that Megatron has written (.bin with .idx, or what both begin with)",
+    )
+    interleave_prob: list[float] | None = arg(
+        None,
+        "a weight for each --dataset (they need not sum to 1): the share of samples, with packing of rows and so of "
+        "tokens, that come from it",
+        above=0,
+    )
+    stopping_strategy: str = arg(
+        "first_exhausted",
+        "with --interleave_prob, where an epoch ends: at the end of the first dataset, or when all have been used up",
+        choices=("first_exhausted", "all_exhausted"),
     )
     val_dataset: list[str] = arg([], "validation files, written as --dataset is")
     split_dataset_ratio: float = arg(
@@ -58,6 +70,11 @@ class DataArguments(Arguments):
             yield UserError(
                 "--val_dataset and --split_dataset_ratio both say what to validate on", "give one of them"
             )
+        if self.interleave_prob and len(self.interleave_prob) != len(self.dataset):
+            yield UserError(
+                f"--interleave_prob has {len(self.interleave_prob)} weights, and --dataset {len(self.dataset)} values",
+                "give one weight for each",
+            )
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -70,8 +87,10 @@ class PackingArguments(Arguments):
     packing_length: int | None = arg(None, "tokens of a packed row", above=1, default_text="--max_length")
     packing_strategy: str = arg(
         "binpack",
-        "which samples share a row: those that fill it best (binpack) or neighbours in order (sequential)",
-        choices=("binpack", "sequential"),
+        "which samples share a row: those that fill it best (binpack) or neighbours in order (sequential). For "
+        "pre-training also concat: all documents end to end, cut wherever a row is full, and attention sees what "
+        "stands before in the row, as in Megatron's GPT datasets",
+        choices=("binpack", "sequential", "concat"),
     )
     padding_free: bool = arg(
         True, "lay the samples of a microbatch end to end in one row; false pads them to the longest"
@@ -85,6 +104,11 @@ class PackingArguments(Arguments):
             )
         if self.packing_length is not None and not self.packing:
             yield UserError("--packing_length has no meaning without packing", "add --packing true")
+        if self.packing_strategy == "concat" and getattr(self, "use_chat_template", False):
+            yield UserError(
+                "--packing_strategy concat lets conversations see each other, and cuts them anywhere",
+                "use binpack, or `megatron pt`",
+            )
         limit = getattr(self, "max_length", None)
         if self.packing_length is not None and limit is not None and self.packing_length < limit:
             yield UserError(

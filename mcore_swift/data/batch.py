@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .cache import TokenStore
+from .corpora import Store
 
 
 @dataclass
@@ -45,7 +45,7 @@ class _Rows:
         self.loss_mask = np.zeros((b, s), np.float32)
         self.position_ids = np.zeros((b, s), np.int64)
 
-    def put(self, row: int, at: int, store: TokenStore, sample: int) -> int:
+    def put(self, row: int, at: int, store: Store, sample: int) -> int:
         """Write a sample from position `at`; returns where it ends."""
         ids, weights = store.ids(sample), store.weights(sample)
         end = at + len(ids)
@@ -66,7 +66,7 @@ class _Rows:
         )
 
 
-def end_to_end(store: TokenStore, samples: Sequence[int], s: int, pad: int) -> Batch:
+def end_to_end(store: Store, samples: Sequence[int], s: int, pad: int) -> Batch:
     """One row [1, s] with `samples` one after the other, the rest padding. No samples: all padding."""
     rows, edges, at = _Rows(1, s, pad), [0], 0
     for sample in samples:
@@ -78,7 +78,7 @@ def end_to_end(store: TokenStore, samples: Sequence[int], s: int, pad: int) -> B
     return rows.batch(edges, len(samples), at)
 
 
-def padded(store: TokenStore, samples: Sequence[int], b: int, s: int, pad: int) -> Batch:
+def padded(store: Store, samples: Sequence[int], b: int, s: int, pad: int) -> Batch:
     """Rows [b, s], one sample each, padded on the right; rows beyond `samples` are all padding."""
     rows, tokens = _Rows(b, s, pad), 0
     rows.position_ids[:] = np.arange(s)

@@ -27,6 +27,7 @@ import numpy as np
 
 from ..errors import UserError
 from .encode import Encoded
+from .report import PartReport
 
 FORMAT = 1  # raise it when rows give other tokens, or the files change
 _CHECKED_WHOLE = 256 << 20  # files up to this many bytes are checked against their checksum when opened
@@ -51,6 +52,13 @@ class TokenStore:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    @property
+    def report(self) -> PartReport:
+        """What became of the rows it was made of."""
+        report = PartReport(**self.meta["report"])
+        report.longest = int(self.lengths.max())
+        return report
 
     def ids(self, sample: int) -> np.ndarray:
         """Token ids of a sample, int32 [length], a view of the file."""

@@ -7,7 +7,7 @@ from ..errors import UserError
 from .problems import RowError
 from .readers import parse_row, read_rows
 from .settings import DataSettings
-from .sources import parse_sources
+from .sources import INDEX, parse_sources
 
 _LOOKED_AT = 20  # first rows whose columns are compared with --columns
 
@@ -28,6 +28,15 @@ def check_sources(args: Any) -> list[UserError]:
     sources, missing = parse_sources(settings.dataset)
     val_sources, val_missing = parse_sources(settings.val_dataset, "--val_dataset")
     errors += missing + val_missing
+    if settings.use_chat_template:
+        errors += [
+            UserError(
+                f"{source.spec}: token ids tell no roles apart, and fine-tuning learns answers only",
+                "use `megatron pt`, or give rows of text",
+            )
+            for source in sources + val_sources
+            if source.is_indexed
+        ]
     names: set[str] = set()
     for path in {path: None for source in sources + val_sources for path in source.files}:
         try:
@@ -51,6 +60,11 @@ def unknown_columns(columns: dict[str, str], names: set[str]) -> list[UserError]
 def _look(path: Path, settings: DataSettings) -> set[str]:
     """Columns of the first rows. Raises UserError if there is no row or it is broken (strict false: all are)."""
     names: set[str] = set()
+    if path.suffix == INDEX:
+        from .indexed import IndexedTokens  # reads the whole index, and needs numpy
+
+        IndexedTokens(path)
+        return names
     broken: UserError | None = None
     number = 0
     for number, row in enumerate(read_rows(path), 1):

@@ -38,6 +38,19 @@ def store_key(part: Part, tokenizer_hash: str, settings: DataSettings, max_lengt
     )
 
 
+def indexed_key(part: Part, settings: DataSettings, max_length: int | None) -> str:
+    """The same for a corpus of token ids, which is used where it lies and only tells whether it has changed."""
+    idx = part.sources[0].files[0]
+    return digest(
+        {
+            "files": [file_digest(path) for path in (idx, idx.with_suffix(".bin"))],
+            "rows": [None if rows is None else _array(rows) for rows in part.rows],
+            "max_length": max_length,
+            "truncation_strategy": settings.truncation_strategy,
+        }
+    )
+
+
 def digest(value: Any) -> str:
     text = json.dumps(value, sort_keys=True, ensure_ascii=False)
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from ..errors import UserError
 from .problems import RowError
+from .sources import INDEX
 
 _BLOCK = 1 << 20
 _BOM = b"\xef\xbb\xbf"
@@ -59,7 +60,11 @@ def parse_row(data: dict[str, Any] | bytes | RowError) -> dict[str, Any]:
 
 
 def count_rows(path: Path) -> int:
-    """How many rows `read_rows` gives, in the cheapest way the format has."""
+    """How many rows `read_rows` gives, in the cheapest way the format has; documents of an indexed dataset."""
+    if path.suffix == INDEX:
+        from .indexed import IndexedTokens
+
+        return len(IndexedTokens(path))
     if path.suffix.lower() == ".parquet":
         return _parquet(path).metadata.num_rows
     return sum(1 for _ in read_rows(path))

@@ -1,5 +1,6 @@
 """What became of the rows: counted, so that nothing is dropped in silence."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -20,6 +21,19 @@ class PartReport:
     dropped: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
     seconds: float = 0.0
+
+    @classmethod
+    def sum(cls, reports: Iterable["PartReport"]) -> "PartReport":
+        """Several as one."""
+        total = cls()
+        for one in reports:
+            for name in ("rows", "samples", "tokens", "learnt_tokens", "truncated", "seconds"):
+                setattr(total, name, getattr(total, name) + getattr(one, name))
+            total.longest = max(total.longest, one.longest)
+            for reason, count in one.dropped.items():
+                total.dropped[reason] = total.dropped.get(reason, 0) + count
+                total.examples.setdefault(reason, []).extend(one.examples[reason])
+        return total
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -49,6 +63,7 @@ class DataReport:
     cache: dict[str, str] = field(default_factory=dict)  # part -> folder
     from_cache: dict[str, bool] = field(default_factory=dict)  # part -> found complete, not built now
     packs: dict[str, int] = field(default_factory=dict)  # part -> packed rows
+    corpora: list[str] = field(default_factory=list)  # a line for each of several training corpora
     warnings: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
@@ -60,10 +75,13 @@ class DataReport:
             lines += part.lines(name)
             if name in self.packs:
                 lines.append(f"{name}: packed into {self.packs[name]} rows")
+            if name == "train":
+                lines += [f"train: {line}" for line in self.corpora]
             how = (
                 "read from the cache"
                 if self.from_cache.get(name)
                 else f"tokenized in {part.seconds:.1f} s into"
             )
-            lines.append(f"{name}: {how} {self.cache.get(name, '')}")
+            if name in self.cache:  # token ids that Megatron has written are used as they are
+                lines.append(f"{name}: {how} {self.cache[name]}")
         return lines + [f"warning: {warning}" for warning in self.warnings]

@@ -1,6 +1,7 @@
 """Which rows of each source are trained on (`#N`) and which are held back (`split_dataset_ratio`)."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -23,6 +24,19 @@ class Part:
     sources: list[Source]
     rows: list[np.ndarray | None]
     held_back: bool = False
+
+    @property
+    def is_indexed(self) -> bool:
+        return self.sources[0].is_indexed
+
+    def pieces(self, each_alone: bool) -> Iterator["Part"]:
+        """The part cut where its sources must not share a store: at indexed datasets, or (each_alone) at every one."""
+        start = 0
+        for stop in range(1, len(self.sources) + 1):
+            ends = stop == len(self.sources) or each_alone
+            if ends or self.sources[stop].is_indexed or self.sources[stop - 1].is_indexed:
+                yield replace(self, sources=self.sources[start:stop], rows=self.rows[start:stop])
+                start = stop
 
 
 def select_parts(train: list[Source], val: list[Source], settings: DataSettings) -> list[Part]:

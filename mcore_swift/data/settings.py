@@ -27,6 +27,8 @@ class DataSettings:
     load_from_cache_file: bool = True
     cache_dir: str | None = None
     train_dataloader_shuffle: bool = True
+    interleave_prob: tuple[float, ...] = ()  # a weight for each of `dataset`; empty: they are joined
+    stopping_strategy: str = "first_exhausted"
 
     system: str | None = None
     max_length: int | None = None
@@ -55,6 +57,7 @@ class DataSettings:
         for name in ("dataset", "val_dataset"):
             given = values.get(name) or ()
             values[name] = (given,) if isinstance(given, str) else tuple(given)
+        values["interleave_prob"] = tuple(values.get("interleave_prob") or ())
         values["columns"] = _columns(values.get("columns"))
         values["system"] = _system(values.get("system"))
         values["split_dataset_ratio"] = float(values.get("split_dataset_ratio") or 0.0)
@@ -85,6 +88,11 @@ class DataSettings:
             )
         if self.loss_scale not in ("default", "last_round", "all"):
             raise UserError(f"--loss_scale {self.loss_scale} is unknown", "use default, last_round or all")
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether rows are cut from documents laid end to end."""
+        return self.packing and self.packing_strategy == "concat"
 
     @property
     def cache_root(self) -> Path:

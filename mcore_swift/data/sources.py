@@ -1,4 +1,7 @@
-"""`--dataset path#N`: which files a source is made of. Standard library only."""
+"""`--dataset path#N`: which files a source is made of. Standard library only.
+
+A source is files of rows, or one dataset that Megatron has tokenized (`.bin` and `.idx`, see `indexed`).
+"""
 
 import re
 from dataclasses import dataclass
@@ -7,6 +10,7 @@ from pathlib import Path
 from ..errors import UserError
 
 EXTENSIONS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+INDEX = ".idx"
 _SAMPLE = re.compile(r"^(?P<path>.*)#(?P<count>[0-9][0-9_]*)$")
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 # files of a dataset repository that describe the data and are none
@@ -27,6 +31,11 @@ class Source:
     files: tuple[Path, ...]
     take: int | None = None
 
+    @property
+    def is_indexed(self) -> bool:
+        """Whether it is token ids, not rows: `files` is then the one .idx."""
+        return self.files[0].suffix == INDEX
+
 
 def parse_source(spec: str, flag: str = "--dataset") -> Source:
     """Find the files that `spec` (`path`, `folder`, either with `#N`) names.
@@ -34,12 +43,14 @@ def parse_source(spec: str, flag: str = "--dataset") -> Source:
     Raises UserError: no such path, a hub id, an unknown extension, a folder without data, `#0`.
     """
     path, take = Path(spec).expanduser(), None
-    if not path.exists() and (match := _SAMPLE.match(spec)):
+    if not path.exists() and not _index_of(path) and (match := _SAMPLE.match(spec)):
         path, take = Path(match["path"]).expanduser(), int(match["count"])
     if take == 0:
         raise UserError(
             f"{flag} {spec} takes no row", "give #N with N of 1 or more, or leave #N away for all rows"
         )
+    if index := _index_of(path):
+        return Source(spec, (index,), take)
     if not path.exists():
         raise _missing(str(path), flag, spec)
     if path.is_dir():
@@ -47,9 +58,18 @@ def parse_source(spec: str, flag: str = "--dataset") -> Source:
     if path.suffix.lower() not in EXTENSIONS:
         raise UserError(
             f"{flag} {path}: the extension {path.suffix or '(none)'} is unknown",
-            f"known are {', '.join(EXTENSIONS)}" + _decompress(path),
+            f"known are {', '.join(EXTENSIONS)}, and .bin with .idx" + _decompress(path),
         )
     return Source(spec, (path,), take)
+
+
+def _index_of(path: Path) -> Path | None:
+    """The .idx of an indexed dataset that `path` names: one of its two files, or the beginning of their names."""
+    if path.suffix.lower() in (INDEX, ".bin"):
+        return path.with_suffix(INDEX)
+    if not path.exists() and any(path.with_name(path.name + end).is_file() for end in (INDEX, ".bin")):
+        return path.with_name(path.name + INDEX)
+    return None
 
 
 def parse_sources(specs: tuple[str, ...], flag: str = "--dataset") -> tuple[list[Source], list[UserError]]:

@@ -1,7 +1,6 @@
 """Which samples each step, rank and microbatch gets: random access, and no word between the ranks."""
 
 import math
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +9,8 @@ import numpy as np
 
 from ..errors import UserError
 from .batch import Batch, end_to_end, padded
-from .cache import TokenStore
-from .order import EPOCH, permutation
+from .blend import Order, Shuffled
+from .corpora import Store
 from .packing import Units
 from .prefetch import Prefetcher
 from .settings import DataSettings
@@ -48,7 +47,7 @@ class _Batches:
 
     total_steps: int
 
-    def __init__(self, store: TokenStore, units: Units, settings: DataSettings, layout: Layout) -> None:
+    def __init__(self, store: Store, units: Units, settings: DataSettings, layout: Layout) -> None:
         self.store, self.units, self.layout = store, units, layout
         self.micro_batch_size, self.global_batch_size = settings.micro_batch_size, settings.global_batch_size
 
@@ -144,28 +143,28 @@ class _Batches:
 class Steps(_Batches):
     """Training steps.
 
-    Unit number g of the run (counted over all epochs) is unit g % n of the order of epoch g // n, and step k
-    takes the global_batch_size units from k * global_batch_size on. So every unit comes once an epoch, and
-    neither the number of ranks nor micro_batch_size changes which samples a step holds.
+    Unit number g of the run (counted over all epochs) is what `order` says; by default unit g % n of the order of
+    epoch g // n, so that every unit comes once an epoch. Step k takes the global_batch_size units from
+    k * global_batch_size on: neither the number of ranks nor micro_batch_size changes which samples a step holds.
     """
 
     def __init__(
         self,
-        store: TokenStore,
+        store: Store,
         units: Units,
         settings: DataSettings,
         layout: Layout,
         fingerprint: str,
         warn: Callable[[str], None] = lambda _: None,
+        order: Order | None = None,
     ) -> None:
         super().__init__(store, units, settings, layout)
         self.fingerprint = fingerprint
-        self._seed, self._shuffle = settings.data_seed, settings.train_dataloader_shuffle
+        self._seed = settings.data_seed
+        self._order = order or Shuffled(len(units), settings.data_seed, settings.train_dataloader_shuffle)
         self._iters, self._epochs = settings.train_iters, settings.num_train_epochs
         self._base = (0, 0)  # (step, units consumed before it)
-        self._orders: dict[int, np.ndarray] = {}
-        self._lock = threading.Lock()
-        n = len(units)
+        n = len(self._order)
         if n < self.global_batch_size:
             what = "packed rows" if layout.packed_length is not None else "samples"
             warn(
@@ -182,7 +181,7 @@ class Steps(_Batches):
                 "neither --num_train_epochs nor --train_iters says when to stop", "add --num_train_epochs 1"
             )
         step, consumed = self._base
-        left = math.floor(self._epochs * len(self.units) + 1e-9) - consumed
+        left = math.floor(self._epochs * len(self._order) + 1e-9) - consumed
         return max(1, step + max(0, left // self.global_batch_size))
 
     def consumed(self, k: int) -> int:
@@ -194,33 +193,17 @@ class Steps(_Batches):
 
     def epoch(self, k: int) -> float:
         """Passes over the data before step `k`."""
-        return self.consumed(k) / len(self.units)
+        return self.consumed(k) / len(self._order)
 
     def _units(self, k: int) -> np.ndarray:
-        place = self.consumed(k) + np.arange(self.global_batch_size)
-        epochs, within = np.divmod(place, len(self.units))
-        units = np.empty_like(place)
-        for epoch in np.unique(epochs):
-            units[epochs == epoch] = self._order(int(epoch))[within[epochs == epoch]]
-        return units
-
-    def _order(self, epoch: int) -> np.ndarray:
-        if not self._shuffle:
-            epoch = 0
-        with self._lock:  # the prefetch thread and the loop both ask
-            if epoch not in self._orders:
-                n = len(self.units)
-                order = permutation(n, self._seed, EPOCH, epoch) if self._shuffle else np.arange(n)
-                recent = {e: o for e, o in self._orders.items() if e >= epoch - 1}
-                self._orders = recent | {epoch: order}
-            return self._orders[epoch]
+        return self._order.units(self.consumed(k) + np.arange(self.global_batch_size))
 
     def state_dict(self, k: int) -> dict[str, Any]:
         """The position before step `k`, as plain JSON values."""
         return {
             "step": k,
             "consumed_samples": self.consumed(k),
-            "num_samples": len(self.units),
+            "num_samples": len(self._order),
             "global_batch_size": self.global_batch_size,
             "seed": self._seed,
             "fingerprint": self.fingerprint,
@@ -237,7 +220,7 @@ class Steps(_Batches):
         if state["fingerprint"] != self.fingerprint:
             warnings.append(
                 "the training data or how it is tokenized and packed has changed since the checkpoint "
-                f"({len(self.units)} samples now, {state['num_samples']} then): the run goes on after "
+                f"({len(self._order)} samples now, {state['num_samples']} then): the run goes on after "
                 f"{state['consumed_samples']} samples of the new order, so some samples may come twice or not at "
                 "all in this epoch"
             )
@@ -257,7 +240,7 @@ class Steps(_Batches):
 class EvalSteps(_Batches):
     """Evaluation steps: every unit once, in order; the last step is filled up with rows of padding."""
 
-    def __init__(self, store: TokenStore, units: Units, settings: DataSettings, layout: Layout) -> None:
+    def __init__(self, store: Store, units: Units, settings: DataSettings, layout: Layout) -> None:
         super().__init__(store, units, settings, layout)
         self.total_steps = -(-len(units) // self.global_batch_size)
 

@@ -194,6 +194,7 @@ def _prepare_data(args: Any, layout: Layout, plan: ModelPlan, run_dir: Path, ran
             padding_multiple=layout.tp if layout.sequence_parallel else 1,
             uniform_shapes=layout.pp > 1,  # stages agree on the size of their messages beforehand
             model_max_length=plan.hf.max_position_embeddings,
+            vocab_size=plan.hf.vocab_size,
         )
     except UserError as raised:
         error = raised
