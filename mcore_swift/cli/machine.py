@@ -71,7 +71,7 @@ class TorchProbe:
 def look(probe: TorchProbe | None) -> Machine:
     """This machine. probe: None where torch is not installed."""
     total, free = _memory()
-    gpus = _nvidia_smi()
+    gpus = nvidia_smi()
     answers = probe.answer() if probe else {"error": "torch is not installed"}
     return Machine(
         system=f"{platform.system()} {platform.machine()}",
@@ -115,7 +115,7 @@ def _container_limit() -> int | None:
     return None
 
 
-def _nvidia_smi() -> list[str]:
+def nvidia_smi() -> list[str]:
     """Name and memory of each NVIDIA GPU that the driver knows; empty without a driver."""
     if shutil.which("nvidia-smi") is None:
         return []

@@ -33,6 +33,9 @@ class Program:
 _SFT = Route("mcore_swift.cli.sft", "fine-tune on conversations")
 _PT = Route("mcore_swift.cli.pt", "pre-train on plain text")
 _EXPORT = Route("mcore_swift.cli.export", "convert checkpoints: Hugging Face to megatron-core and back")
+_PLAN = Route(
+    "mcore_swift.cli.plan", "which layouts of a model fit on so many GPUs, and how fast they should be"
+)
 _DOCTOR = Route("mcore_swift.cli.doctor", "say what is installed, what is missing, what this machine can run")
 _LIST_MODELS = Route("mcore_swift.cli.list_models", "list the model families that can be trained")
 
@@ -89,6 +92,7 @@ MCORE_SWIFT = Program(
         "sft": _SFT,
         "pt": _PT,
         "export": _EXPORT,
+        "plan": _PLAN,
         "doctor": _DOCTOR,
         "list-models": _LIST_MODELS,
         "megatron": MEGATRON,

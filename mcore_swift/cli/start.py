@@ -1,5 +1,6 @@
 """From the flags of a command to its work: help, all checks together, then the processes."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -63,8 +64,24 @@ def check(command: str, argv: Sequence[str]) -> None:
     for notice in reading.notices:
         print_notice(notice)
     raise_together(reading.errors)
-    for notice in preflight_notices(args):
+    for notice in [*preflight_notices(args), *memory_notices(args, world_size)]:
         print_notice(notice)
+
+
+def memory_notices(args: Arguments, world_size: int) -> list[str]:
+    """A warning where the GPUs of this machine are estimated to be too small for a training run."""
+    if os.environ.get("RANK", "0") != "0" or not args.model or not getattr(args, "global_batch_size", None):
+        return []
+    from .machine import nvidia_smi
+
+    gpus = nvidia_smi()
+    if not gpus:  # the memory of a CPU is not given out by the process
+        return []
+    from ..plan.planner import memory_notice, of_driver
+    from ..plan.preflight import model_folder, read_shape
+
+    notice = memory_notice(args, read_shape(model_folder(args.model)), world_size, of_driver(gpus[0]))
+    return [notice] if notice else []
 
 
 def folder_problems(args: Arguments) -> list[UserError]:

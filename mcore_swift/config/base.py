@@ -25,6 +25,7 @@ class Arguments:
 
     TITLE: ClassVar[str] = "General"
     COMMAND: ClassVar[str] = ""
+    PROGRAM: ClassVar[str] = "megatron"
     REQUIRED: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
@@ -79,7 +80,11 @@ class Arguments:
                 yield cls.__dict__[method]
 
 
-_EXAMPLES = {"model": "<folder of a Hugging Face checkpoint>", "dataset": "<file.jsonl> [more files]"}
+_EXAMPLES = {
+    "model": "<folder of a Hugging Face checkpoint>",
+    "dataset": "<file.jsonl> [more files]",
+    "gpu": "h100",
+}
 
 
 def read_args_file(path: str | Path) -> dict[str, Any]:

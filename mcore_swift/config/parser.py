@@ -217,11 +217,12 @@ class _Reader:
         others = [f"megatron {name}" for name, cls in COMMANDS.items() if one.name in flags_of(cls)]
         if others:
             self._fail(
-                one.name, f"{one.label} is a flag of `{others[0]}`, not of `megatron {self.cls.COMMAND}`"
+                one.name,
+                f"{one.label} is a flag of `{others[0]}`, not of `{self.cls.PROGRAM} {self.cls.COMMAND}`",
             )
             return
         near = nearest(one.name, self.flags)
-        remedy = f"did you mean --{near}?" if near else f"see `megatron {self.cls.COMMAND} --help`"
+        remedy = f"did you mean --{near}?" if near else f"see `{self.cls.PROGRAM} {self.cls.COMMAND} --help`"
         self.bad |= {one.name, near or ""}
         self.unknown.append(UserError(f"{one.label}: no such flag", remedy))
 

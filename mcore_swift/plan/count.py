@@ -21,6 +21,9 @@ class Sizes:
     def __add__(self, other: "Sizes") -> "Sizes":
         return Sizes(self.split + other.split, self.whole + other.whole, self.experts + other.experts)
 
+    def __mul__(self, times: int) -> "Sizes":
+        return Sizes(self.split * times, self.whole * times, self.experts * times)
+
     @property
     def total(self) -> int:
         return self.split + self.whole + self.experts

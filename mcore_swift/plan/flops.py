@@ -76,6 +76,11 @@ def attention_flops(shape: ModelShape, length: int) -> int:
     return 2 * _score_width(shape) * pairs
 
 
+def attention_flops_of_layer(shape: ModelShape, index: int, length: int) -> float:
+    """The same of one layer."""
+    return 2 * _score_width(shape) * _pairs(length, shape.window(index) or length)
+
+
 def _pairs(length: float, window: int) -> float:
     return length * length if length <= window else 2 * window * length - window * window
 

@@ -140,7 +140,7 @@ def test_json_says_what_the_lines_say(torch_says, capsys):
 )
 def test_what_can_run_follows_from_torch_and_driver(torch_says, monkeypatch, answers, gpus, words):
     torch_says(**answers)
-    monkeypatch.setattr(machine, "_nvidia_smi", lambda: gpus)
+    monkeypatch.setattr(machine, "nvidia_smi", lambda: gpus)
     found = diagnosis.diagnose()
     lines = "\n".join(found.can_run)
     assert all(word in lines for word in words), lines

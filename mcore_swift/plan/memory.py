@@ -1,0 +1,297 @@
+"""Memory of each rank while training: weights, gradients, optimizer, activations, logits, and a stated overhead.
+
+An estimate, computed from the layout alone. What each part counts, in bytes:
+
+* weights: w each (2 in bf16, 4 in fp32), what tensor parallelism splits / TP, routed experts / (EP x ETP).
+* gradients: megatron-core's contiguous buffer, 4 each (2 with accumulate_allreduce_grads_in_fp32 false).
+* optimizer: Adam's two moments and, where weights are not fp32, their fp32 copy: 12 or 8 each, shared by
+  DP x CP ranks for dense parameters and by EDP ranks for experts (distributed optimizer = ZeRO stage 1,
+  arXiv:1910.02054).
+* activations: what the backward pass needs, after Korthikanti et al., arXiv:2205.05198, section 4, adapted to
+  grouped queries, SwiGLU, no dropout, attention kernels that keep queries, keys, values, output and one number a
+  row (arXiv:2205.14135), latent attention and experts: `layer_bytes`.
+* microbatches in flight: pp - p under 1F1B on stage p, and interleaved 2 (pp - p - 1) + (vpp - 1) pp + 1 chunks of
+  1 / vpp stage (same paper, section 4.2.3; Narayanan et al., arXiv:2104.04473, section 2.2).
+* logits: of our fused output layer and loss at their widest, `logit_bytes`.
+* overhead: CUDA context, communication buffers, kernel workspaces, fragmentation: OVERHEAD_BYTES, a plain guess.
+
+Experts are taken to be evenly loaded; early in training they are not, and the busiest rank needs more.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from .count import Sizes, embedding_parameters, layer_sizes, mtp_sizes
+from .layout import Layout
+from .shape import ModelShape, padded_vocab_size
+
+GIB = 1024**3
+OVERHEAD_BYTES = 3 * GIB
+VOCABULARY_MULTIPLE = 128  # rows of the vocabulary are padded to a multiple of it
+
+
+Cache = dict[Any, Any]
+T = TypeVar("T")
+
+
+def remembered(cache: Cache | None, key: Any, compute: Callable[[], T]) -> T:
+    """What `compute` gives, from the cache where there is one and it has been asked before."""
+    if cache is None:
+        return compute()
+    if key not in cache:
+        cache[key] = compute()
+    return cache[key]
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """What the backward pass computes again: granularity none, selective or full, as the flags name it.
+
+    modules: of core_attn, layernorm, mlp, moe, moe_act, mla_up_proj. num_layers: layers a chunk under full.
+    """
+
+    granularity: str = "selective"
+    modules: frozenset[str] = frozenset({"core_attn"})
+    num_layers: int = 1
+
+    def drops(self, module: str) -> bool:
+        return self.granularity == "selective" and module in self.modules
+
+    def __str__(self) -> str:
+        if self.granularity != "selective":
+            return self.granularity
+        return "+".join(sorted(self.modules))
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a training run asks of memory and time beside model and layout.
+
+    sequence_length: tokens of a row; num_microbatches: of each data-parallel rank in a step.
+    weight_bytes: 2 (bf16) or 4 (fp32). optimizer_states: fp32 numbers that the optimizer keeps for a parameter.
+    """
+
+    micro_batch_size: int = 1
+    num_microbatches: int = 1
+    sequence_length: int = 4096
+    weight_bytes: int = 2
+    gradient_bytes: int = 4
+    optimizer_states: int = 2
+    distributed_optimizer: bool = True
+    recompute: Recompute = field(default_factory=Recompute)
+    overhead_bytes: int = OVERHEAD_BYTES
+
+    def tokens(self, layout: Layout) -> float:
+        """Tokens of a microbatch on one rank: a context-parallel rank has its share of each row."""
+        return self.micro_batch_size * self.sequence_length / layout.cp
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What the chunks of one pipeline rank hold: layers and the model's ends.
+
+    kinds: (number of a layer, how many such layers) for each kind of layer (experts or not, window or not).
+    """
+
+    rank: int
+    kinds: tuple[tuple[int, int], ...]
+    has_embedding: bool = False
+    has_loss: bool = False
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank, by what they hold."""
+
+    stage: int
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    overhead: float
+
+    @property
+    def total(self) -> float:
+        parts = (self.weights, self.gradients, self.optimizer, self.activations, self.logits, self.overhead)
+        return sum(parts)
+
+
+def stages_of(shape: ModelShape, layout: Layout, counts: Sequence[int]) -> list[Stage]:
+    """Pipeline ranks of a layout. counts: decoder layers of each of the pp * vpp chunks, in the model's order."""
+    ends = [sum(counts[: index + 1]) for index in range(len(counts))]
+    chunks = [range(end - count, end) for end, count in zip(ends, counts, strict=True)]
+    alike: dict[tuple[bool, int | None], int] = {}
+    kinds = [
+        alike.setdefault((shape.is_moe_layer(index), shape.window(index)), index)
+        for index in range(shape.num_layers)
+    ]
+    stages = []
+    for rank in range(layout.pp):
+        held = [kinds[layer] for chunk in chunks[rank :: layout.pp] for layer in chunk]
+        counted = tuple((kind, held.count(kind)) for kind in sorted({*held}))
+        stages.append(Stage(rank, counted, has_embedding=rank == 0, has_loss=rank == layout.pp - 1))
+    return stages
+
+
+def peak_memory(
+    shape: ModelShape, layout: Layout, run: Run, stages: list[Stage], cache: Cache | None = None
+) -> Memory:
+    """Memory of the stage that needs most. cache: keeps what layouts have in common, for one model and length."""
+    # of stages that hold the same, the first keeps most microbatches
+    first = {(stage.kinds, stage.has_embedding, stage.has_loss): stage for stage in reversed(stages)}
+    all_of_them = (stage_memory(shape, layout, run, stage, cache) for stage in first.values())
+    return max(all_of_them, key=lambda memory: memory.total)
+
+
+def stage_memory(
+    shape: ModelShape, layout: Layout, run: Run, stage: Stage, cache: Cache | None = None
+) -> Memory:
+    """Memory of each rank of one pipeline stage."""
+    dense, experts = held_parameters(shape, layout, stage, cache)
+    shards = (layout.dp * layout.cp, layout.edp) if run.distributed_optimizer else (1, 1)
+    states = 4 * (run.optimizer_states + (run.weight_bytes < 4))
+    return Memory(
+        stage=stage.rank,
+        weights=run.weight_bytes * (dense + experts),
+        gradients=run.gradient_bytes * (dense + experts),
+        optimizer=states * (dense / shards[0] + experts / shards[1]),
+        activations=activation_bytes(shape, layout, run, stage, cache),
+        logits=logit_bytes(shape, layout, run) if stage.has_loss else 0,
+        overhead=run.overhead_bytes,
+    )
+
+
+def held_parameters(
+    shape: ModelShape, layout: Layout, stage: Stage, cache: Cache | None = None
+) -> tuple[float, float]:
+    """(dense, expert) parameters in the memory of a rank; the vocabulary padded, a tied embedding on both ends."""
+    each = (
+        remembered(cache, ("sizes", kind), lambda kind=kind: layer_sizes(shape, kind)) * count
+        for kind, count in stage.kinds
+    )
+    sizes = sum(each, Sizes())
+    rows = padded_vocab_size(shape.vocab_size, VOCABULARY_MULTIPLE, layout.tp)
+    tables = stage.has_embedding + stage.has_loss
+    if stage.has_loss:
+        sizes += Sizes(whole=shape.hidden_size)
+        for _ in range(shape.num_mtp_layers):
+            sizes += mtp_sizes(shape)
+        if shape.num_mtp_layers and not stage.has_embedding:
+            tables += 1  # predicted tokens are embedded here
+    if shape.tied and layout.pp == 1:
+        tables = 1
+    dense = sizes.split / layout.tp + sizes.whole + tables * rows * shape.hidden_size / layout.tp
+    return dense, sizes.experts / (layout.ep * layout.etp)
+
+
+def microbatches_in_flight(layout: Layout, rank: int, num_microbatches: int) -> float:
+    """Microbatches whose activations pipeline rank `rank` keeps at its peak, in units of the whole stage."""
+    if layout.pp == 1:
+        return 1
+    if layout.vpp is None:
+        return min(layout.pp - rank, num_microbatches)
+    chunks = 2 * (layout.pp - rank - 1) + (layout.vpp - 1) * layout.pp + 1
+    return min(chunks / layout.vpp, num_microbatches)
+
+
+def activation_bytes(
+    shape: ModelShape, layout: Layout, run: Run, stage: Stage, cache: Cache | None = None
+) -> float:
+    """Activations of all microbatches in flight on one rank of a stage, and what one layer's backward pass adds."""
+    tokens = run.tokens(layout)
+    kinds = {shape.is_moe_layer(kind): 0 for kind, _ in stage.kinds}
+    for kind, count in stage.kinds:
+        kinds[shape.is_moe_layer(kind)] += count
+    if stage.has_loss and shape.num_mtp_layers:
+        is_moe = shape.is_moe_layer(shape.num_layers)
+        kinds[is_moe] = kinds.get(is_moe, 0) + shape.num_mtp_layers
+    if not kinds:
+        return 0
+    split = (layout.tp, layout.ep, layout.etp, layout.sequence_parallel, run.recompute)
+    each = {
+        is_moe: remembered(
+            cache, ("bytes", is_moe, *split), lambda is_moe=is_moe: layer_bytes(shape, layout, run, is_moe)
+        )
+        for is_moe in kinds
+    }
+    kept = sum(each[is_moe][0] * count for is_moe, count in kinds.items())
+    working = max(bytes_at_once for _, bytes_at_once in each.values())
+    flight = microbatches_in_flight(layout, stage.rank, run.num_microbatches)
+    ends = (
+        2 * run.weight_bytes * shape.hidden_size / _split(layout) if stage.has_loss else 0
+    )  # the final norm
+    return tokens * (flight * (kept + ends) + working)
+
+
+def layer_bytes(shape: ModelShape, layout: Layout, run: Run, is_moe: bool) -> tuple[float, float]:
+    """(kept until the backward pass, needed at once while it runs) by one layer, in bytes for each token."""
+    w, recompute = run.weight_bytes, run.recompute
+    attention = _attention_bytes(shape, layout, w, recompute)
+    inside = (_expert_bytes if is_moe else _mlp_bytes)(shape, layout, w, recompute)
+    dropped = recompute.drops("moe" if is_moe else "mlp")
+    norms = shape.norms_per_layer * w * shape.hidden_size / _split(layout)  # the input of each norm
+    norms += (
+        2 * w * shape.hidden_size / _split(layout) * (not recompute.drops("layernorm"))
+    )  # and of what follows
+    kept = attention + norms + (0 if dropped else inside)
+    gradients = inside + 2 * w * shape.hidden_size / _split(layout)  # of the MLP, the widest part
+    if recompute.granularity == "full":
+        chunk = recompute.num_layers
+        return w * shape.hidden_size / _split(layout) / chunk, kept * chunk + gradients
+    return kept, gradients + (inside if dropped else 0)
+
+
+def logit_bytes(shape: ModelShape, layout: Layout, run: Run) -> float:
+    """Logits and what the loss makes of them: in bf16 the logits, their fp32 copy and its exponentials (2 + 4 + 4),
+    in fp32 the last two. One for each multi-token-prediction layer too, which are done one after the other."""
+    rows = padded_vocab_size(shape.vocab_size, VOCABULARY_MULTIPLE, layout.tp) / layout.tp
+    kept = 4 * shape.num_mtp_layers  # of each loss the fp32 logits stay until the backward pass
+    return run.tokens(layout) * rows * ((10 if run.weight_bytes == 2 else 8) + kept)
+
+
+def _split(layout: Layout) -> int:
+    """Ranks among which activations outside of tensor-parallel regions are spread."""
+    return layout.tp if layout.sequence_parallel else 1
+
+
+def _attention_bytes(shape: ModelShape, layout: Layout, w: int, recompute: Recompute) -> float:
+    """Queries, keys, values and output of the attention kernel; a number a row and head; inputs of query and key
+    norms; the latents of latent attention."""
+    heads = shape.num_heads / layout.tp
+    output = w * heads * shape.value_dim
+    rows = 4 * heads * (not recompute.drops("core_attn"))
+    if shape.is_mla:
+        latents = 2 * shape.kv_lora_rank + shape.qk_rope_head_dim + 2 * (shape.q_lora_rank or 0)
+        up = heads * (2 * shape.head_dim + shape.value_dim) * (not recompute.drops("mla_up_proj"))
+        return w * (latents / _split(layout) + up) + output + rows
+    widths = shape.query_size + 2 * shape.kv_size + shape.qk_norm * (shape.query_size + shape.kv_size)
+    return w * widths / layout.tp + output + rows
+
+
+def _mlp_bytes(shape: ModelShape, layout: Layout, w: int, recompute: Recompute) -> float:
+    """Gate, up projection and their product."""
+    return w * 3 * shape.ffn_hidden_size / layout.tp
+
+
+def _expert_bytes(shape: ModelShape, layout: Layout, w: int, recompute: Recompute) -> float:
+    """For each token the router's scores in fp32 (logits, probabilities, mask), and of each of its copies, one for
+    every expert that sees it, the input, gate, up projection and product; the same of shared experts.
+
+    Copies are spread evenly: a rank sends those of its tokens, and receives as many; with expert tensor parallelism
+    every one of ETP ranks holds the tokens of all."""
+    copies = shape.num_experts_per_token / _split(layout) * layout.etp
+    width = shape.moe_ffn_hidden_size / layout.etp * (2 if recompute.drops("moe_act") else 3)
+    router = 12 * shape.num_experts / _split(layout)
+    shared = 3 * shape.shared_ffn_hidden_size / layout.tp
+    return router + w * (copies * (shape.hidden_size + width) + shared)
+
+
+def model_states_bytes(shape: ModelShape, run: Run) -> float:
+    """Weights, gradients and optimizer of the whole model: what all ranks together must hold at least."""
+    parameters = sum(layer_sizes(shape, index).total for index in range(shape.num_layers))
+    parameters += embedding_parameters(shape) * (1 if shape.tied else 2)
+    return parameters * (
+        run.weight_bytes + run.gradient_bytes + 4 * (run.optimizer_states + (run.weight_bytes < 4))
+    )

@@ -1,0 +1,190 @@
+"""From the arguments of `mcore-swift plan` to its answer; and the memory of a run that is about to start."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from .axes import FLAGS
+from .gpus import GPUS, Gpu, gpu_of
+from .layout import Layout
+from .memory import GIB, Memory, Recompute, Run, peak_memory, stages_of
+from .peaks import peak_tflops
+from .preflight import model_folder, read_config
+from .search import Option, Wish, search, spread_layers
+from .shape import ModelShape
+from .timing import Cluster
+
+_MOST_GPUS = 16384  # how far to look for a number of GPUs that would do
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Answer of `mcore-swift plan`.
+
+    options: the best few that fit, the fastest first; empty if nothing does. closest: what needs the least memory.
+    enough_gpus: a number of GPUs of this kind that would do where these do not, if one was found.
+    """
+
+    shape: ModelShape
+    cluster: Cluster
+    capacity_bytes: float
+    num_fitting: int
+    options: list[Option]
+    closest: Option
+    enough_gpus: int | None = None
+
+
+def make_plan(args: Any) -> Plan:
+    """Plan what `args` (config.plan.PlanArguments) ask for. Raises UserError where nothing could run at all."""
+    shape = read_any_shape(args.model)
+    gpu = gpu_of(args.gpu)
+    cluster = Cluster(gpu, args.gpus_per_node or gpu.gpus_per_node)
+    capacity = GIB * (args.memory_gib or gpu.memory_gib)
+    wish = wish_of(args)
+    found = search(shape, wish, cluster, capacity)
+    enough = None if found.options else _enough_gpus(shape, wish, cluster, capacity)
+    return Plan(
+        shape, cluster, capacity, len(found.options), found.options[: args.top], found.smallest, enough
+    )
+
+
+def read_any_shape(model: str) -> ModelShape:
+    """Sizes of a model by its folder or its config.json; also of one that we can plan and not train yet."""
+    path = Path(model).expanduser()
+    if path.is_file() and path.suffix == ".json":
+        source, config = path, _config_file(path)
+    else:
+        folder = model_folder(model)
+        source, config = folder / "config.json", read_config(folder)
+    return ModelShape.from_config_dict(config, str(source))
+
+
+def wish_of(args: Any) -> Wish:
+    """What the arguments of `mcore-swift plan` wish for."""
+    granularity = args.recompute_granularity
+    return Wish(
+        num_gpus=args.num_gpus,
+        global_batch_size=args.global_batch_size,
+        run=run_of(args, args.max_length),
+        fixed={axis: size for axis, flag in FLAGS.items() if (size := getattr(args, flag)) is not None},
+        micro_batch_size=args.micro_batch_size,
+        recompute=None if granularity is None else recompute_of(args),
+        sequence_parallel=args.sequence_parallel,
+    )
+
+
+def recompute_of(args: Any) -> Recompute:
+    """What the flags ask to recompute."""
+    selective = args.recompute_granularity == "selective"
+    return Recompute(args.recompute_granularity, frozenset(args.recompute_modules if selective else ()))
+
+
+def run_of(args: Any, sequence_length: int) -> Run:
+    """Precision and optimizer that the flags ask for."""
+    weight_bytes = 4 if args.torch_dtype == "float32" else 2
+    wide = weight_bytes == 4 or args.accumulate_allreduce_grads_in_fp32
+    return Run(
+        sequence_length=sequence_length,
+        weight_bytes=weight_bytes,
+        gradient_bytes=4 if wide else 2,
+        optimizer_states=2 if args.optimizer == "adam" else 1,
+        distributed_optimizer=args.use_distributed_optimizer,
+    )
+
+
+def memory_notice(args: Any, shape: ModelShape, world_size: int, gpu: Gpu) -> str | None:
+    """A line for a training run whose estimated memory is clearly more than the GPU has, else None.
+
+    args: of a training command that the checks have nothing against. An estimate is no reason to refuse a run:
+    it is told, with the nearest thing that is estimated to fit.
+    """
+    length = getattr(args, "packing_length", None) or getattr(args, "max_length", None)
+    if not length or not getattr(args, "global_batch_size", None):
+        return None
+    layout = Layout.from_args(args, world_size)
+    run = dataclasses.replace(
+        run_of(args, length),
+        micro_batch_size=args.micro_batch_size,
+        num_microbatches=max(1, args.global_batch_size // (args.micro_batch_size * layout.dp)),
+        recompute=recompute_of(args),
+    )
+    memory = peak_memory(
+        shape, layout, run, stages_of(shape, layout, spread_layers(shape.num_layers, layout))
+    )
+    if memory.total <= 1.1 * gpu.memory_gib * GIB:
+        return None
+    instead = nearest_fitting(shape, layout, run, args.global_batch_size, gpu)
+    remedy = f"estimated to fit: {instead}" if instead else "nothing on as many GPUs is estimated to fit"
+    return (
+        f"{layout} is estimated to need {memory.total / GIB:.0f} GiB of each GPU, which has {gpu.memory_gib:.0f} "
+        f"({describe(memory)}); {remedy}. `mcore-swift plan` shows more"
+    )
+
+
+def of_driver(line: str) -> Gpu:
+    """The GPU that a line of nvidia-smi names: 'NVIDIA H100 80GB HBM3, 81559 MiB'. Of a kind that is not known
+    the memory counts, and the rest is a guess that only serves to rank layouts."""
+    name, _, memory = line.rpartition(",")
+    peak = peak_tflops(name)
+    alike = [gpu for gpu in GPUS.values() if peak is not None and peak_tflops(gpu.name) == peak]
+    mib = "".join(letter for letter in memory if letter.isdigit())
+    known = alike[0] if alike else GPUS["a100"]
+    return dataclasses.replace(known, memory_gib=int(mib) / 1024 if mib else known.memory_gib)
+
+
+def nearest_fitting(shape: ModelShape, layout: Layout, run: Run, batch: int, gpu: Gpu) -> str | None:
+    """The same layout with full recomputation, if that fits, else the fastest one that does."""
+    again = dataclasses.replace(run, recompute=Recompute("full", frozenset()))
+    stages = stages_of(shape, layout, spread_layers(shape.num_layers, layout))
+    if peak_memory(shape, layout, again, stages).total <= gpu.memory_gib * GIB:
+        return "the same with --recompute_granularity full"
+    wish = Wish(layout.world_size, batch, run)
+    try:
+        found = search(shape, wish, Cluster(gpu, gpu.gpus_per_node), gpu.memory_gib * GIB)
+    except UserError:
+        return None
+    if not found.options:
+        return None
+    best = found.options[0]
+    return f"{best.layout} with micro batch {best.run.micro_batch_size}, recomputing {best.run.recompute}"
+
+
+def describe(memory: Memory) -> str:
+    """The parts of it in GiB."""
+    parts = ("weights", "gradients", "optimizer", "activations", "logits", "overhead")
+    return ", ".join(f"{name} {getattr(memory, name) / GIB:.1f}" for name in parts)
+
+
+def _enough_gpus(shape: ModelShape, wish: Wish, cluster: Cluster, capacity: float) -> int | None:
+    """The first doubling of the GPUs, and of the batch where that is too small, with which something fits."""
+    count = wish.num_gpus
+    while 2 * count <= _MOST_GPUS:
+        count *= 2
+        batch = wish.global_batch_size if wish.global_batch_size >= count else count
+        try:
+            found = search(
+                shape,
+                dataclasses.replace(wish, num_gpus=count, global_batch_size=batch),
+                cluster,
+                capacity,
+                first_only=True,
+            )
+        except UserError:
+            continue
+        if found.options:
+            return count
+    return None
+
+
+def _config_file(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--model {path}: cannot be read as JSON ({error})", "give a config.json or its folder"
+        ) from None
+    if not isinstance(config, dict):
+        raise UserError(f"--model {path}: is no JSON object", "give a config.json or its folder")
+    return config
