@@ -81,6 +81,7 @@ class Run:
     distributed_optimizer: bool = True
     recompute: Recompute = field(default_factory=Recompute)
     overhead_bytes: int = OVERHEAD_BYTES
+    fused: bool = True
 
     def tokens(self, layout: Layout) -> float:
         """Tokens of a microbatch on one rank: a context-parallel rank has its share of each row."""
@@ -228,10 +229,12 @@ def activation_bytes(
 def layer_bytes(shape: ModelShape, layout: Layout, run: Run, is_moe: bool) -> tuple[float, float]:
     """(kept until the backward pass, needed at once while it runs) by one layer, in bytes for each token."""
     w, recompute = run.weight_bytes, run.recompute
-    attention = _attention_bytes(shape, layout, w, recompute)
-    inside = (_expert_bytes if is_moe else _mlp_bytes)(shape, layout, w, recompute)
+    attention = _attention_bytes(shape, layout, run)
+    inside = (_expert_bytes if is_moe else _mlp_bytes)(shape, layout, run)
     dropped = recompute.drops("moe" if is_moe else "mlp")
-    norms = shape.norms_per_layer * w * shape.hidden_size / _split(layout)  # the input of each norm
+    norms = (
+        shape.norms_per_layer * _norm_bytes(run) * shape.hidden_size / _split(layout)
+    )  # the input of each norm
     norms += (
         2 * w * shape.hidden_size / _split(layout) * (not recompute.drops("layernorm"))
     )  # and of what follows
@@ -256,36 +259,42 @@ def _split(layout: Layout) -> int:
     return layout.tp if layout.sequence_parallel else 1
 
 
-def _attention_bytes(shape: ModelShape, layout: Layout, w: int, recompute: Recompute) -> float:
+def _norm_bytes(run: Run) -> int:
+    """What a norm keeps of each number that goes in; unfused the number in fp32 and the normalised one."""
+    return run.weight_bytes if run.fused else 4 + run.weight_bytes
+
+
+def _attention_bytes(shape: ModelShape, layout: Layout, run: Run) -> float:
     """Queries, keys, values and output of the attention kernel; a number a row and head; inputs of query and key
     norms; the latents of latent attention."""
-    heads = shape.num_heads / layout.tp
+    w, recompute, heads = run.weight_bytes, run.recompute, shape.num_heads / layout.tp
     output = w * heads * shape.value_dim
     rows = 4 * heads * (not recompute.drops("core_attn"))
     if shape.is_mla:
         latents = 2 * shape.kv_lora_rank + shape.qk_rope_head_dim + 2 * (shape.q_lora_rank or 0)
         up = heads * (2 * shape.head_dim + shape.value_dim) * (not recompute.drops("mla_up_proj"))
         return w * (latents / _split(layout) + up) + output + rows
-    widths = shape.query_size + 2 * shape.kv_size + shape.qk_norm * (shape.query_size + shape.kv_size)
-    return w * widths / layout.tp + output + rows
+    norms = shape.qk_norm * _norm_bytes(run) * (shape.query_size + shape.kv_size)
+    return (w * (shape.query_size + 2 * shape.kv_size) + norms) / layout.tp + output + rows
 
 
-def _mlp_bytes(shape: ModelShape, layout: Layout, w: int, recompute: Recompute) -> float:
-    """Gate, up projection and their product."""
-    return w * 3 * shape.ffn_hidden_size / layout.tp
+def _mlp_bytes(shape: ModelShape, layout: Layout, run: Run) -> float:
+    """Gate, up projection and their product; unfused the activated gate as well."""
+    return run.weight_bytes * (4 - run.fused) * shape.ffn_hidden_size / layout.tp
 
 
-def _expert_bytes(shape: ModelShape, layout: Layout, w: int, recompute: Recompute) -> float:
+def _expert_bytes(shape: ModelShape, layout: Layout, run: Run) -> float:
     """For each token the router's scores in fp32 (logits, probabilities, mask), and of each of its copies, one for
     every expert that sees it, the input, gate, up projection and product; the same of shared experts.
 
     Copies are spread evenly: a rank sends those of its tokens, and receives as many; with expert tensor parallelism
     every one of ETP ranks holds the tokens of all."""
     copies = shape.num_experts_per_token / _split(layout) * layout.etp
-    width = shape.moe_ffn_hidden_size / layout.etp * (2 if recompute.drops("moe_act") else 3)
+    parts = 4 - run.fused
+    width = shape.moe_ffn_hidden_size / layout.etp * (2 if run.recompute.drops("moe_act") else parts)
     router = 12 * shape.num_experts / _split(layout)
-    shared = 3 * shape.shared_ffn_hidden_size / layout.tp
-    return router + w * (copies * (shape.hidden_size + width) + shared)
+    shared = parts * shape.shared_ffn_hidden_size / layout.tp
+    return router + run.weight_bytes * (copies * (shape.hidden_size + width) + shared)
 
 
 def model_states_bytes(shape: ModelShape, run: Run) -> float:
