@@ -199,7 +199,7 @@ def _own_part(plan: TensorPlan, shards: Sequence[LiveShard], rank: int) -> torch
 
 
 def _local(piece: Piece, shards: Sequence[LiveShard]) -> torch.Tensor:
-    return shards[piece.shard].data[as_slices(piece.block.mcore)]
+    return piece.block.of(shards[piece.shard].data)
 
 
 def _message(pieces: Sequence[tuple[TensorPlan, Piece]], device: torch.device) -> torch.Tensor:

@@ -5,7 +5,7 @@ hold a part of it, so that weights never leave their pipeline stage, and bytes a
 tensor-parallel ranks and the data-parallel copies.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -73,8 +73,9 @@ def plan_export(
             raise ValueError(f"no rank holds {rule.mcore}")
         fact = facts[rule.mcore]
         copies = _copies(holders[rule.mcore])
+        blocks = _blocks(rule, fact.global_shape, copies[0])
         for spec in _specs(rule, fact, dtype):
-            plan = _assign(rule, spec, fact.global_shape, copies, load, min_rank_bytes)
+            plan = _assign(spec, blocks[spec.name], copies, load, min_rank_bytes)
             load[plan.owner] += spec.nbytes
             plans.append(plan)
     plans.sort(key=lambda plan: -plan.spec.dtype.itemsize)
@@ -99,36 +100,37 @@ def _specs(rule: Rule, fact: Holding, dtype: torch.dtype | None) -> list[TensorS
     return [TensorSpec(name, shapes[name], dtype or fact.dtype) for name in rule.hf]
 
 
+def _blocks(
+    rule: Rule, global_shape: Shape, regions: Iterable[Region]
+) -> dict[str, list[tuple[Region, Block]]]:
+    """By HF tensor: each block of it, and the region of the megatron-core tensor in which it lies."""
+    shapes = rule.hf_shapes(global_shape)
+    found: dict[str, list[tuple[Region, Block]]] = {name: [] for name in rule.hf}
+    for region in regions:
+        for block in rule.blocks(region, shapes):
+            found[block.name].append((region, block))
+    return found
+
+
 def _assign(
-    rule: Rule,
     spec: TensorSpec,
-    global_shape: Shape,
+    blocks: list[tuple[Region, Block]],
     copies: list[Copy],
     load: list[int],
     min_rank_bytes: int,
 ) -> TensorPlan:
     """The least loaded of the ranks that hold a part of the tensor owns it."""
-    shapes = rule.hf_shapes(global_shape)
-    blocks = {
-        region: [block for block in rule.blocks(region, shapes) if block.name == spec.name]
-        for region in copies[0]
-    }
     best: tuple[int, int] | None = None
     for number, copy in enumerate(copies):
-        for region, (rank, _) in copy.items():
-            if blocks[region] and (
-                best is None or _cost(rank, load, min_rank_bytes) < _cost(best[0], load, min_rank_bytes)
-            ):
+        for region, _ in blocks:
+            rank, _ = copy[region]
+            if best is None or _cost(rank, load, min_rank_bytes) < _cost(best[0], load, min_rank_bytes):
                 best = rank, number
-    covered = sum(numel(block.hf) for found in blocks.values() for block in found)
+    covered = sum(numel(block.hf) for _, block in blocks)
     if best is None or covered * spec.dtype.itemsize != spec.nbytes:
         raise ValueError(f"the ranks together hold {covered} values of {spec.name}, not {spec.shape}")
     owner, number = best
-    pieces = tuple(
-        Piece(rank, shard, block)
-        for region, (rank, shard) in copies[number].items()
-        for block in blocks[region]
-    )
+    pieces = tuple(Piece(*copies[number][region], block) for region, block in blocks)
     return TensorPlan(spec, owner, pieces)
 
 

@@ -12,7 +12,7 @@ from converters.hf_reader import HFReader
 from converters.ranks import Ranks
 from converters.regions import numel
 from mcore_swift.errors import UserError
-from mcore_swift.models.rules import RuleTable, Shape, as_slices
+from mcore_swift.models.rules import RuleTable, Shape
 from mcore_swift.models.shards import LiveShard, live_shards
 
 
@@ -66,4 +66,4 @@ def _fill(shard: LiveShard, reader: HFReader, table: RuleTable, shapes: dict[str
     if sum(numel(block.mcore) for block in blocks) < shard.data.numel():
         shard.data.zero_()
     for block in blocks:
-        reader.copy_into(block.name, block.hf, shard.data[as_slices(block.mcore)])
+        reader.copy_into(block.name, block.hf, block.of(shard.data))

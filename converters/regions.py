@@ -31,7 +31,11 @@ def numel(region: Region) -> int:
 def clip(block: Block, region: Region) -> Block | None:
     """The part of `block` whose HF side lies in `region` of its HF tensor."""
     hf = intersection(block.hf, region)
-    return None if hf is None else Block(block.name, hf, absolute(relative(hf, block.hf), block.mcore))
+    if hf is None:
+        return None
+    lead = len(block.mcore) - len(block.hf)
+    inner = absolute(relative(hf, block.hf), block.mcore[lead:])
+    return Block(block.name, hf, (*block.mcore[:lead], *inner))
 
 
 def slabs(shape: Shape, itemsize: int, max_bytes: int) -> Iterator[Region]:

@@ -71,7 +71,7 @@ def hf_to_mcore(
 
     def fill(spec: TensorSpec, region: Region, out: torch.Tensor) -> None:
         for block in table.by_mcore[spec.name].blocks(region, shapes):
-            reader.copy_into(block.name, block.hf, out[as_slices(block.mcore)])
+            reader.copy_into(block.name, block.hf, block.of(out))
         progress(out.nbytes)
 
     _agreeing(ranks, lambda: writer.write(fill))
@@ -168,7 +168,7 @@ def _fill_part(reader: MCoreReader, job: _Part, buffers: Buffers) -> torch.Tenso
         piece = clip(block, job.region)
         if piece is not None:
             target = part[as_slices(relative(piece.hf, job.region))]
-            reader.copy_into(job.rule.mcore, piece.mcore, target)
+            reader.copy_into(job.rule.mcore, piece.mcore, target.view(region_shape(piece.mcore)))
             covered += target.numel()
     if covered != part.numel():
         raise ValueError(f"{job.rule} covers {covered} of {part.numel()} values of {job.region}")

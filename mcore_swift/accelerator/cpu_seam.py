@@ -157,6 +157,7 @@ def install_cpu_seam() -> None:
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     _patch_megatron_random()
+    _patch_megatron_experts()
     for text in _NOT_FOR_USERS:
         warnings.filterwarnings("ignore", message=text)
     _installed = _CudaMeansCpu()
@@ -198,3 +199,53 @@ def _patch_megatron_random() -> None:
             for name, function in (("_get_cuda_rng_state", get_state), ("_set_cuda_rng_state", set_state)):
                 if hasattr(module, name):
                     setattr(module, name, function)
+
+
+def _patch_megatron_experts() -> None:
+    """Two functions of the expert layers expect Transformer Engine and tensors on a GPU."""
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None  # what the code asks for, and older versions leave undefined
+
+    def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    # Sizes of messages between experts, which gloo takes as numbers and not as a tensor.
+    for module in (moe_utils, token_dispatcher):
+        module.maybe_move_tensor_to_cpu = to_host
+    _patch_uneven_collectives()
+
+
+def _patch_uneven_collectives() -> None:
+    """gloo gathers and reduces parts of one size only; parts of several sizes travel as an all-to-all."""
+    from megatron.core.tensor_parallel import mappings
+
+    gather_evenly, reduce_evenly = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather(
+        input_: Any, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False
+    ) -> Any:
+        if output_split_sizes is None or group.size() == 1:
+            return gather_evenly(input_, group, None, use_global_buffer)
+        sizes, copies = list(output_split_sizes), [input_.size(0)] * group.size()
+        return _all_to_all(torch.cat([input_] * group.size()), copies, sizes, group)
+
+    def reduce_scatter(
+        input_: Any, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False
+    ) -> Any:
+        if input_split_sizes is None or group.size() == 1:
+            return reduce_evenly(input_, group, None, use_global_buffer)
+        sizes = list(input_split_sizes)
+        own = [sizes[group.rank()]] * group.size()
+        parts = _all_to_all(input_.contiguous(), sizes, own, group)
+        return parts.view(group.size(), own[0], *input_.shape[1:]).sum(dim=0)
+
+    mappings._gather_along_first_dim = gather
+    mappings._reduce_scatter_along_first_dim = reduce_scatter
+
+
+def _all_to_all(rows: torch.Tensor, sent: list[int], received: list[int], group: Any) -> torch.Tensor:
+    out = rows.new_empty((sum(received), *rows.shape[1:]))
+    torch.distributed.all_to_all_single(out, rows, received, sent, group=group)
+    return out

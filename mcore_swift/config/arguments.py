@@ -11,6 +11,7 @@ from .checkpoint import CheckpointArguments, HFSaveArguments
 from .data import DataArguments, PackingArguments
 from .fields import arg, with_default
 from .model import ModelArguments, TemplateArguments
+from .moe import ExpertParallelArguments, MoEArguments
 from .optimizer import OptimizerArguments, ScheduleArguments
 from .parallel import DataParallelArguments, ParallelArguments
 from .reporting import LoggingArguments
@@ -34,7 +35,9 @@ class MegatronSftArguments(
     ScheduleArguments,
     OptimizerArguments,
     ParallelArguments,
+    ExpertParallelArguments,
     DataParallelArguments,
+    MoEArguments,
     CheckpointArguments,
     LoggingArguments,
     RecomputeArguments,
@@ -58,7 +61,9 @@ class MegatronPretrainArguments(MegatronSftArguments):
 
 
 @dataclasses.dataclass(kw_only=True)
-class MegatronExportArguments(ModelArguments, ParallelArguments, HFSaveArguments, CommonArguments):
+class MegatronExportArguments(
+    ModelArguments, ParallelArguments, ExpertParallelArguments, HFSaveArguments, CommonArguments
+):
     """Hugging Face checkpoint to megatron-core's, and back."""
 
     TITLE: ClassVar[str] = "Export"

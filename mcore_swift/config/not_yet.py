@@ -12,7 +12,6 @@ from .not_yet_swift import HF_TRAINER, REMOVED, RLHF, SHARED_WITH_SWIFT
 _NO_ADAPTERS = "LoRA is not supported yet"
 _NO_MULTIMODAL = "only text models are supported yet"
 _NO_LOW_PRECISION = "FP8 and FP4 training are not supported yet"
-_NO_MOE = "mixture-of-experts models are not supported yet"
 
 _MEGATRON = table(
     # parallelism
@@ -22,9 +21,6 @@ _MEGATRON = table(
         cp_comm_type=None,
         cp_partition_mode="zigzag",
         sequence_packing_scheduler=None,
-    ),
-    settings(
-        "expert parallelism is not supported yet", expert_model_parallel_size=1, expert_tensor_parallel_size=1
     ),
     settings(
         "interleaved pipelines run microbatches in groups of the pipeline's size; other groups are not "
@@ -148,22 +144,6 @@ _MEGATRON = table(
         fp4_param_gather=False,
     ),
     # architectures
-    settings(
-        _NO_MOE,
-        moe_router_load_balancing_type=None,
-        moe_router_dtype="fp32",
-        moe_token_dispatcher_type="alltoall",
-        moe_enable_deepep=False,
-        moe_grouped_gemm=True,
-        moe_permute_fusion=False,
-        moe_aux_loss_coeff=(0.0, None),
-        moe_z_loss_coeff=None,
-        moe_shared_expert_overlap=False,
-        moe_layer_recompute=False,
-        moe_expert_capacity_factor=None,
-        moe_pad_expert_input_to_capacity=False,
-        moe_token_drop_policy="probs",
-    ),
     settings(
         "multi-token prediction is not supported yet",
         mtp_num_layers=(None, 0),

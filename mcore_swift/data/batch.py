@@ -24,6 +24,7 @@ class Batch:
                                 on the right
     max_seqlen   longest segment of cu_seqlens, None without
     num_samples  real samples; num_tokens: real tokens, padding not counted
+    padding      bool [b, s]    true at padding; None: not told
     """
 
     input_ids: torch.Tensor
@@ -34,6 +35,7 @@ class Batch:
     max_seqlen: int | None
     num_samples: int
     num_tokens: int
+    padding: torch.Tensor | None = None
 
 
 class _Rows:
@@ -44,6 +46,7 @@ class _Rows:
         self.labels = np.zeros((b, s), np.int64)
         self.loss_mask = np.zeros((b, s), np.float32)
         self.position_ids = np.zeros((b, s), np.int64)
+        self.padding = np.ones((b, s), np.bool_)
 
     def put(self, row: int, at: int, store: Store, sample: int) -> int:
         """Write a sample from position `at`; returns where it ends."""
@@ -53,6 +56,7 @@ class _Rows:
         self.loss_mask[row, at : end - 1] = weights[1:]
         self.labels[row, at : end - 1] = np.where(weights[1:] != 0, ids[1:], 0)
         self.position_ids[row, at:end] = np.arange(len(ids))
+        self.padding[row, at:end] = False
         return end
 
     def batch(self, cu_seqlens: list[int] | None, num_samples: int, num_tokens: int) -> Batch:
@@ -63,6 +67,7 @@ class _Rows:
             max_seqlen=None if edges is None else int(np.diff(edges).max()),
             num_samples=num_samples,
             num_tokens=num_tokens,
+            padding=torch.from_numpy(self.padding),
         )
 
 

@@ -12,6 +12,7 @@ from mcore_swift.accelerator import get_accelerator
 from mcore_swift.models.frequencies import inverse_frequencies
 from mcore_swift.models.reading import ModelPlan
 from mcore_swift.models.rope import Rotary
+from mcore_swift.models.shards import is_expert
 from mcore_swift.models.specs import block_spec, choose_implementation
 from mcore_swift.models.token_nll import token_nll
 from mcore_swift.plan.layout import Layout
@@ -36,6 +37,8 @@ def transformer_config(
         "pipeline_model_parallel_size": layout.pp,
         "virtual_pipeline_model_parallel_size": layout.vpp if interleaved else None,
         "sequence_parallel": layout.sequence_parallel and layout.tp > 1,
+        "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": layout.etp,
         # Interleaved stages exchange forward and backward messages between the same two ranks; batched, they
         # are mixed up silently over gloo.
         "overlap_p2p_comm": interleaved,
@@ -88,6 +91,17 @@ class Model(GPTModel):
         super().__init__(*args, **kwargs)
         self.real_vocab_size = real_vocab_size
 
+    def forward(self, *args: Any, padding_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """padding_mask: bool `[b, s]`, true at padding, for the routers of experts."""
+        if padding_mask is not None and self.config.sequence_parallel and not self.pre_process:
+            # megatron-core cuts it on the first stage only
+            rank, size = (
+                parallel_state.get_tensor_model_parallel_rank(),
+                self.config.tensor_model_parallel_size,
+            )
+            padding_mask = padding_mask.chunk(size, dim=1)[rank]
+        return super().forward(*args, padding_mask=padding_mask, **kwargs)
+
     def _postprocess(self, hidden_states: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
         if labels is None or not self.post_process:
             return super()._postprocess(hidden_states=hidden_states, labels=labels, **kwargs)
@@ -134,5 +148,18 @@ def build_model(
         )
         device = get_accelerator().device
         model.rotary_pos_emb = Rotary(inverse_frequencies(plan.hf).to(device))
+        _mark_experts(model, config)
         chunks.append(model.to(device))
     return chunks
+
+
+def _mark_experts(model: Model, config: TransformerConfig) -> None:
+    """Expert weights are reduced over the ranks that hold the same experts.
+
+    megatron-core before 0.19 forgets it where experts are split over tensor-parallel ranks in another way than
+    the rest and EP is 1: copies of an expert would then drift apart.
+    """
+    if config.expert_tensor_parallel_size != config.tensor_model_parallel_size:
+        for name, parameter in model.named_parameters():
+            if is_expert(name):
+                parameter.allreduce = False

@@ -25,7 +25,7 @@ def initialize(chunks: Sequence[nn.Module], table: RuleTable, *, std: float, see
         for block in rule.blocks(shard.region, shapes):
             if block.name not in drawn:
                 drawn[block.name] = _draw(block.name, shapes[block.name], std, seed)
-            shard.data[as_slices(block.mcore)].copy_(drawn[block.name][as_slices(block.hf)])
+            block.of(shard.data).copy_(drawn[block.name][as_slices(block.hf)])
 
 
 def _draw(name: str, shape: Shape, std: float, seed: int) -> Tensor:

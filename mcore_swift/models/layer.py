@@ -13,11 +13,13 @@ class LayerTraits:
     softcap: attention scores s become softcap * tanh(s / softcap).
     sinks: each head has a learnt logit that takes part in its softmax and carries no value; the parameter is
     `self_attention.core_attention.softmax_offset`, `[heads]`.
+    moe: a router and experts in place of the dense MLP; what they are like is in the family's `config`.
     """
 
     window: int | None = None
     softcap: float | None = None
     sinks: bool = False
+    moe: bool = False
 
 
 PLAIN = LayerTraits()

@@ -1,6 +1,9 @@
 """A model as its config.json tells it. Needs no megatron-core, so converting files does not wait for its import."""
 
+import contextlib
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 from mcore_swift.errors import UserError
 from mcore_swift.models.family import Family, HFConfig, family_of
@@ -19,6 +22,11 @@ class ModelPlan:
     family: Family
     table: RuleTable
 
+    @property
+    def is_moe(self) -> bool:
+        """Whether any layer has routed experts."""
+        return any(self.family.layer(self.hf, number).moe for number in range(self.hf.num_hidden_layers))
+
 
 def read_model(model_dir: str) -> ModelPlan:
     """Read `<model_dir>/config.json`.
@@ -33,4 +41,18 @@ def read_model(model_dir: str) -> ModelPlan:
     if refused:
         raise UserError(f"{model_dir}/config.json asks for what is not supported: {'; '.join(refused)}")
     inverse_frequencies(hf)
-    return ModelPlan(hf, family, family.rules(hf))
+    return ModelPlan(hf, family, family.rules(hf).as_held(_tensor_names(Path(model_dir))))
+
+
+def _tensor_names(folder: Path) -> list[str]:
+    """Names of the weights in a checkpoint folder; none if it holds a config only, or files no reader understands.
+
+    Which form the weights have is all this is for: whether they are complete and sound is for their reader to say.
+    """
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        if index.exists():
+            return list(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        with single.open("rb") as file:  # 8 bytes say how long the JSON header is
+            return list(json.loads(file.read(int.from_bytes(file.read(8), "little"))))
+    return []

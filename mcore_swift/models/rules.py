@@ -11,8 +11,12 @@ the Transformer Engine layer specs.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Shape = tuple[int, ...]
 Region = tuple[tuple[int, int], ...]
@@ -24,11 +28,19 @@ class Block:
     """A region of one HF tensor and the equal-shaped region of the megatron-core tensor with the same values.
 
     `mcore` is counted from the start of the region that was asked for, so it indexes a rank's shard directly.
+    It may have leading dimensions of size one that the HF side lacks: one expert of a tensor that holds them all.
     """
 
     name: str
     hf: Region
     mcore: Region
+
+    def of(self, shard: "Tensor") -> "Tensor":
+        """The block's values in a rank's shard: a view of the HF side's shape."""
+        view = shard[as_slices(self.mcore)]
+        for _ in range(len(self.mcore) - len(self.hf)):
+            view = view.squeeze(0)
+        return view
 
 
 def full_region(shape: Shape) -> Region:
@@ -67,6 +79,10 @@ class Rule(ABC):
 
         A part of the region that no HF tensor holds (vocabulary padding) is covered by no block.
         """
+
+    def as_held(self, names: Collection[str]) -> "Rule":
+        """The rule for a checkpoint with HF tensors of these names, where there is more than one form of it."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -176,6 +192,45 @@ class QKV(Rule):
                 first += rows
 
 
+@dataclass(frozen=True)
+class Experts(Rule):
+    """The same matrix of every expert of a layer, from HF tensors of one expert each.
+
+    mcore: `[experts, parts * rows, ...]`, HF: `[rows, ...]` each; `hf` lists the parts (gate and up: two) of the
+    first expert, then those of the second, and so on.
+
+    fused: name of the HF tensor `[experts, parts * rows, ...]` in which another form of the checkpoint holds
+    them all.
+    """
+
+    parts: int = 1
+    fused: str | None = None
+
+    def as_held(self, names: Collection[str]) -> Rule:
+        return Same(self.mcore, (self.fused,)) if self.fused in names else self
+
+    def shape(self, hf_shapes: Mapping[str, Shape]) -> Shape:
+        shapes = {hf_shapes[name] for name in self.hf}
+        if len(shapes) != 1:
+            raise ValueError(f"{self.hf[0]} and its like should have one shape, not {sorted(shapes)}")
+        rows, *rest = shapes.pop()
+        return (len(self.hf) // self.parts, rows * self.parts, *rest)
+
+    def hf_shapes(self, mcore_shape: Shape) -> dict[str, Shape]:
+        _, rows, *rest = mcore_shape
+        return dict.fromkeys(self.hf, (rows // self.parts, *rest))
+
+    def blocks(self, region: Region, hf_shapes: Mapping[str, Shape]) -> Iterator[Block]:
+        (first_expert, last_expert), (start, stop), *rest = region
+        rows = hf_shapes[self.hf[0]][0]
+        for expert in range(first_expert, last_expert):
+            place = (expert - first_expert, expert - first_expert + 1)
+            for part in range(self.parts):
+                name, first = self.hf[expert * self.parts + part], part * rows
+                for block in _row_block(name, first, first + rows, start, stop, tuple(rest)):
+                    yield Block(name, block.hf, (place, *block.mcore))
+
+
 def _row_block(
     name: str, first: int, last: int, start: int, stop: int, rest: Region, hf_first: int = 0
 ) -> Iterator[Block]:
@@ -205,6 +260,11 @@ class RuleTable:
             raise ValueError("two rules claim the same megatron-core tensor")
         if len(self.by_hf) != sum(len(rule.hf) for rule in self.rules):
             raise ValueError("two rules claim the same Hugging Face tensor")
+
+    def as_held(self, names: Collection[str]) -> "RuleTable":
+        """The table for a checkpoint that holds HF tensors of these names; of a form it knows, or as it is."""
+        held = set(names)
+        return RuleTable([rule.as_held(held) for rule in self.rules], self.optional_hf)
 
     def missing_hf(self, names: Iterable[str]) -> list[str]:
         """HF tensors the model needs that are not among `names`."""

@@ -35,6 +35,11 @@ class LiveShard:
     replica: tuple[int, ...] = (0, 0, 0)
 
 
+def is_expert(key: str) -> bool:
+    """Whether a parameter or checkpoint key is a weight of routed experts, which EP and ETP divide."""
+    return ".mlp.experts." in key
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside data-parallel and mixed-precision wrappers."""
     while isinstance(getattr(model, "module", None), nn.Module):

@@ -7,6 +7,7 @@ import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
     get_gpt_layer_with_transformer_engine_spec,
     get_mlp_module_spec_for_backend,
 )
@@ -28,14 +29,14 @@ from megatron.core.transformer.transformer_layer import (
 from mcore_swift.errors import UserError
 from mcore_swift.models.attention import CoreAttention
 from mcore_swift.models.layer import LayerTraits
+from mcore_swift.models.moe.router import Router
 from mcore_swift.models.norm import RMSNorm
 from mcore_swift.models.reading import ModelPlan
 
-# The checkpoint keeps Transformer Engine's names, where a norm is part of the linear layer that follows it.
-_CHECKPOINT_NAMES = {
-    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-}
+# The checkpoint keeps Transformer Engine's names, where a norm is part of the linear layer that follows it. What
+# follows the norm before experts is a router as well: there it is a module of its own.
+_ATTENTION_NAMES = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+_MLP_NAMES = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 
 
 def have_transformer_engine() -> bool:
@@ -60,6 +61,13 @@ def choose_implementation(wanted: str) -> str:
 
 def block_spec(plan: ModelPlan, config: Any, implementation: str, vp_stage: int | None) -> Any:
     """The spec of this rank's part of the decoder: its layers, and the norm after the last one."""
+    if implementation == "transformer_engine" and config.num_moe_experts:
+        block = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+        first = get_transformer_layer_offset(config, vp_stage)
+        for number, layer in enumerate(block.layer_specs, first):
+            if plan.family.layer(plan.hf, number).moe:
+                _with_our_router(layer.submodules.mlp)
+        return block
     if implementation == "transformer_engine":
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     first = get_transformer_layer_offset(config, vp_stage)
@@ -98,8 +106,23 @@ def local_layer(config: Any, traits: LayerTraits) -> ModuleSpec:
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=get_mlp_module_spec_for_backend(backend=LocalSpecProvider()),
+            mlp=_local_mlp(config, traits),
             mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map=_CHECKPOINT_NAMES,
+            sharded_state_dict_keys_map=_ATTENTION_NAMES | ({} if traits.moe else _MLP_NAMES),
         ),
     )
+
+
+def _local_mlp(config: Any, traits: LayerTraits) -> Any:
+    if not traits.moe:
+        return get_mlp_module_spec_for_backend(backend=LocalSpecProvider())
+    return _with_our_router(
+        get_mlp_module_spec_for_backend(backend=LocalSpecProvider(), num_experts=config.num_moe_experts)
+    )
+
+
+def _with_our_router(mlp: Any) -> Any:
+    # a ModuleSpec before megatron-core 0.18, a partial since
+    submodules = mlp.submodules if isinstance(mlp, ModuleSpec) else mlp.keywords["submodules"]
+    submodules.router = Router
+    return mlp

@@ -30,6 +30,10 @@ class Objective(Protocol):
     metrics: ClassVar[tuple[str, ...]]
     """Names of the metrics it reports, known to every rank so that they can be summed over all of them."""
 
+    def count(self, batch: "Batch") -> "Tensor":
+        """The count of its loss on this batch, known before the model has run."""
+        ...
+
     def __call__(self, token_nll: "Tensor", batch: "Batch") -> Loss:
         """token_nll: fp32 `[b, s]`, -log p(labels[t] | tokens up to t), 0 where loss_mask is 0."""
         ...

@@ -19,6 +19,8 @@ class NextToken:
 
     metrics: ClassVar[tuple[str, ...]] = ()
 
+    def count(self, batch: "Batch") -> "Tensor":
+        return (batch.loss_mask > 0).sum()
+
     def __call__(self, token_nll: "Tensor", batch: "Batch") -> Loss:
-        mask = batch.loss_mask
-        return Loss((token_nll * mask).sum(), (mask > 0).sum())
+        return Loss((token_nll * batch.loss_mask).sum(), self.count(batch))

@@ -39,6 +39,8 @@ ALL_LAYOUTS = {
         Layout(pp=2),
         Layout(pp=2, vpp=2),
         Layout(dp=2),
+        Layout(ep=2, dp=2),
+        Layout(tp=2, etp=2, sequence_parallel=True),
     ],
     4: [
         Layout(tp=2, pp=2, sequence_parallel=True),
@@ -47,12 +49,16 @@ ALL_LAYOUTS = {
         Layout(pp=2, dp=2, vpp=2),
         Layout(pp=4),
         Layout(dp=4),
+        Layout(tp=2, ep=2, dp=2, sequence_parallel=True),
+        Layout(tp=2, ep=2, etp=2, dp=2, sequence_parallel=True),
+        Layout(pp=2, ep=2, dp=2),
+        Layout(ep=4, dp=4),
     ],
 }
 SOME_LAYOUTS = {
     1: [Layout()],
-    2: [Layout(tp=2, sequence_parallel=True), Layout(pp=2, vpp=2)],
-    4: [Layout(tp=2, pp=2, sequence_parallel=True)],
+    2: [Layout(tp=2, sequence_parallel=True), Layout(pp=2, vpp=2), Layout(ep=2, dp=2)],
+    4: [Layout(tp=2, pp=2, sequence_parallel=True), Layout(tp=2, ep=2, dp=2, sequence_parallel=True)],
 }
 ROWS, LENGTH = 2, 24
 ADAM_EPS = 1e6

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 SIZES = {
@@ -24,14 +25,20 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"num_key_value_heads": 4, "tie_word_embeddings": False}),
     "llama3-rope-tied": ("Llama", {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}),
     "mistral-window": ("Mistral", {"sliding_window": 7, "tie_word_embeddings": False}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"head_dim": 10, "tie_word_embeddings": False}),
+    "qwen3-moe": (
+        "Qwen3Moe",
+        EXPERTS
+        | {"head_dim": 10, "norm_topk_prob": True, "mlp_only_layers": [1], "tie_word_embeddings": False},
+    ),
 }
-THOROUGH = ("llama3-rope-tied", "qwen3")
+THOROUGH = ("llama3-rope-tied", "qwen3", "qwen3-moe")
 """Variants that go through every layout, packed and unpacked; the others through a few that mix the axes."""
 SIX_LAYERS = {"six-tied": "qwen2", "six-untied": "qwen3"}
 """Folder of a reference for uneven pipelines -> its variant."""
@@ -55,8 +62,8 @@ class Reference:
     weights: dict[str, Tensor]
 
 
-def make_reference(variant: str, folder: Path, *, attention: str = "eager", **sizes: Any) -> None:
-    """Write a random fp32 checkpoint to `folder`/model and its Reference to `folder`/reference.pt.
+def make_model(variant: str, folder: Path, *, attention: str = "eager", **sizes: Any) -> Any:
+    """A random fp32 model of transformers, after its checkpoint was written to `folder`.
 
     sizes: fields of config.json that are not the variant's.
     """
@@ -72,7 +79,16 @@ def make_reference(variant: str, folder: Path, *, attention: str = "eager", **si
     with torch.no_grad():
         for parameter in model.parameters():  # norms and biases too: ones and zeros would hide a mix-up
             parameter.copy_(torch.randn(parameter.shape) * 0.1 + (parameter.dim() == 1))
-    model.save_pretrained(folder / "model")
+    model.save_pretrained(folder)
+    return model
+
+
+def make_reference(variant: str, folder: Path, *, attention: str = "eager", **sizes: Any) -> None:
+    """Write a random fp32 checkpoint to `folder`/model and its Reference to `folder`/reference.pt.
+
+    sizes: fields of config.json that are not the variant's.
+    """
+    model = make_model(variant, folder / "model", attention=attention, **sizes)
     samples = [torch.randint(0, SIZES["vocab_size"], (length,)) for length in LENGTHS]
     logits = [model(input_ids=sample[None]).logits[0] for sample in samples]
     terms = [
@@ -86,11 +102,12 @@ def make_reference(variant: str, folder: Path, *, attention: str = "eager", **si
     with torch.no_grad():
         for parameter in model.parameters():
             parameter -= LEARNING_RATE * parameter.grad
+    model.save_pretrained(folder / "stepped")  # a checkpoint's names: in memory experts are fused
     reference = Reference(
         samples,
         [rows.detach() for rows in logits],
         loss.item(),
         norm.item(),
-        {name: tensor.detach().clone() for name, tensor in model.named_parameters()},
+        load_file(folder / "stepped" / "model.safetensors"),
     )
     torch.save(reference, folder / "reference.pt")

@@ -14,17 +14,25 @@ SIZES = {
     "max_position_embeddings": 64,
 }
 
-FAMILIES = ("llama", "llama-tied", "mistral", "qwen2", "qwen3", "qwen3-tied")
+FAMILIES = ("llama", "llama-tied", "mistral", "qwen2", "qwen3", "qwen3-tied", "qwen3moe")
 
 
 def hf_config(name):
     import transformers
 
     family, _, tied = name.partition("-")
-    architecture = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
-    sizes = SIZES | (
-        {"head_dim": 10} if family == "qwen3" else {}
-    )  # not hidden_size / heads, as in real ones
+    architecture = {
+        "llama": "Llama",
+        "mistral": "Mistral",
+        "qwen2": "Qwen2",
+        "qwen3": "Qwen3",
+        "qwen3moe": "Qwen3Moe",
+    }[family]
+    sizes = dict(SIZES)
+    if family.startswith("qwen3"):
+        sizes["head_dim"] = 10  # not hidden_size / heads, as in real ones
+    if family == "qwen3moe":
+        sizes |= {"num_experts": 4, "moe_intermediate_size": 12, "mlp_only_layers": [1]}
     config = getattr(transformers, f"{architecture}Config")(**sizes, tie_word_embeddings=bool(tied))
     config.architectures = [f"{architecture}ForCausalLM"]
     return config

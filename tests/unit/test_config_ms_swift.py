@@ -177,7 +177,7 @@ def test_a_value_that_asks_for_nothing_is_accepted_silently(argv):
             ["--context_parallel_size", "2"],
             ["--context_parallel_size 2", "context parallelism is not supported yet"],
         ),
-        (["--expert_model_parallel_size", "2"], ["--expert_model_parallel_size 2", "expert parallelism"]),
+        (["--moe_token_dispatcher_type", "flex"], ["flex", "deep_ep"]),
         (["--streaming", "true"], ["--streaming true", "streaming"]),
         (["--streaming"], ["--streaming:", "streaming"]),
         (["--tuner_type", "lora"], ["lora", "not supported"]),

@@ -20,12 +20,13 @@ from mcore_swift.engines.megatron.forward_backward import (
     run_microbatches,
     to_device,
 )
+from mcore_swift.engines.megatron.moe import Routers, moe_options
 from mcore_swift.engines.megatron.optimizer import build_optimizer, set_hyperparameters, wrap_for_gradients
 from mcore_swift.engines.megatron.optimizer_state import optimizer_shards, optimizer_step, set_optimizer_step
 from mcore_swift.engines.megatron.random_state import random_state, set_random_state
 from mcore_swift.models.build import build_model, pipeline_options, transformer_config
 from mcore_swift.models.reading import ModelPlan
-from mcore_swift.models.shards import LiveShard, live_shards
+from mcore_swift.models.shards import LiveShard, is_expert, live_shards
 from mcore_swift.models.specs import choose_implementation, have_transformer_engine
 from mcore_swift.objectives.base import Objective
 from mcore_swift.observability.phases import PhaseTimer
@@ -47,10 +48,14 @@ class MegatronEngine:
         self.dtype = dtype
         self.implementation = choose_implementation(args.transformer_impl)
         options = model_options(args) | pipeline_options(plan, layout, args)
+        if plan.is_moe:
+            options |= moe_options(args)
         config = transformer_config(plan, layout, dtype, options)
         self.chunks = build_model(plan, config, self.implementation)
         self.model: list[Any] = wrap_for_gradients(self.chunks, args) if train else self.chunks
         self.optimizer = build_optimizer(self.model, args) if train else None
+        per_layer = getattr(args, "moe_per_layer_logging", False)
+        self.routers = Routers(self.chunks, config, per_layer=per_layer) if plan.is_moe else None
 
     def train_step(
         self, microbatches: Sequence[Batch], objective: Objective, *, lr: float, weight_decay: float
@@ -62,6 +67,8 @@ class MegatronEngine:
                 chunk.train()
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
+            if self.routers is not None:
+                self.routers.begin_step(microbatches, objective)
             result = self._run(microbatches, objective, forward_only=False)
         if not math.isfinite(result.loss):
             raise FloatingPointError(f"the loss is {result.loss}; the weights are as they were")
@@ -112,7 +119,8 @@ class MegatronEngine:
             return False
         if shard.key.startswith("optimizer.") and self.args.use_distributed_optimizer:
             return True  # every data-parallel rank holds another part
-        return data_copy == zlib.crc32(shard.key.encode()) % self.layout.dp  # share the writing out
+        copies = self.layout.edp if is_expert(shard.key) else self.layout.dp
+        return data_copy == zlib.crc32(shard.key.encode()) % copies  # share the writing out
 
     def optimizer_step(self) -> int:
         """Steps the optimizer has taken, as it counts them itself."""
@@ -149,9 +157,12 @@ class MegatronEngine:
     def _run(self, microbatches: Sequence[Batch], objective: Objective, *, forward_only: bool) -> StepResult:
         prepared = [self._prepare(batch) for batch in microbatches]
         sums = run_microbatches(self.model, prepared, objective, forward_only=forward_only)
-        loss, count, *metrics = reduce_over_ranks(sums)
+        tallies = None if self.routers is None or forward_only else self.routers.tallies()
+        (loss, count, *metrics), tallies = reduce_over_ranks(sums, tallies)
         divisor = max(count, 1)
         named = {name: value / divisor for name, value in zip(objective.metrics, metrics, strict=True)}
+        if tallies is not None:
+            named |= self.routers.metrics(tallies, len(microbatches) * self.layout.dp)
         return StepResult(loss / divisor, int(count), metrics=named)
 
     def _prepare(self, batch: Batch) -> Microbatch:

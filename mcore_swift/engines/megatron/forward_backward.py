@@ -35,7 +35,8 @@ def to_device(batch: Batch, device: torch.device, *, thd: bool) -> Microbatch:
     learnt = batch.loss_mask.reshape(-1).nonzero().squeeze(-1)  # on the host: no wait for the device
     tensors = {
         name: getattr(batch, name).to(device, non_blocking=True)
-        for name in ("input_ids", "labels", "loss_mask", "position_ids")
+        for name in ("input_ids", "labels", "loss_mask", "position_ids", "padding")
+        if getattr(batch, name) is not None
     }
     return Microbatch(replace(batch, **tensors), packing, learnt.to(device, non_blocking=True))
 
@@ -99,6 +100,7 @@ def _forward(microbatch: Microbatch, model: Any, labels: Tensor | None) -> Tenso
         labels=labels,
         packed_seq_params=microbatch.packing,
         loss_mask=microbatch.learnt,
+        padding_mask=microbatch.batch.padding,
     )
 
 
@@ -118,10 +120,17 @@ def _loss(token_nll: Tensor, batch: Batch, objective: Objective) -> tuple[Tensor
     return loss.sum, loss.count.to(torch.int32), torch.stack([value.detach().double() for value in report])
 
 
-def reduce_over_ranks(sums: Tensor) -> list[float]:
-    """Sums of this rank's microbatches -> sums of the whole step, on every rank. Collective over all ranks."""
+def reduce_over_ranks(sums: Tensor, tallies: Tensor | None = None) -> tuple[list[float], Tensor | None]:
+    """Sums of this rank's microbatches -> sums of the whole step, on every rank. Collective over all ranks.
+
+    tallies: fp64, any shape; what every rank counts of its own and is to be summed over all of them too.
+    """
     # All tensor-parallel ranks of the last stage hold the same sums; one of them speaks.
     if parallel_state.get_tensor_model_parallel_rank() != 0:
         sums = torch.zeros_like(sums)
-    dist.all_reduce(sums)
-    return sums.tolist()
+    if tallies is None:
+        dist.all_reduce(sums)
+        return sums.tolist(), None
+    both = torch.cat([sums, tallies.flatten()])
+    dist.all_reduce(both)
+    return both[: len(sums)].tolist(), both[len(sums) :].view_as(tallies)

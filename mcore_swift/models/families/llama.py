@@ -56,7 +56,7 @@ class Llama(Family):
         return wrong
 
     def layer_rules(self, hf: HFConfig, mcore_layer: str, hf_layer: str) -> list[Rule]:
-        attention, mlp = f"{mcore_layer}.self_attention", f"{mcore_layer}.mlp"
+        attention = f"{mcore_layer}.self_attention"
         heads = {
             "num_query_groups": query_groups(hf),
             "heads_per_group": hf.num_attention_heads // query_groups(hf),
@@ -71,6 +71,13 @@ class Llama(Family):
             Same(f"{attention}.linear_qkv.layer_norm_weight", (f"{hf_layer}.input_layernorm.weight",)),
             *[qkv(kind) for kind in (("weight", "bias") if self.qkv_bias(hf) else ("weight",))],
             Same(f"{attention}.linear_proj.weight", (f"{hf_layer}.self_attn.o_proj.weight",)),
+            *self.mlp_rules(hf, mcore_layer, hf_layer),
+        ]
+
+    def mlp_rules(self, hf: HFConfig, mcore_layer: str, hf_layer: str) -> list[Rule]:
+        """The part of `layer_rules` after attention, with the norm before it."""
+        mlp = f"{mcore_layer}.mlp"
+        return [
             Same(f"{mlp}.linear_fc1.layer_norm_weight", (f"{hf_layer}.post_attention_layernorm.weight",)),
             Stacked(
                 f"{mlp}.linear_fc1.weight",

@@ -1,0 +1,67 @@
+"""What families of mixture-of-experts models share: fields of TransformerConfig, and rules of expert weights."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from mcore_swift.models.rules import Experts, Rule, Same, Stacked
+
+GATED = ("gate_proj", "up_proj", "down_proj")
+"""What most checkpoints call the three matrices of a gated MLP."""
+
+
+def expert_config(
+    *, experts: int, top_k: int, ffn: int, sparse: Sequence[bool], renormalize: bool = True
+) -> dict[str, Any]:
+    """Fields of TransformerConfig for a softmax router.
+
+    experts: of each layer. top_k: of them that a token goes to. ffn: hidden size of one expert. sparse: of each
+    layer of the model, whether it has experts. renormalize: the chosen experts' weights sum to one (softmax over
+    them alone, which is the same); else they are what the softmax over all experts gives.
+    """
+    return {
+        "num_moe_experts": experts,
+        "moe_router_topk": top_k,
+        "moe_ffn_hidden_size": ffn,
+        "moe_layer_freq": [int(layer) for layer in sparse],
+        "moe_router_score_function": "softmax",
+        "moe_router_pre_softmax": not renormalize,
+    }
+
+
+def expert_rules(mcore_mlp: str, hf_mlp: str, experts: int, names: Sequence[str] = GATED) -> list[Rule]:
+    """Rules of the routed experts of a layer, one HF tensor a matrix or all experts in one (transformers 5).
+
+    mcore_mlp: prefix such as 'decoder.layers.3.mlp'. hf_mlp: prefix of `experts`, such as 'model.layers.3.mlp'.
+    names: of the gate, up and down matrices of one expert.
+    """
+    gate, up, down = names
+
+    def of_each(*parts: str) -> tuple[str, ...]:
+        return tuple(f"{hf_mlp}.experts.{e}.{part}.weight" for e in range(experts) for part in parts)
+
+    prefix, fused = f"{mcore_mlp}.experts.experts", f"{hf_mlp}.experts"
+    return [
+        Experts(f"{prefix}.linear_fc1.weight", of_each(gate, up), parts=2, fused=f"{fused}.gate_up_proj"),
+        Experts(f"{prefix}.linear_fc2.weight", of_each(down), fused=f"{fused}.down_proj"),
+    ]
+
+
+def layer_number(layer: str) -> int:
+    """3 of 'model.layers.3'."""
+    return int(layer.rpartition(".")[2])
+
+
+def pre_mlp_norm_rule(mcore_layer: str, hf_layer: str) -> Rule:
+    """The norm before a router and experts, which is no part of a linear layer as that before a dense MLP is."""
+    return Same(f"{mcore_layer}.pre_mlp_layernorm.weight", (f"{hf_layer}.post_attention_layernorm.weight",))
+
+
+def router_rule(mcore_mlp: str, hf_mlp: str) -> Rule:
+    return Same(f"{mcore_mlp}.router.weight", (f"{hf_mlp}.gate.weight",))
+
+
+def shared_expert_rules(mcore_mlp: str, hf_expert: str, names: Sequence[str] = GATED) -> list[Rule]:
+    """Rules of the expert that every token goes to. hf_expert: such as 'model.layers.3.mlp.shared_expert'."""
+    gate, up, down = (f"{hf_expert}.{name}.weight" for name in names)
+    prefix = f"{mcore_mlp}.shared_experts"
+    return [Stacked(f"{prefix}.linear_fc1.weight", (gate, up)), Same(f"{prefix}.linear_fc2.weight", (down,))]

@@ -1,0 +1,1 @@
+"""Mixture of experts: our router, on megatron-core's dispatchers and experts."""

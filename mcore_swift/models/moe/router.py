@@ -1,0 +1,151 @@
+"""megatron-core's top-k router with losses of the right weight, that leaves padding out, and tells its loads.
+
+Its choice of experts is megatron-core's (softmax or sigmoid scores, groups, expert bias, scaling factor, capacity).
+What differs are the losses beside the main one:
+
+* Their weight depends on nothing but the coefficient: the gradient of a step is that of
+
+      main loss + sum over layers of (mean over the step's microbatches of coefficient * loss of the microbatch)
+
+  under any TP, CP, DP, PP, EP and any loss mask. megatron-core multiplies by the router's own token count and
+  divides by the number of *learnt* tokens, which weighs the losses higher the more of the text is prompt, and before
+  0.17 too low by TP x CP.
+* Padding neither counts as load nor takes part in a loss. (megatron-core takes a padding mask too, but its update of
+  the expert bias fails with one.)
+* Loads are counted for the log; megatron-core logs the losses only.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.moe.moe_utils import (
+    MoEAuxLossAutoScaler,
+    apply_router_token_dropping,
+    compute_routing_scores_for_aux_loss,
+    topk_routing_with_score_function,
+)
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
+
+BALANCE_LOSSES = ("aux_loss", "seq_aux_loss", "global_aux_loss")
+
+
+class Router(TopKRouter):
+    """Chooses `moe_router_topk` of `num_moe_experts` experts for each token.
+
+    tally: fp32 `[experts + 2]`, sums since `begin_step` over this rank's tokens: tokens that chose each expert, and
+    this rank's share of the balance loss and of the z-loss, without their coefficients.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.loss_weight: Tensor | float = 1.0
+        self.tally = torch.zeros(self.num_experts + 2, device=torch.cuda.current_device())
+
+    def begin_step(self, loss_weight: Tensor | float) -> None:
+        """Forget the last step's loads. loss_weight: what the main loss of a microbatch will be divided by."""
+        self.loss_weight = loss_weight
+        self.tally.zero_()
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """logits `[s, b, experts]`, padding_mask bool `[s, b]`, true at padding.
+
+        Returns weights `[s * b, experts]`, zero for experts not chosen, and the choice, bool of the same shape.
+        """
+        s, b = logits.shape[:2]
+        logits = logits.reshape(s * b, self.num_experts)
+        probs, chosen = topk_routing_with_score_function(
+            logits,
+            self.topk,
+            use_pre_softmax=self.config.moe_router_pre_softmax,
+            num_groups=self.config.moe_router_num_groups,
+            group_topk=self.config.moe_router_group_topk,
+            scaling_factor=self.config.moe_router_topk_scaling_factor,
+            score_function=self.score_function,
+            expert_bias=self.expert_bias,
+            fused=self.config.moe_router_fusion,
+            router_replay=self.router_replay,
+        )
+        # Not when recomputation is still to come: what is counted must be counted once.
+        if self.training and torch.is_grad_enabled():
+            real = None if padding_mask is None else ~padding_mask.reshape(s * b)
+            probs = self._with_losses(probs, logits, real, s, b)
+            self._count(chosen if real is None else chosen & real[:, None])
+        if self.config.moe_expert_capacity_factor is not None:
+            probs, chosen = apply_router_token_dropping(
+                probs,
+                chosen,
+                router_topk=self.topk,
+                capacity_factor=self.config.moe_expert_capacity_factor,
+                drop_policy=self.config.moe_token_drop_policy,
+                pad_to_capacity=self.config.moe_pad_expert_input_to_capacity,
+            )
+        return probs, chosen
+
+    @torch.no_grad()
+    def _count(self, chosen: Tensor) -> None:
+        loads = chosen.sum(dim=0)
+        self.tally[: self.num_experts] += loads
+        if self.enable_expert_bias:
+            self.local_tokens_per_expert += loads  # megatron-core moves the bias by these after the step
+
+    def _with_losses(self, probs: Tensor, logits: Tensor, real: Tensor | None, s: int, b: int) -> Tensor:
+        """`probs`, whose backward pass starts that of the losses too."""
+        total: Tensor | float = 0.0
+        for kind in BALANCE_LOSSES:
+            if coefficient := self.get_aux_loss_coeff(kind):
+                loss = self._balance_loss(kind, logits, real, s, b)
+                self.tally[self.num_experts] += loss.detach()
+                total = total + coefficient * loss
+        if coefficient := self.config.moe_z_loss_coeff:
+            loss = self._z_loss(logits, real)
+            self.tally[self.num_experts + 1] += loss.detach()
+            total = total + coefficient * loss
+        if not isinstance(total, Tensor):
+            return probs
+        weight = self.loss_weight if self.calculate_per_token_loss else 1.0
+        return MoEAuxLossAutoScaler.apply(probs, total * weight)
+
+    def _balance_loss(self, kind: str, logits: Tensor, real: Tensor | None, s: int, b: int) -> Tensor:
+        """This rank's share of experts * sum over experts of (share of choices) * (mean score), 1 if even.
+
+        arXiv:2101.03961, equation 4, with shares of all top-k choices; over a microbatch, each of its rows
+        (arXiv:2405.04434, section 2.1.3; a packed row is one), or the global batch (arXiv:2501.11873). The choices
+        meant are the best scores, without groups or bias.
+        """
+        chosen, scores = compute_routing_scores_for_aux_loss(logits, self.topk, self.score_function)
+        if real is not None:
+            chosen, scores = chosen & real[:, None], scores * real[:, None]
+        rows = b if kind == "seq_aux_loss" else 1
+        chosen = chosen.view(-1, rows, self.num_experts).sum(dim=0).to(scores.dtype)
+        scores = scores.view(-1, rows, self.num_experts).sum(dim=0)
+        with torch.no_grad():
+            whole = self.tp_dp_cp_group if kind == "global_aux_loss" else self.tp_cp_group
+            chosen = _summed(chosen, whole)
+            tokens = chosen.sum(dim=-1, keepdim=True).clamp(min=1) / self.topk
+            if kind == "global_aux_loss":
+                # Over the microbatches so far: later ones know more of the batch.
+                self.global_tokens_per_expert += chosen.view(-1)
+                self.ga_steps += 1
+                chosen = (self.global_tokens_per_expert / self.ga_steps).view_as(chosen)
+            filled = (chosen.sum(dim=-1) > 0).sum().clamp(min=1)
+            # Losses of data-parallel ranks are averaged; this one is a sum of their shares.
+            shares = whole.size() // self.tp_cp_group.size()
+        each = self.num_experts * (chosen * scores / (self.topk * tokens * tokens)).sum(dim=-1)
+        return shares * each.sum() / filled
+
+    def _z_loss(self, logits: Tensor, real: Tensor | None) -> Tensor:
+        """This rank's share of the mean over tokens of logsumexp(logits)^2 (arXiv:2202.08906, equation 5)."""
+        squares = logits.float().logsumexp(dim=-1).square()
+        count = torch.full((), len(squares), dtype=torch.float32, device=squares.device)
+        if real is not None:
+            squares, count = squares * real, real.sum(dtype=torch.float32)
+        return squares.sum() / _summed(count, self.tp_cp_group).clamp(min=1)
+
+
+def _summed(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    if group.size() > 1:
+        tensor = tensor.detach().clone()
+        dist.all_reduce(tensor, group=group)
+    return tensor

@@ -1,0 +1,130 @@
+"""One process of the expert tests: losses of the router, loads and dispatchers, equal in every layout."""
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from experts_reference import BALANCE, ExpertReference, Z
+from jobs import run_cases
+from megatron.core import parallel_state
+from parity_job import ADAM_EPS, WEIGHT_ATOL, microbatches, start
+
+from converters.export import hf_weights
+from converters.hf_reader import HFReader
+from converters.load import load_hf
+from mcore_swift.config import MegatronSftArguments
+from mcore_swift.data import Batch
+from mcore_swift.engines.megatron.engine import MegatronEngine
+from mcore_swift.models.reading import read_model
+from mcore_swift.objectives.sft import NextToken
+from mcore_swift.plan.layout import Layout
+
+LAYOUTS = {
+    1: [Layout()],
+    2: [
+        Layout(ep=2, dp=2),
+        Layout(tp=2, ep=2, sequence_parallel=True),
+        Layout(pp=2),
+    ],
+    4: [Layout(tp=2, pp=2, etp=2, sequence_parallel=True), Layout(tp=2, ep=4, dp=2, sequence_parallel=True)],
+}
+
+
+def with_padding_told(batches: list[Batch]) -> Iterator[Batch]:
+    """Packed: one row, what is behind the last sample. Else rows of one sample each."""
+    for batch in batches:
+        padding = torch.ones_like(batch.input_ids, dtype=torch.bool)
+        if batch.cu_seqlens is not None:
+            padding[0, : batch.num_tokens] = False
+        else:  # labels of these tests are never 0 but at the last token and behind it
+            for row, mask in enumerate(batch.loss_mask):
+                padding[row, : int(mask.nonzero().max()) + 2] = False
+        yield replace(batch, padding=padding)
+
+
+def trained(
+    folder: Path, layout: Layout, packed: bool, **flags
+) -> tuple[MegatronEngine, ExpertReference, dict[str, float]]:
+    """The model after one SGD step of rate 1; its metrics."""
+    reference: ExpertReference = torch.load(folder / "experts.pt", weights_only=False)
+    start(layout)
+    args = MegatronSftArguments(
+        optimizer="adam",
+        adam_beta1=0.0,
+        adam_beta2=0.0,
+        adam_eps=ADAM_EPS,
+        clip_grad=1e9,
+        weight_decay=0.0,
+        **({"recompute_granularity": "none"} | flags),
+    )
+    engine = MegatronEngine(read_model(str(folder / "model")), layout, args, torch.float32)
+    with HFReader(folder / "model") as reader:
+        load_hf(engine.chunks, reader, engine.plan.table)
+    engine.after_load(["weights"], optimizer_step=0)
+    batches = list(with_padding_told(microbatches(reference.samples, packed)))
+    share = len(batches) // layout.dp
+    first = parallel_state.get_data_parallel_rank() * share
+    result = engine.train_step(batches[first : first + share], NextToken(), lr=ADAM_EPS, weight_decay=0.0)
+    assert abs(result.loss / reference.loss - 1) < 1e-5, (result.loss, reference.loss)
+    return engine, reference, result.metrics
+
+
+def assert_weights(engine: MegatronEngine, expected: dict[str, torch.Tensor]) -> None:
+    for bucket in hf_weights(engine.chunks, engine.plan.table):
+        for name, tensor in bucket.tensors.items():
+            error = (tensor - expected[name]).abs().max().item()
+            assert error < WEIGHT_ATOL, f"{name} is off by {error}"
+
+
+def losses_weigh_what_they_should(folder: Path, layout: Layout, kind: str, packed: bool, **flags) -> None:
+    """Losses of the router: their gradients, their values and the loads that are logged."""
+    per_token = kind != "means"
+    engine, reference, metrics = trained(
+        folder,
+        layout,
+        packed,
+        moe_router_load_balancing_type=kind if per_token else "aux_loss",
+        calculate_per_token_loss=per_token,
+        moe_aux_loss_coeff=BALANCE,
+        moe_z_loss_coeff=Z,
+        **flags,
+    )
+    assert_weights(engine, reference.weights[kind])
+    for name, value in reference.metrics[kind].items():
+        assert abs(metrics[name] / value - 1) < 1e-5, (name, metrics, value)
+
+
+def without_losses(folder: Path, layout: Layout, **flags) -> None:
+    engine, reference, metrics = trained(folder, layout, packed=True, **flags)
+    assert_weights(engine, reference.weights["none"])
+    assert "load_balancing_loss" not in metrics and "router_z_loss" not in metrics
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    dist.init_process_group("gloo")
+    cases = {}
+    for number, layout in enumerate(LAYOUTS[int(os.environ["WORLD_SIZE"])]):
+        for kind in ("aux_loss", "seq_aux_loss"):
+            # a packed row is one sequence to the loss of sequences
+            packed = kind == "aux_loss" and number % 2 == 0
+            recompute = {"recompute_granularity": "full"} if number == 0 else {}
+            cases[f"{kind} {layout}"] = partial(
+                losses_weigh_what_they_should, folder, layout, kind, packed, **recompute
+            )
+        cases[f"mean of microbatches {layout}"] = partial(
+            losses_weigh_what_they_should, folder, layout, "means", False
+        )
+        cases[f"allgather {layout}"] = partial(
+            without_losses, folder, layout, moe_token_dispatcher_type="allgather"
+        )
+    run_cases(cases, folder)
+
+
+if __name__ == "__main__":
+    main()
