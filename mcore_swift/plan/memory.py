@@ -265,8 +265,9 @@ def _norm_bytes(run: Run) -> int:
 
 
 def _attention_bytes(shape: ModelShape, layout: Layout, run: Run) -> float:
-    """Queries, keys, values and output of the attention kernel; a number a row and head; inputs of query and key
-    norms; the latents of latent attention."""
+    """Output of the projection to queries, keys and values, which the values as a view of it keep whole; queries and
+    keys turned by rotary positions; the attention's output; a number for each row and head; the latents of latent
+    attention and what is made of them."""
     w, recompute, heads = run.weight_bytes, run.recompute, shape.num_heads / layout.tp
     output = w * heads * shape.value_dim
     rows = 4 * heads * (not recompute.drops("core_attn"))
@@ -274,13 +275,14 @@ def _attention_bytes(shape: ModelShape, layout: Layout, run: Run) -> float:
         latents = 2 * shape.kv_lora_rank + shape.qk_rope_head_dim + 2 * (shape.q_lora_rank or 0)
         up = heads * (2 * shape.head_dim + shape.value_dim) * (not recompute.drops("mla_up_proj"))
         return w * (latents / _split(layout) + up) + output + rows
-    norms = shape.qk_norm * _norm_bytes(run) * (shape.query_size + shape.kv_size)
-    return (w * (shape.query_size + 2 * shape.kv_size) + norms) / layout.tp + output + rows
+    turned = shape.query_size + shape.kv_size
+    norms = shape.qk_norm * (_norm_bytes(run) - w) * turned  # their inputs are in the projection's output
+    return (w * (turned + shape.query_size + 2 * shape.kv_size) + norms) / layout.tp + output + rows
 
 
 def _mlp_bytes(shape: ModelShape, layout: Layout, run: Run) -> float:
-    """Gate, up projection and their product; unfused the activated gate as well."""
-    return run.weight_bytes * (4 - run.fused) * shape.ffn_hidden_size / layout.tp
+    """Gate, up projection and their product; unfused the gate's own activation and its input again."""
+    return run.weight_bytes * (3 if run.fused else 5) * shape.ffn_hidden_size / layout.tp
 
 
 def _expert_bytes(shape: ModelShape, layout: Layout, run: Run) -> float:
@@ -290,7 +292,7 @@ def _expert_bytes(shape: ModelShape, layout: Layout, run: Run) -> float:
     Copies are spread evenly: a rank sends those of its tokens, and receives as many; with expert tensor parallelism
     every one of ETP ranks holds the tokens of all."""
     copies = shape.num_experts_per_token / _split(layout) * layout.etp
-    parts = 4 - run.fused
+    parts = 3 if run.fused else 5
     width = shape.moe_ffn_hidden_size / layout.etp * (2 if run.recompute.drops("moe_act") else parts)
     router = 12 * shape.num_experts / _split(layout)
     shared = parts * shape.shared_ffn_hidden_size / layout.tp

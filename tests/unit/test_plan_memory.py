@@ -39,9 +39,9 @@ def test_a_dense_model_on_one_gpu_by_hand() -> None:
     memory = peak(DENSE, Layout())
     count = parameters(DENSE)
     assert (memory.weights, memory.gradients, memory.optimizer) == (2 * count, 4 * count, 12 * count)
-    # each layer and token, in bf16: two norm inputs, two norm outputs, q, k, v, output, gate, up, product;
-    # a number in fp32 for each head
-    layer = 2 * (4 * 64 + 64 + 2 * 32 + 64 + 3 * 160) + 4 * 8
+    # each layer and token, in bf16: two norm inputs, two norm outputs, q, k, v, q and k with their
+    # positions, output, gate, up, product; a number in fp32 for each head
+    layer = 2 * (4 * 64 + (64 + 2 * 32) + (64 + 32) + 64 + 3 * 160) + 4 * 8
     assert layer_bytes(DENSE, Layout(), RUN, False)[0] == layer
     working = 2 * 3 * 160 + 2 * 2 * 64
     assert memory.activations == 128 * (8 * layer + 2 * 2 * 64 + working)
@@ -63,7 +63,7 @@ def test_experts_and_their_share_by_hand() -> None:
     assert memory.optimizer == 12 * (dense / 4 + experts / 4 / 2)  # dp 4; edp = 2 * 4 / 4
     # half of the tokens are at a rank between tensor parallel regions, and each is copied for two experts
     inside = 12 * 8 / 2 + 2 * (2 / 2) * (64 + 3 * 48)
-    attention = (2 * (64 + 2 * 32 + 64) + 4 * 8) / 2
+    attention = (2 * (64 + 2 * 32 + 64 + 32 + 64) + 4 * 8) / 2
     assert layer_bytes(MOE, layout, RUN, True)[0] == attention + 2 * 4 * 64 / 2 + inside
 
 
