@@ -14,6 +14,7 @@ from .peaks import peak_tflops
 from .preflight import model_folder, read_config
 from .search import Option, Wish, search, spread_layers
 from .shape import ModelShape
+from .stages import stage_layers
 from .timing import Cluster
 
 _MOST_GPUS = 16384  # how far to look for a number of GPUs that would do
@@ -110,9 +111,8 @@ def memory_notice(args: Any, shape: ModelShape, world_size: int, gpu: Gpu) -> st
         num_microbatches=max(1, args.global_batch_size // (args.micro_batch_size * layout.dp)),
         recompute=recompute_of(args),
     )
-    memory = peak_memory(
-        shape, layout, run, stages_of(shape, layout, spread_layers(shape.num_layers, layout))
-    )
+    counts = [len(layers) for layers in stage_layers(layout, shape, args)]
+    memory = peak_memory(shape, layout, run, stages_of(shape, layout, counts))
     if memory.total <= 1.1 * gpu.memory_gib * GIB:
         return None
     instead = nearest_fitting(shape, layout, run, args.global_batch_size, gpu)

@@ -10,8 +10,9 @@ from .flops import flops_per_token
 from .gpus import GPUS
 from .memory import GIB, Memory
 from .planner import Plan, describe
-from .search import Option, pipeline_letters
+from .search import Option
 from .shape import ModelShape
+from .stages import LAYOUT, render_stages, with_ends
 
 _HEAD = (
     "layout", "mbs", "recompute", "GiB", "weights", "grads", "optim", "activ", "logits", "other", "bubble",
@@ -19,7 +20,8 @@ _HEAD = (
 )  # fmt: skip
 _ASSUMED = (
     "Estimates, not measurements: rows are full, experts evenly loaded, only data-parallel communication hidden. "
-    "benchmarks/README.md says how far off such figures were."
+    "benchmarks/README.md says how far off such figures were. TFLOP/s and MFU count the full square of attention, as "
+    "the log of a run does."
 )
 
 
@@ -66,6 +68,10 @@ def command_line(plan: Plan, option: Option, args: Any) -> str:
     return f"{environment} megatron {args.command} --model {model} --dataset <data> {flags}"
 
 
+def _quoted(value: Any) -> str:
+    return " ".join(map(shlex.quote, value)) if isinstance(value, list) else shlex.quote(str(value))
+
+
 def folder_of(model: str) -> str:
     """What --model of a training command takes, where the plan was given a config.json."""
     path = Path(model)
@@ -83,14 +89,14 @@ def flags_of(shape: ModelShape, option: Option, args: Any) -> list[tuple[str, An
         if (getattr(layout, axis) or 1) > 1:
             flags.append((flag, getattr(layout, axis)))
     if not option.is_even:
-        flags.append(
-            ("pipeline_model_parallel_layout", pipeline_letters(option.counts, shape.num_mtp_layers))
-        )
+        flags.append((LAYOUT, render_stages(with_ends(option.counts, mtp=shape.num_mtp_layers))))
+    if shape.num_mtp_layers:
+        flags.append(("mtp_num_layers", shape.num_mtp_layers))
     if layout.sequence_parallel:
         flags.append(("sequence_parallel", "true"))
     flags.append(("recompute_granularity", run.recompute.granularity))
     if run.recompute.granularity == "selective":
-        flags.append(("recompute_modules", " ".join(sorted(run.recompute.modules))))
+        flags.append(("recompute_modules", sorted(run.recompute.modules)))
     if args.torch_dtype != "bfloat16":
         flags.append(("torch_dtype", args.torch_dtype))
     if args.optimizer != "adam":

@@ -126,18 +126,6 @@ def spread_layers(layers: int, layout: Layout) -> list[int]:
     return [base + (chunk in middle_first[:more]) for chunk in range(chunks)]
 
 
-def pipeline_letters(counts: list[int], num_mtp_layers: int = 0) -> str:
-    """An uneven pipeline in megatron-core's letters, such as 'Et|tt|tt|tL', for --pipeline_model_parallel_layout."""
-    stages = [_repeat("t", count) for count in counts]
-    stages[0] = "E" + stages[0]
-    stages[-1] += "m" * num_mtp_layers + "L"
-    return "|".join(stages)
-
-
-def _repeat(letter: str, count: int) -> str:
-    return letter * count if count < 4 else f"{letter}*{count}"
-
-
 def _speed(option: Option) -> float:
     return option.time.tokens_per_s_per_gpu
 

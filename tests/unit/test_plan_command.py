@@ -15,7 +15,7 @@ from mcore_swift.plan import Layout, ModelShape, check_layout
 from mcore_swift.plan.gpus import GPUS
 from mcore_swift.plan.memory import GIB, Recompute, Run, stages_of
 from mcore_swift.plan.planner import memory_notice, of_driver
-from mcore_swift.plan.search import Wish, layouts, pipeline_letters, spread_layers
+from mcore_swift.plan.search import Wish, layouts, spread_layers
 from mcore_swift.plan.timing import Cluster, step_time
 
 DENSE = {
@@ -30,7 +30,7 @@ MOE = {
     "max_position_embeddings": 40960,
 }  # fmt: skip
 # flags of training that others may still be at work on; the planner is to be right about their names
-_COMING = ("context_parallel_size", "expert_", "pipeline_model_parallel_layout")
+_COMING = ("context_parallel_size", "expert_")
 
 
 @pytest.fixture
@@ -182,11 +182,6 @@ def test_laws_of_time() -> None:
     assert across.tp > inside.tp and across.tokens_per_s_per_gpu < inside.tokens_per_s_per_gpu
 
 
-def test_uneven_pipelines_in_letters() -> None:
-    assert pipeline_letters([2, 3, 5, 1]) == "Ett|ttt|t*5|tL"
-    assert pipeline_letters([1, 1], num_mtp_layers=1) == "Et|tmL"
-
-
 def test_a_run_that_is_about_to_need_too_much_is_told_so() -> None:
     shape = ModelShape.from_config_dict(DENSE)
     gpu = of_driver("NVIDIA H100 80GB HBM3, 81559 MiB")
@@ -198,3 +193,8 @@ def test_a_run_that_is_about_to_need_too_much_is_told_so() -> None:
     assert small is not None and "estimated to need" in small and "estimated to fit" in small
     args = dataclasses.replace(args, tensor_model_parallel_size=4, sequence_parallel=True)
     assert memory_notice(args, shape, 8, gpu) is None
+    heavy = {"pipeline_model_parallel_size": 4, "pipeline_model_parallel_layout": "Et*26|tt|tt|ttL"}
+    args = dataclasses.replace(args, tensor_model_parallel_size=1, sequence_parallel=False, **heavy)
+    assert memory_notice(args, shape, 8, gpu) is not None
+    even = dataclasses.replace(args, pipeline_model_parallel_layout=None, recompute_granularity="full")
+    assert memory_notice(even, shape, 8, gpu) is None
