@@ -16,7 +16,8 @@ class DataArguments(Arguments):
     dataset: list[str] = arg(
         [],
         "training files or folders (json, jsonl, csv, parquet, txt), several are joined; path#N takes N rows. In "
-        "`megatron pt` also token ids that Megatron has written (.bin with .idx, or what both begin with)",
+        "`megatron pt` also token ids that Megatron has written (.bin with .idx, or what both begin with), whose "
+        "documents are cut into pieces of --max_length",
     )
     interleave_prob: list[float] | None = arg(
         None,

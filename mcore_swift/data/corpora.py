@@ -51,7 +51,8 @@ class IndexedStore:
             starts, lengths = starts[documents], lengths[documents]
         rows, cut = len(lengths), 0
         if max_length is not None:
-            cut = int((lengths > max_length).sum())
+            if truncation_strategy in ("left", "right"):
+                cut = int((lengths > max_length).sum())
             starts, lengths = _cut(starts, lengths, max_length, truncation_strategy)
         learnable = lengths > 1  # the first token is nobody's target
         self._starts, self.lengths = starts[learnable], lengths[learnable]

@@ -84,9 +84,10 @@ def is_uneven(args: Any) -> bool:
     return any(getattr(args, name, None) not in (None, False, "") for name in UNEVEN_FLAGS)
 
 
-def predicted_tokens(args: Any) -> int:
-    """Layers of multi-token prediction that the model is built with."""
-    return getattr(args, "mtp_num_layers", None) or 0
+def predicted_tokens(args: Any, shape: "ModelShape | None" = None) -> int:
+    """Layers of multi-token prediction that the model is built with: those asked for, else those it has."""
+    asked = getattr(args, "mtp_num_layers", None)
+    return asked if asked is not None else getattr(shape, "num_mtp_layers", 0)
 
 
 def with_ends(counts: Sequence[int], *, mtp: int = 0) -> list[str]:

@@ -78,16 +78,17 @@ def stage_problems(layout: Layout, shape: ModelShape, args: Any) -> list[UserErr
     if layout.pp == 1:
         return []
     layers, given = shape.num_layers, getattr(args, LAYOUT, None)
+    mtp = predicted_tokens(args, shape)
     if given:
-        return list(_layout_problems(parse_stages(given), layout, layers, predicted_tokens(args)))
+        return list(_layout_problems(parse_stages(given), layout, layers, mtp))
     if getattr(args, FIRST, None) is not None or getattr(args, LAST, None) is not None:
-        return list(_ends_problems(layout, layers, args))
+        return list(_ends_problems(layout, layers, args, mtp))
     try:
         if all(stage_letters(layout, layers, args)):
             return []
     except UserError:
         pass
-    return [_uneven_problem(layout, layers, args)]
+    return [_uneven_problem(layout, layers, args, mtp)]
 
 
 def working_flags(layout: Layout, layers: int, mtp: int = 0) -> str:
@@ -114,7 +115,7 @@ def balanced(layers: int, stages: int, mtp: int = 0) -> list[str]:
     return with_ends(counts, mtp=mtp)
 
 
-def _uneven_problem(layout: Layout, layers: int, args: Any) -> UserError:
+def _uneven_problem(layout: Layout, layers: int, args: Any, mtp: int) -> UserError:
     """The layers, with embedding and loss where they count, are not divided by the stages."""
     counted = [name for name in (EMBEDDING, LOSS) if getattr(args, name, False)]
     units, vpp = layers + len(counted), layout.vpp or 1
@@ -131,7 +132,7 @@ def _uneven_problem(layout: Layout, layers: int, args: Any) -> UserError:
         nearest = f"the nearest possible in equal stages is {chosen}"
     if layers + 2 < layout.pp * vpp:  # even with stages for embedding and loss alone, some would hold nothing
         return UserError(reason, nearest or f"use --{_PP} 1")
-    working = working_flags(layout, layers, predicted_tokens(args)).split(" --")
+    working = working_flags(layout, layers, mtp).split(" --")
     working = [f"--{flag.removeprefix('--')}" for flag in working if flag]
     added = [flag for flag in working if flag.split()[0][2:] not in counted]
     dropped = [f"--{name}" for name in counted if f"--{name} true" not in working]
@@ -139,7 +140,7 @@ def _uneven_problem(layout: Layout, layers: int, args: Any) -> UserError:
     return UserError(reason, "; ".join(filter(None, [" and ".join(steps), nearest])))
 
 
-def _ends_problems(layout: Layout, layers: int, args: Any) -> Iterator[UserError]:
+def _ends_problems(layout: Layout, layers: int, args: Any, mtp: int) -> Iterator[UserError]:
     """Layers of the first or last stage are given, and the rest cannot be shared by the others."""
     first, last = getattr(args, FIRST, None), getattr(args, LAST, None)
     vpp = layout.vpp or 1
@@ -164,7 +165,7 @@ def _ends_problems(layout: Layout, layers: int, args: Any) -> Iterator[UserError
         )
         remedy = f"the nearest possible is {_written(*near)}"
     else:
-        flags = working_flags(layout, layers, predicted_tokens(args))
+        flags = working_flags(layout, layers, mtp)
         remedy = f"take {flags} instead" if flags else "leave them out"
     yield UserError(f"{given}: {reason}", remedy)
 

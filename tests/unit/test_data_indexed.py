@@ -65,8 +65,9 @@ def test_documents_are_cut_at_max_length(prefix):
     pieces = [[5, 6, 7], long[:10], long[10:20], long[20:], DOCUMENTS[4][:10], DOCUMENTS[4][10:]]
     cut = store(prefix)
     assert samples(cut) == pieces and cut.lengths.tolist() == [len(piece) for piece in pieces]
-    assert (cut.report.rows, cut.report.samples, cut.report.tokens, cut.report.truncated) == (5, 6, 41, 2)
+    assert (cut.report.rows, cut.report.samples, cut.report.tokens, cut.report.truncated) == (5, 6, 41, 0)
     assert cut.report.dropped == {"nothing to learn": 2}  # the empty one and that of one token
+    assert store(prefix, how="right").report.truncated == 2
     assert samples(store(prefix, how="right")) == [[5, 6, 7], long[:10], DOCUMENTS[4][:10]]
     assert samples(store(prefix, how="left")) == [[5, 6, 7], long[-10:], DOCUMENTS[4][-10:]]
     assert samples(store(prefix, max_length=None)) == [DOCUMENTS[0], long, DOCUMENTS[4]]

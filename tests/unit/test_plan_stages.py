@@ -1,5 +1,6 @@
 """What each pipeline stage holds: as megatron-core builds it; impossible splits are refused with possible flags."""
 
+import dataclasses
 import itertools
 import shlex
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ from mcore_swift.config import MegatronSftArguments, parse
 from mcore_swift.errors import UserError
 from mcore_swift.plan import Layout, ModelShape, check_layout, stage_layers
 from mcore_swift.plan.stages import parse_stages, render_stages
-from mcore_swift.plan.stages_check import balanced
+from mcore_swift.plan.stages_check import balanced, stage_problems
 
 
 def shape_of(layers: int) -> ModelShape:
@@ -197,6 +198,19 @@ def test_a_list_in_a_yaml_file(tmp_path):
     assert args.virtual_pipeline_model_parallel_size == 2
     assert parse_stages(args.pipeline_model_parallel_layout) == ["Et", "t", "t", "tL"]
     assert MegatronSftArguments.from_dict(args.to_dict()) == args
+
+
+def test_layers_of_multi_token_prediction_are_those_of_the_model_unless_flags_say_otherwise():
+    shape = dataclasses.replace(shape_of(4), num_mtp_layers=1)
+
+    def told(letters: str, **flags: int) -> str:
+        args = SimpleNamespace(pipeline_model_parallel_layout=letters, **flags)
+        return "\n".join(str(problem) for problem in stage_problems(Layout(pp=2), shape, args))
+
+    assert told("Ett|ttmL") == told("Ett|ttL", mtp_num_layers=0) == ""
+    assert "nearest possible is --pipeline_model_parallel_layout 'Ett|ttmL'" in told("Ett|ttL")
+    assert "m (multi-token prediction) is on the first pipeline rank" in told("Ettttm|L")
+    assert "a decoder layer (t) follows" in told("Ett|tmtL")
 
 
 def test_another_mistake_is_told_beside_the_stages():
