@@ -1,7 +1,8 @@
 """A live model out to Hugging Face names: as an iterator of tensors, or into a folder that every rank writes to.
 
 Each HF tensor has one owner, which receives the parts that other ranks of its model copy hold, point to point
-and a bucket at a time. Nothing crosses pipeline stages, and no rank holds more than a bucket (or one tensor).
+and a bucket at a time. Nothing crosses pipeline stages, and no rank holds more than a bucket (or, where whole
+tensors are asked for, one tensor).
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,11 +14,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from converters.budget import UNBOUNDED, Budget
 from converters.export_plan import Holding, Piece, TensorPlan, plan_export
 from converters.hf_writer import HFWriter, plan_files, write_index
 from converters.pending import check_free_space, pending_directory
 from converters.ranks import Ranks
+from converters.regions import relative
+from converters.safetensors_format import TensorSpec
 from converters.side_files import copy_side_files
+from mcore_swift.errors import UserError
 from mcore_swift.models.rules import RuleTable, as_slices, region_shape
 from mcore_swift.models.shards import LiveShard, live_shards
 
@@ -53,7 +58,9 @@ def hf_weights(
     """
     ranks = ranks or Ranks()
     shards = live_shards(model_chunks)
-    yield from _gather(_plan(shards, table, bucket_bytes, dtype, ranks), shards, ranks)
+    plans = _plan(shards, table, bucket_bytes, dtype, ranks)
+    for members in _gather(plans, shards, ranks):
+        yield Bucket({plan.spec.name: tensor for plan, tensor in members})
 
 
 def export_hf(
@@ -65,15 +72,29 @@ def export_hf(
     dtype: torch.dtype | None = None,
     exist_ok: bool = False,
     ranks: Ranks | None = None,
+    budget: Budget = UNBOUNDED,
 ) -> None:
     """Write the model as a Hugging Face checkpoint that appears under `out_dir` only when it is complete.
 
-    source_dir: where config, tokenizer and chat template are copied from.
+    source_dir: where config, tokenizer and chat template are copied from. budget: of the pieces gathered.
     Collective. Raises UserError on every rank if `out_dir` is not empty (unless exist_ok) or the disk is full.
     """
     ranks = ranks or Ranks()
     with pending_directory(out_dir, ranks, exist_ok) as folder:
-        write_hf(model_chunks, table, source_dir, folder, max_shard_bytes, dtype, ranks)
+        write_hf(model_chunks, table, source_dir, folder, max_shard_bytes, dtype, ranks, budget)
+
+
+def check_budget(model_chunks: Chunks, table: RuleTable, budget: Budget, ranks: Ranks) -> None:
+    """Raise UserError, on every rank, if `write_hf` could not keep to the budget. Collective."""
+    error = None
+    try:
+        for shard in live_shards(model_chunks):
+            rule = table.by_mcore[shard.key]
+            shapes = rule.hf_shapes(shard.global_shape)
+            budget.check(TensorSpec(name, shapes[name], shard.data.dtype) for name in rule.hf)
+    except UserError as mistake:
+        error = mistake
+    ranks.agree(error)
 
 
 def write_hf(
@@ -84,23 +105,26 @@ def write_hf(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     dtype: torch.dtype | None = None,
     ranks: Ranks | None = None,
+    budget: Budget = UNBOUNDED,
 ) -> None:
     """What `export_hf` does, straight into an existing folder: for a caller that makes the folder atomic itself."""
     ranks, folder = ranks or Ranks(), Path(folder)
     shards = live_shards(model_chunks)
-    plans = _plan(shards, table, BUCKET_BYTES, dtype, ranks)
+    bucket_bytes = budget.piece(BUCKET_BYTES)
+    plans = _plan(shards, table, bucket_bytes, dtype, ranks, part_bytes=bucket_bytes)
+    budget.check(plan.spec for plan in plans)
     files = plan_files(_specs_by_rank(plans, ranks.size), max_shard_bytes)
     error: Exception | None = None
     try:
         if ranks.is_first:
-            check_free_space(folder, sum(plan.spec.nbytes for plan in plans))
+            check_free_space(folder, sum(plan.nbytes for plan in plans))
     except Exception as raised:  # whatever it is, no rank may go on alone
         error = raised
     ranks.agree(error)
     writer = HFWriter(folder, files, ranks.rank)
     try:
-        for bucket in _gather(plans, shards, ranks):
-            error = error or _write_bucket(writer, bucket)
+        for members in _gather(plans, shards, ranks):
+            error = error or _write_members(writer, members)
         if error is None:
             writer.close()
             if ranks.is_first:
@@ -113,27 +137,33 @@ def write_hf(
     ranks.agree(error)
 
 
-def _write_bucket(writer: HFWriter, bucket: Bucket) -> Exception | None:
+def _write_members(writer: HFWriter, members: Sequence[tuple[TensorPlan, torch.Tensor]]) -> Exception | None:
     """A full disk on one rank must not leave the others waiting: it goes on sending, and tells at the end."""
     try:
-        for name, tensor in bucket.tensors.items():
-            writer.write(name, tensor)
+        for plan, tensor in members:
+            writer.write(plan.spec.name, tensor)
     except Exception as raised:
         return raised
     return None
 
 
 def _plan(
-    shards: Sequence[LiveShard], table: RuleTable, bucket_bytes: int, dtype: torch.dtype | None, ranks: Ranks
+    shards: Sequence[LiveShard],
+    table: RuleTable,
+    bucket_bytes: int,
+    dtype: torch.dtype | None,
+    ranks: Ranks,
+    part_bytes: int | None = None,
 ) -> list[TensorPlan]:
     held = [Holding(shard.key, shard.region, shard.global_shape, shard.data.dtype) for shard in shards]
-    return plan_export(ranks.gather(held), table, bucket_bytes, dtype)
+    return plan_export(ranks.gather(held), table, bucket_bytes, dtype, part_bytes=part_bytes)
 
 
 def _specs_by_rank(plans: Sequence[TensorPlan], size: int) -> list[list]:
     specs: list[list] = [[] for _ in range(size)]
     for plan in plans:
-        specs[plan.owner].append(plan.spec)
+        if not specs[plan.owner] or specs[plan.owner][-1] != plan.spec:  # the next part of the same tensor
+            specs[plan.owner].append(plan.spec)
     return specs
 
 
@@ -142,16 +172,18 @@ def _common_dtype(plans: Sequence[TensorPlan]) -> torch.dtype | None:
     return dtypes.pop() if len(dtypes) == 1 else None
 
 
-def _gather(plans: Sequence[TensorPlan], shards: Sequence[LiveShard], ranks: Ranks) -> Iterator[Bucket]:
-    """Go through the rounds this rank takes part in; give the tensors it owns after each."""
+def _gather(
+    plans: Sequence[TensorPlan], shards: Sequence[LiveShard], ranks: Ranks
+) -> Iterator[list[tuple[TensorPlan, torch.Tensor]]]:
+    """Go through the rounds this rank takes part in; give the tensors, or parts, that it owns after each."""
     mine = [plan for plan in plans if ranks.rank in plan.participants]
     for _, members in groupby(sorted(mine, key=lambda plan: plan.round), key=lambda plan: plan.round):
-        yield Bucket(_exchange(list(members), shards, ranks))
+        yield _exchange(list(members), shards, ranks)
 
 
 def _exchange(
     plans: Sequence[TensorPlan], shards: Sequence[LiveShard], ranks: Ranks
-) -> dict[str, torch.Tensor]:
+) -> list[tuple[TensorPlan, torch.Tensor]]:
     """One round: one message from each rank to each owner, all pieces of the round in it in plan order."""
     outgoing: dict[int, list[tuple[TensorPlan, Piece]]] = {}
     incoming: dict[int, list[tuple[TensorPlan, Piece]]] = {}
@@ -168,13 +200,13 @@ def _exchange(
             part.copy_(_local(piece, shards))
     received = {peer: _message(pieces, device) for peer, pieces in incoming.items()}
     _communicate(sent, received, ranks)
-    owned = {
-        plan.spec.name: _own_part(plan, shards, ranks.rank) for plan in plans if plan.owner == ranks.rank
-    }
+    mine = [plan for plan in plans if plan.owner == ranks.rank]
+    owned = {(plan.spec.name, plan.region): _own_part(plan, shards, ranks.rank) for plan in mine}
     for peer, pieces in incoming.items():
         for (plan, piece), part in zip(pieces, _parts(received[peer], pieces), strict=True):
-            owned[plan.spec.name][as_slices(piece.block.hf)] = part
-    return owned
+            place = relative(piece.block.hf, plan.region)
+            owned[plan.spec.name, plan.region][as_slices(place)] = part
+    return [(plan, owned[plan.spec.name, plan.region]) for plan in mine]
 
 
 def _communicate(sent: dict[int, torch.Tensor], received: dict[int, torch.Tensor], ranks: Ranks) -> None:
@@ -192,9 +224,9 @@ def _own_part(plan: TensorPlan, shards: Sequence[LiveShard], rank: int) -> torch
     local = [piece for piece in plan.pieces if piece.source == rank]
     if len(plan.pieces) == len(local) == 1:
         return _local(local[0], shards).to(plan.spec.dtype)
-    whole = torch.empty(plan.spec.shape, dtype=plan.spec.dtype, device=shards[0].data.device)
+    whole = torch.empty(region_shape(plan.region), dtype=plan.spec.dtype, device=shards[0].data.device)
     for piece in local:
-        whole[as_slices(piece.block.hf)] = _local(piece, shards)
+        whole[as_slices(relative(piece.block.hf, plan.region))] = _local(piece, shards)
     return whole
 
 

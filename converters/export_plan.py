@@ -5,15 +5,15 @@ hold a part of it, so that weights never leave their pipeline stage, and bytes a
 tensor-parallel ranks and the data-parallel copies.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from converters.hf_writer import MIN_RANK_BYTES
-from converters.regions import numel
+from converters.regions import clip, numel, slabs
 from converters.safetensors_format import TensorSpec
-from mcore_swift.models.rules import Block, Region, Rule, RuleTable, Shape
+from mcore_swift.models.rules import Block, Region, Rule, RuleTable, Shape, full_region
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,17 @@ class Piece:
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """One HF tensor: its owner, the pieces it is made of, and the round of exchange it takes part in."""
+    """An HF tensor or a region of it: its owner, the pieces it is made of, and its round of exchange."""
 
     spec: TensorSpec
+    region: Region
     owner: int
     pieces: tuple[Piece, ...]
     round: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return numel(self.region) * self.spec.dtype.itemsize
 
     @property
     def participants(self) -> set[int]:
@@ -55,9 +60,11 @@ def plan_export(
     bucket_bytes: int,
     dtype: torch.dtype | None = None,
     min_rank_bytes: int = MIN_RANK_BYTES,
+    part_bytes: int | None = None,
 ) -> list[TensorPlan]:
     """Plan for all HF tensors, in writing order. holdings: of each rank, in the order of its shards.
 
+    part_bytes: larger tensors are cut, into regions that follow one another in a file; None leaves them whole.
     Raises ValueError if the ranks together do not hold a tensor of the table.
     """
     holders: dict[str, dict[Region, list[tuple[int, int]]]] = {}
@@ -79,6 +86,8 @@ def plan_export(
             load[plan.owner] += spec.nbytes
             plans.append(plan)
     plans.sort(key=lambda plan: -plan.spec.dtype.itemsize)
+    if part_bytes is not None:
+        plans = [part for plan in plans for part in _parts(plan, part_bytes)]
     return _in_rounds(plans, len(holdings), bucket_bytes)
 
 
@@ -131,7 +140,18 @@ def _assign(
         raise ValueError(f"the ranks together hold {covered} values of {spec.name}, not {spec.shape}")
     owner, number = best
     pieces = tuple(Piece(*copies[number][region], block) for region, block in blocks)
-    return TensorPlan(spec, owner, pieces)
+    return TensorPlan(spec, full_region(spec.shape), owner, pieces)
+
+
+def _parts(plan: TensorPlan, part_bytes: int) -> Iterator[TensorPlan]:
+    """The regions of a tensor, in the order they are written, with the same owner."""
+    if plan.nbytes <= part_bytes:
+        yield plan
+        return
+    for region in slabs(plan.spec.shape, plan.spec.dtype.itemsize, part_bytes):
+        clipped = ((piece, clip(piece.block, region)) for piece in plan.pieces)
+        pieces = tuple(replace(piece, block=block) for piece, block in clipped if block is not None)
+        yield replace(plan, region=region, pieces=pieces)
 
 
 def _cost(rank: int, load: list[int], min_rank_bytes: int) -> tuple[int, int]:
@@ -149,7 +169,7 @@ def _in_rounds(plans: list[TensorPlan], ranks: int, bucket_bytes: int) -> list[T
     for plan in plans:
         members = plan.participants
         number = max(rounds[rank] for rank in members)
-        size = plan.spec.nbytes
+        size = plan.nbytes
         if any(
             rounds[rank] == number and filled[rank] and filled[rank] + size > bucket_bytes for rank in members
         ):

@@ -1,13 +1,14 @@
 """Reading a Hugging Face checkpoint by regions: one safetensors file, or several with an index."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from converters.dequantize import Source, dequantized
+from converters.regions import numel
 from converters.safetensors_format import parse_file
 from converters.stored import RegionReader, StoredTensor
 from mcore_swift.errors import UserError, raise_together
@@ -60,6 +61,13 @@ class HFReader:
         return sum(part.nbytes for tensor in self.tensors.values() for part in tensor.parts)
 
     @property
+    def files(self) -> set[Path]:
+        """What is read: weights, and the config that says how they are stored."""
+        weights = {part.path for tensor in self.tensors.values() for part in tensor.parts}
+        config = self.model_dir / "config.json"
+        return weights | ({config} if config.is_file() else set())
+
+    @property
     def bytes_read(self) -> int:
         """Bytes of tensors that were read from files so far."""
         return self._reader.bytes_read
@@ -78,6 +86,13 @@ class HFReader:
         one of a few megabytes.
         """
         self.tensors[name].copy(self._reader, region, out)
+
+    def files_of(self, name: str, region: Region) -> Iterator[tuple[Path, int]]:
+        """Which files are read for a region, and about how many bytes of each."""
+        tensor = self.tensors[name]
+        share = numel(region) / max(1, numel(full_region(tensor.shape)))
+        for part in tensor.parts:
+            yield part.path, round(part.nbytes * share)
 
     def close(self) -> None:
         self._reader.close()

@@ -11,6 +11,7 @@ from typing import BinaryIO
 import torch
 
 from converters.hf_reader import INDEX_FILE, SINGLE_FILE
+from converters.journal import Checksum, Entry, Journal, open_at
 from converters.pending import disk_errors
 from converters.safetensors_format import TensorSpec, serialize_header
 
@@ -81,11 +82,16 @@ def write_index(folder: Path, files: Sequence[PlannedFile]) -> None:
 class HFWriter:
     """Writes one rank's files. Tensors must come in the planned order, each whole or in consecutive parts.
 
+    journal: is told of each part, and of how much an earlier attempt has left; the parts that it has kept must be
+    told with `skip`, and are not written again.
     Raises UserError if the disk is full or refuses.
     """
 
-    def __init__(self, folder: Path, files: Sequence[PlannedFile], rank: int = 0) -> None:
+    def __init__(
+        self, folder: Path, files: Sequence[PlannedFile], rank: int = 0, journal: Journal | None = None
+    ) -> None:
         self._folder = folder
+        self._journal = journal
         self._files = [file for file in files if file.rank == rank]
         self._pending = [(file, spec) for file in self._files for spec in file.specs]
         self._position = 0
@@ -94,16 +100,32 @@ class HFWriter:
 
     def write(self, name: str, part: torch.Tensor) -> None:
         """Append `part` (row-major, of the planned dtype) to tensor `name`."""
-        file, spec = self._pending[self._position]
-        if name != spec.name or part.dtype != spec.dtype or self._filled + part.nbytes > spec.nbytes:
-            raise ValueError(f"{spec} is due at byte {self._filled}, not {part.nbytes} bytes of {name}")
+        file = self._due(name, part.nbytes, part.dtype)
         with disk_errors(self._folder / file.name):
-            stream = self._stream(file)
+            stream, start, checksum = self._stream(file)
             data = memoryview(part.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+            if checksum:
+                checksum.update(data)
             while data:
                 data = data[stream.write(data) :]
-        self._filled += part.nbytes
-        if self._filled == spec.nbytes:
+            if self._journal and checksum:
+                self._journal.add(Entry(file.name, start, stream.tell(), checksum.value))
+        self._advance(part.nbytes)
+
+    def skip(self, name: str, nbytes: int) -> None:
+        """The next part of `name` is on disk already."""
+        self._due(name, nbytes, None)
+        self._advance(nbytes)
+
+    def _due(self, name: str, nbytes: int, dtype: torch.dtype | None) -> PlannedFile:
+        file, spec = self._pending[self._position]
+        if name != spec.name or dtype not in (None, spec.dtype) or self._filled + nbytes > spec.nbytes:
+            raise ValueError(f"{spec} is due at byte {self._filled}, not {nbytes} bytes of {name}")
+        return file
+
+    def _advance(self, nbytes: int) -> None:
+        self._filled += nbytes
+        if self._filled == self._pending[self._position][1].nbytes:
             self._position, self._filled = self._position + 1, 0
 
     def close(self) -> None:
@@ -127,15 +149,23 @@ class HFWriter:
             self._open[1].close()
             self._open = None
 
-    def _stream(self, file: PlannedFile) -> BinaryIO:
-        if self._open is None or self._open[0] is not file:
-            self._close_file()
-            # Unbuffered: parts are large, and an error shows at the write that caused it.
-            self._open = file, (self._folder / file.name).open("wb", buffering=0)
+    def _stream(self, file: PlannedFile) -> tuple[BinaryIO, int, Checksum | None]:
+        """The file to write to, where the next piece starts, and the checksum of what of it is written (a header)."""
+        checksum = Checksum() if self._journal else None
+        if self._open is not None and self._open[0] is file:
+            return self._open[1], self._open[1].tell(), checksum
+        self._close_file()
+        kept = self._journal.end_of(file.name) if self._journal else 0
+        # Unbuffered: parts are large, and an error shows at the write that caused it.
+        stream = open_at(self._folder / file.name, kept)
+        self._open = file, stream
+        if not kept:
             header = memoryview(serialize_header(file.specs))
+            if checksum:
+                checksum.update(header)
             while header:
-                header = header[self._open[1].write(header) :]
-        return self._open[1]
+                header = header[stream.write(header) :]
+        return stream, kept, checksum
 
     def _close_file(self) -> None:
         if self._open is not None:

@@ -1,21 +1,24 @@
 """`megatron export`: a Hugging Face checkpoint to megatron-core's, or back, and the proof that both agree."""
 
 import os
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from converters import stream
+from converters.attempt import identity
+from converters.budget import Budget
 from converters.hf_reader import HFReader
+from converters.journal import Journal
 from converters.manifest import Manifest, versions
 from converters.pending import disk_errors, pending_directory
+from converters.progress import Shown, size
 from converters.ranks import Ranks
 from converters.side_files import copy_side_files
 from converters.torch_dist_reader import MCoreReader
@@ -23,6 +26,9 @@ from mcore_swift.config.checkpoint import size_bytes
 from mcore_swift.errors import UserError
 from mcore_swift.observability import configure_logging
 from mcore_swift.plan.layout import Layout
+
+if TYPE_CHECKING:
+    from mcore_swift.models.reading import ModelPlan
 
 MCORE = "mcore"
 ROWS = 4
@@ -38,60 +44,103 @@ def export_main(args: Any) -> int:
     """
     configure_logging()
     with _processes(args) as ranks:
-        if args.to_mcore:
-            to_mcore(args, ranks)
-        else:
-            to_hf(args, ranks)
+        convert(args, ranks)
         if args.test_convert_precision:
             check_precision(args, ranks)
     return 0
 
 
-def to_mcore(args: Any, ranks: Ranks) -> None:
-    """--model -> --output_dir, a folder laid out like the checkpoints of a training run."""
-    plan = _read_plan(args.model)
-    with HFReader(args.model) as reader:
-        source = f"{args.model} ({_size(reader.nbytes)})"
-        dtype = _dtype(args.torch_dtype)
-        with pending_directory(args.output_dir, ranks, args.exist_ok) as folder:
-            ranks.agree(_made(folder / MCORE) if ranks.is_first else None)
-            with Progress(f"{source} -> {args.output_dir}", reader.nbytes, ranks) as progress:
-                stream.hf_to_mcore(reader, plan.table, folder / MCORE, dtype, ranks, progress)
-            if ranks.is_first:
-                stored = dtype or _common_dtype(reader.dtype(name) for name in reader.names)
-                copy_side_files(args.model, folder, stored)
-                with disk_errors(folder):
-                    args.save(folder)
-                Manifest(
-                    holds=["weights"],
-                    dtype=stored and str(stored).removeprefix("torch."),
-                    family=plan.family.name,
-                    versions=versions(),
-                    args="args.json",
-                ).write(folder)
+@dataclass(frozen=True)
+class Source:
+    """What a conversion reads: an open checkpoint, and the model it is of. description: where config.json is."""
+
+    folder: str
+    description: str
+    reader: HFReader | MCoreReader
+    model: "ModelPlan"
 
 
-def to_hf(args: Any, ranks: Ranks) -> None:
-    """--mcore_model -> --output_dir, a Hugging Face checkpoint."""
-    source_dir = hf_source(args)
-    plan = _read_plan(source_dir)
-    with MCoreReader(args.mcore_model) as reader:
-        nbytes = sum(spec.nbytes for spec in reader.specs.values())
-        source = f"{args.mcore_model} ({_size(nbytes)})"
-        with (
-            pending_directory(args.output_dir, ranks, args.exist_ok) as folder,
-            Progress(f"{source} -> {args.output_dir}", nbytes, ranks) as progress,
-        ):
-            stream.mcore_to_hf(
-                reader,
-                plan.table,
-                source_dir,
-                folder,
-                size_bytes(args.max_shard_size),
-                _dtype(args.torch_dtype),
-                ranks,
-                progress,
-            )
+@contextmanager
+def open_source(args: Any) -> Iterator[Source]:
+    """--model or --mcore_model, by the direction asked for. Raises UserError if it is broken."""
+    staging = Budget.of(args.memory_budget).staging
+    if args.to_mcore:
+        model = _read_plan(args.model)
+        with HFReader(args.model, staging) as reader:
+            yield Source(args.model, args.model, reader, model)
+        return
+    description = hf_source(args)
+    model = _read_plan(description)
+    with MCoreReader(args.mcore_model, staging_bytes=staging) as reader:
+        yield Source(args.mcore_model, description, reader, model)
+
+
+def plan_of(args: Any, source: Source, processes: int) -> stream.MCorePlan | stream.HFPlan:
+    """Who writes what. Raises UserError if checkpoint and model do not fit, or the memory budget is too small."""
+    table, dtype, budget = source.model.table, _dtype(args.torch_dtype), Budget.of(args.memory_budget)
+    if args.to_mcore:
+        return stream.plan_mcore(source.reader, table, dtype, processes, budget)
+    shard = size_bytes(args.max_shard_size)
+    return stream.plan_hf(source.reader, table, shard, dtype, processes, budget)
+
+
+def convert(args: Any, ranks: Ranks) -> None:
+    """--model or --mcore_model -> --output_dir. Collective.
+
+    A folder in torch_dist format is laid out like the checkpoints of a training run.
+    """
+    with open_source(args) as source:
+        plan = plan_of(args, source, ranks.size)
+        with _unfinished(args, ranks, plan, source) as (folder, journal, progress):
+            if args.to_mcore:
+                stream.hf_to_mcore(source.reader, plan, folder / MCORE, ranks, progress, journal)
+            else:
+                stream.mcore_to_hf(source.reader, plan, source.description, folder, ranks, progress, journal)
+            journal.close()
+            if args.to_mcore and ranks.is_first:
+                _describe(args, source, plan, folder)
+
+
+def _describe(args: Any, source: Source, plan: stream.MCorePlan, folder: Path) -> None:
+    """What a torch_dist folder of weights needs beside them."""
+    dtypes = {spec.dtype for spec in plan.specs}
+    stored = dtypes.pop() if len(dtypes) == 1 else None
+    copy_side_files(source.description, folder, stored)
+    with disk_errors(folder):
+        args.save(folder)
+    Manifest(
+        holds=["weights"],
+        dtype=stored and str(stored).removeprefix("torch."),
+        family=source.model.family.name,
+        versions=versions(),
+        args="args.json",
+    ).write(folder)
+
+
+@contextmanager
+def _unfinished(
+    args: Any, ranks: Ranks, plan: stream.MCorePlan | stream.HFPlan, source: Source
+) -> Iterator[tuple[Path, Journal, Shown]]:
+    """The folder that becomes --output_dir, this process's journal in it, and the progress. Collective.
+
+    What an attempt of the same conversion has left there is kept as far as it is sound.
+    """
+    what = f"{source.folder} ({size(source.reader.nbytes)}) -> {args.output_dir}"
+    attempt = identity(plan, source.reader.files)
+    with pending_directory(args.output_dir, ranks, args.exist_ok, attempt) as folder:
+        weights = folder / MCORE if args.to_mcore else folder
+        ranks.agree(_made(weights) if ranks.is_first else None)
+        journal, error = None, None
+        try:
+            journal = Journal(weights, ranks.rank)
+        except Exception as raised:
+            error = raised
+        ranks.agree(error)
+        kept = sum(ranks.gather(journal.nbytes))
+        if kept and ranks.is_first:
+            print(f"{args.output_dir}: {size(kept)} that an earlier attempt wrote are kept", flush=True)
+        with Shown(what, ranks) as progress:
+            yield folder, journal, progress
 
 
 def hf_source(args: Any) -> str:
@@ -131,40 +180,6 @@ def check_precision(args: Any, ranks: Ranks) -> None:
     )
 
 
-class Progress:
-    """Bytes done and bytes per second: a line that is rewritten on a terminal, and one at the end anywhere."""
-
-    def __init__(self, what: str, total: int, ranks: Ranks) -> None:
-        self._what, self._total, self._ranks = what, total, ranks
-        self._done, self._started, self._shown = 0, time.monotonic(), 0.0
-
-    def __call__(self, nbytes: int) -> None:
-        """This rank has written so many more bytes; the others are taken to be as far."""
-        self._done += nbytes
-        now = time.monotonic()
-        if self._ranks.is_first and sys.stderr.isatty() and now - self._shown > 0.2:
-            self._shown = now
-            done = min(self._done * self._ranks.size, self._total)
-            rate = done / max(now - self._started, 1e-9)
-            print(
-                f"\r{_size(done)} of {_size(self._total)}, {_size(rate)}/s",
-                end=" ",
-                file=sys.stderr,
-            )
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if not self._ranks.is_first:
-            return
-        if sys.stderr.isatty():
-            print("\r" + " " * 60, end="\r", file=sys.stderr)
-        if kind is None:
-            seconds = max(time.monotonic() - self._started, 1e-9)
-            print(f"{self._what}: {seconds:.1f} s, {_size(self._total / seconds)}/s", flush=True)
-
-
 @contextmanager
 def _processes(args: Any) -> Iterator[Ranks]:
     """The processes that convert: those of torchrun, or this one. With a model, megatron-core's groups too."""
@@ -190,20 +205,11 @@ def _read_plan(model_dir: str) -> Any:
 
 def _made(folder: Path) -> Exception | None:
     try:
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
     except OSError as error:
         return error
     return None
 
 
-def _size(nbytes: float) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"
-
-
 def _dtype(name: str | None) -> torch.dtype | None:
     return getattr(torch, name) if name else None
-
-
-def _common_dtype(dtypes: Iterator[torch.dtype]) -> torch.dtype | None:
-    found = set(dtypes)
-    return found.pop() if len(found) == 1 else None

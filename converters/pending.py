@@ -2,10 +2,14 @@
 
 import contextlib
 import errno
+import fcntl
+import json
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from converters.ranks import Ranks
 from mcore_swift.errors import UserError
@@ -14,19 +18,45 @@ WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 """Files of an earlier export that must not stay beside those of a new one."""
 
 
+IDENTITY = ".attempt.json"
+"""In a pending folder: what is being written there, if another attempt may go on with it."""
+
+
+def pending_folder(final: str | Path) -> Path:
+    """Where `pending_directory` writes what becomes `final`."""
+    final = Path(os.path.abspath(final))
+    return final.parent / f".{final.name}.writing"
+
+
+def can_continue(pending: Path, identity: dict[str, Any] | None) -> bool:
+    """Whether a pending folder holds a part of just what `identity` describes."""
+    if identity is None:
+        return False
+    try:
+        found = json.loads((pending / IDENTITY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return found == identity
+
+
 @contextlib.contextmanager
-def pending_directory(final: str | Path, ranks: Ranks, exist_ok: bool = False) -> Iterator[Path]:
+def pending_directory(
+    final: str | Path, ranks: Ranks, exist_ok: bool = False, identity: dict[str, Any] | None = None
+) -> Iterator[Path]:
     """Gives all ranks a temporary folder beside `final`, and renames it to `final` at the end. Collective.
 
     If any rank raises inside, the folder is removed and every rank raises. A kill leaves only a hidden
-    folder `.<name>.writing`, which the next attempt removes. With exist_ok, files that `final` already holds
-    and that are not weights move into the new folder unless it has its own.
+    folder `.<name>.writing`, which the next attempt removes, unless it has the same `identity`: then it gets the
+    folder as it was left, and an interruption (Ctrl-C) leaves it too. With exist_ok, files that `final` already
+    holds and that are not weights move into the new folder unless it has its own.
 
-    Raises UserError if `final` exists and holds something, unless exist_ok.
+    What is in the folder is on the disk, not only in memory, before it gets its name.
+    Raises UserError if `final` exists and holds something, unless exist_ok, or if another process writes it now.
     """
     final = Path(os.path.abspath(final))
-    pending = final.parent / f".{final.name}.writing"
-    ranks.agree(_try(_create, final, pending, exist_ok) if ranks.is_first else None)
+    pending = pending_folder(final)
+    lock: list[int] = []
+    ranks.agree(_try(_create, final, pending, exist_ok, identity, lock) if ranks.is_first else None)
     error: Exception | None = None
     try:
         try:
@@ -34,11 +64,14 @@ def pending_directory(final: str | Path, ranks: Ranks, exist_ok: bool = False) -
         except Exception as raised:  # agreed on, so that no rank waits for one that has left
             error = raised
         ranks.agree(error)
+        ranks.agree(_try(_sync_tree, pending) if _is_first_here(ranks) else None)
         ranks.agree(_try(_rename, final, pending) if ranks.is_first else None)
-    except BaseException:
-        if ranks.is_first:
+    except BaseException as raised:
+        if ranks.is_first and (identity is None or isinstance(raised, Exception)):
             shutil.rmtree(pending, ignore_errors=True)
         raise
+    finally:
+        _release(lock)
 
 
 def _try(action, *arguments) -> Exception | None:
@@ -49,7 +82,9 @@ def _try(action, *arguments) -> Exception | None:
     return None
 
 
-def _create(final: Path, pending: Path, exist_ok: bool) -> None:
+def _create(
+    final: Path, pending: Path, exist_ok: bool, identity: dict[str, Any] | None, lock: list[int]
+) -> None:
     if final.exists() and not final.is_dir():
         raise UserError(f"{final} exists and is no folder", remedy="choose another --output_dir")
     if final.is_dir() and any(final.iterdir()) and not exist_ok:
@@ -57,14 +92,46 @@ def _create(final: Path, pending: Path, exist_ok: bool) -> None:
             f"{final} exists and is not empty", remedy="choose another --output_dir, or add --exist_ok true"
         )
     with disk_errors(pending):
-        shutil.rmtree(pending, ignore_errors=True)
-        pending.mkdir(parents=True)
+        if pending.is_dir():
+            lock.append(_locked(pending))
+        if not can_continue(pending, identity):
+            shutil.rmtree(pending, ignore_errors=True)
+            pending.mkdir(parents=True)
+            _release(lock)
+            lock.append(_locked(pending))
+            if identity is not None:
+                partial = pending / f"{IDENTITY}.new"
+                partial.write_text(json.dumps(identity), encoding="utf-8")
+                partial.replace(pending / IDENTITY)
+
+
+def _locked(folder: Path) -> int:
+    """A descriptor that holds the folder as long as this process lives. Raises UserError if another one does."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(
+            f"{folder} is being written by another process",
+            remedy="wait until it has ended, or choose another --output_dir",
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+    return descriptor
+
+
+def _release(lock: list[int]) -> None:
+    while lock:
+        os.close(lock.pop())
 
 
 def _rename(final: Path, pending: Path) -> None:
     with disk_errors(final):
+        (pending / IDENTITY).unlink(missing_ok=True)
         if not final.exists():
             pending.rename(final)
+            sync(final.parent)
             return
         old = final.parent / f".{final.name}.replaced"
         shutil.rmtree(old, ignore_errors=True)
@@ -74,7 +141,38 @@ def _rename(final: Path, pending: Path) -> None:
             weights = any(entry.match(pattern) for pattern in WEIGHT_FILES)
             if not weights and not (final / entry.name).exists():
                 entry.rename(final / entry.name)
+        sync(final.parent)
         shutil.rmtree(old)
+
+
+def _is_first_here(ranks: Ranks) -> bool:
+    """Whether this process speaks for its machine: what the others on it wrote passed through the same memory."""
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0 if ranks.size > 1 else True
+
+
+def _sync_tree(folder: Path) -> None:
+    """Wait until all that is in a folder is on the disk: its name must not outlive its content in a power failure."""
+    found = [Path(place, name) for place, _, names in os.walk(folder) for name in ("", *names)]
+    with (
+        disk_errors(folder),
+        ThreadPoolExecutor(8, "sync") as threads,
+    ):  # together: one commit of the file system
+        list(threads.map(sync, found))
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the list of names in a folder, is on the disk."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:  # another rank has just finished with it
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot say
+            raise
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ No model is built and no process group is needed; a process holds one bounded pi
 With several processes, each converts a share of the bytes.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -12,10 +13,14 @@ from pathlib import Path
 
 import torch
 
+from converters import torch_dist_writer
+from converters.budget import UNBOUNDED, Budget
 from converters.coverage import check_hf, check_mcore
 from converters.hf_reader import HFReader
 from converters.hf_writer import HFWriter, PlannedFile, in_writing_order, plan_files, share_out, write_index
+from converters.journal import Journal
 from converters.pending import check_free_space
+from converters.progress import Progress, Silent
 from converters.ranks import Ranks
 from converters.read_ahead import read_ahead
 from converters.regions import clip, relative, slabs
@@ -23,7 +28,7 @@ from converters.safetensors_format import TensorSpec
 from converters.side_files import copy_side_files
 from converters.stored import Buffers
 from converters.torch_dist_reader import MCoreReader
-from converters.torch_dist_writer import MCoreWriter
+from converters.torch_dist_writer import Chunk, MCoreWriter, nbytes_of, share_chunks
 from mcore_swift.models.rules import (
     Block,
     Region,
@@ -38,41 +43,102 @@ from mcore_swift.models.rules import (
 PART_BYTES = 8 << 20
 """How much of an HF tensor is put together in memory before it is written: fits a processor's cache."""
 
-Progress = Callable[[int], None]
-"""Called with the bytes of weights written since the last call."""
+
+@dataclass(frozen=True)
+class MCorePlan:
+    """What a Hugging Face checkpoint becomes in torch_dist format: tensors, and the chunks that each process writes."""
+
+    table: RuleTable
+    specs: list[TensorSpec]
+    shares: list[list[Chunk]]
+
+    def nbytes_of(self, rank: int) -> int:
+        """Bytes of weights that a process writes."""
+        return sum(nbytes_of(*chunk) for chunk in self.shares[rank])
 
 
-def silent(nbytes: int) -> None:
-    """The progress of a caller who does not care."""
+@dataclass(frozen=True)
+class HFPlan:
+    """What a torch_dist checkpoint becomes in Hugging Face's format: tensors, files, and who writes which."""
+
+    table: RuleTable
+    specs: list[TensorSpec]
+    files: list[PlannedFile]
+    part_bytes: int
+
+    def files_of(self, rank: int) -> list[PlannedFile]:
+        return [file for file in self.files if file.rank == rank]
+
+    def nbytes_of(self, rank: int) -> int:
+        """Bytes of weights that a process writes."""
+        return sum(spec.nbytes for file in self.files_of(rank) for spec in file.specs)
 
 
-def hf_to_mcore(
+def plan_mcore(
     reader: HFReader,
     table: RuleTable,
-    folder: Path,
     dtype: torch.dtype | None = None,
-    ranks: Ranks | None = None,
-    progress: Progress = silent,
-) -> None:
-    """Write the checkpoint's weights in torch_dist format, into an existing empty folder. Collective.
+    processes: int = 1,
+    budget: Budget = UNBOUNDED,
+) -> MCorePlan:
+    """Plan `hf_to_mcore`. dtype: of the result; None keeps each tensor's own.
 
-    dtype: of the result; None keeps each tensor's own.
-    Raises UserErrors if checkpoint and table do not fit, UserError if the disk is full.
+    Raises UserErrors if checkpoint and table do not fit, UserError if the budget is too small.
     """
-    ranks = ranks or Ranks()
-    shapes = reader.shapes
-    mcore_shapes = check_hf(table, shapes, str(reader.model_dir))
+    mcore_shapes = check_hf(table, reader.shapes, str(reader.model_dir))
     specs = [
         TensorSpec(rule.mcore, mcore_shapes[rule.mcore], dtype or _widest(reader, rule))
         for rule in table.rules
     ]
-    _check_space(folder, specs, ranks)
-    writer = MCoreWriter(folder, specs, ranks)
+    budget.check(specs)
+    chunk_bytes = budget.piece(torch_dist_writer.CHUNK_BYTES)
+    return MCorePlan(table, specs, share_chunks(specs, processes, chunk_bytes))
+
+
+def plan_hf(
+    reader: MCoreReader,
+    table: RuleTable,
+    max_shard_bytes: int,
+    dtype: torch.dtype | None = None,
+    processes: int = 1,
+    budget: Budget = UNBOUNDED,
+) -> HFPlan:
+    """Plan `mcore_to_hf`. dtype: of the result; None keeps each tensor's own.
+
+    Raises UserErrors if checkpoint and table do not fit, UserError if the budget is too small.
+    """
+    check_mcore(table, reader.shapes, str(reader.folder))
+    specs = in_writing_order(spec for rule in table.rules for spec in _hf_specs(reader, rule, dtype))
+    budget.check(specs)
+    files = plan_files(share_out(specs, processes), max_shard_bytes)
+    return HFPlan(table, specs, files, budget.piece(PART_BYTES))
+
+
+def hf_to_mcore(
+    reader: HFReader,
+    plan: MCorePlan,
+    folder: Path,
+    ranks: Ranks | None = None,
+    progress: Progress | None = None,
+    journal: Journal | None = None,
+) -> None:
+    """Write the checkpoint's weights in torch_dist format, into an existing folder. Collective.
+
+    journal: this process's; the pieces that it has kept are not written again.
+    Raises UserError if the disk is full.
+    """
+    ranks, progress = ranks or Ranks(), progress or Silent()
+    _check_space(folder, plan.specs, ranks, journal)
+    shapes = reader.shapes
+    chunks = plan.shares[ranks.rank]
+    writer = MCoreWriter(folder, chunks, ranks, journal)
+    kept = sum(nbytes_of(*chunk) for chunk in chunks[: len(journal.kept) if journal else 0])
+    progress.begin(sum(spec.nbytes for spec in plan.specs), plan.nbytes_of(ranks.rank), kept)
 
     def fill(spec: TensorSpec, region: Region, out: torch.Tensor) -> None:
-        for block in table.by_mcore[spec.name].blocks(region, shapes):
+        for block in plan.table.by_mcore[spec.name].blocks(region, shapes):
             reader.copy_into(block.name, block.hf, block.of(out))
-        progress(out.nbytes)
+        progress.advance(out.nbytes)
 
     _agreeing(ranks, lambda: writer.write(fill))
     writer.finish()
@@ -80,38 +146,34 @@ def hf_to_mcore(
 
 def mcore_to_hf(
     reader: MCoreReader,
-    table: RuleTable,
+    plan: HFPlan,
     source_dir: str | Path,
     folder: Path,
-    max_shard_bytes: int,
-    dtype: torch.dtype | None = None,
     ranks: Ranks | None = None,
-    progress: Progress = silent,
+    progress: Progress | None = None,
+    journal: Journal | None = None,
 ) -> None:
     """Write a torch_dist checkpoint's weights as Hugging Face's, into an existing folder. Collective.
 
-    source_dir: where config, tokenizer and chat template are copied from.
-    dtype: of the result; None keeps each tensor's own.
-    Raises UserErrors if checkpoint and table do not fit, UserError if the disk is full.
+    source_dir: where config, tokenizer and chat template are copied from. journal: as for `hf_to_mcore`.
+    Raises UserError if the disk is full.
     """
-    ranks = ranks or Ranks()
-    check_mcore(table, reader.shapes, str(reader.folder))
-    specs = in_writing_order(spec for rule in table.rules for spec in _hf_specs(reader, rule, dtype))
-    _check_space(folder, specs, ranks)
-    files = plan_files(share_out(specs, ranks.size), max_shard_bytes)
-    _agreeing(ranks, lambda: _write_files(reader, table, folder, files, ranks.rank, progress))
-    dtypes = {spec.dtype for spec in specs}
+    ranks, progress = ranks or Ranks(), progress or Silent()
+    _check_space(folder, plan.specs, ranks, journal)
+    _agreeing(ranks, lambda: _write_files(reader, plan, folder, ranks.rank, progress, journal))
+    dtypes = {spec.dtype for spec in plan.specs}
 
     def finish() -> None:
         if ranks.is_first:
-            write_index(folder, files)
+            write_index(folder, plan.files)
             copy_side_files(source_dir, folder, dtypes.pop() if len(dtypes) == 1 else None)
 
     _agreeing(ranks, finish)
 
 
-def _check_space(folder: Path, specs: list[TensorSpec], ranks: Ranks) -> None:
-    nbytes = sum(spec.nbytes for spec in specs)
+def _check_space(folder: Path, specs: list[TensorSpec], ranks: Ranks, journal: Journal | None) -> None:
+    written = sum(ranks.gather(journal.nbytes if journal else 0))
+    nbytes = sum(spec.nbytes for spec in specs) - written
     _agreeing(ranks, lambda: check_free_space(folder, nbytes) if ranks.is_first else None)
 
 
@@ -126,18 +188,19 @@ def _agreeing(ranks: Ranks, action: Callable[[], None]) -> None:
 
 
 def _write_files(
-    reader: MCoreReader,
-    table: RuleTable,
-    folder: Path,
-    files: list[PlannedFile],
-    rank: int,
-    progress: Progress,
+    reader: MCoreReader, plan: HFPlan, folder: Path, rank: int, progress: Progress, journal: Journal | None
 ) -> None:
-    specs = [spec for file in files if file.rank == rank for spec in file.specs]
-    with HFWriter(folder, files, rank) as writer:
-        for job, part in read_ahead(_parts(reader, table, specs), partial(_fill_part, reader)):
+    specs = [spec for file in plan.files_of(rank) for spec in file.specs]
+    parts = _parts(reader, plan, specs)
+    with HFWriter(folder, plan.files, rank, journal) as writer:
+        done = 0
+        for job in itertools.islice(parts, len(journal.kept) if journal else 0):
+            writer.skip(job.spec.name, nbytes_of(job.spec, job.region))
+            done += nbytes_of(job.spec, job.region)
+        progress.begin(sum(spec.nbytes for spec in plan.specs), plan.nbytes_of(rank), done)
+        for job, part in read_ahead(parts, partial(_fill_part, reader)):
             writer.write(job.spec.name, part)
-            progress(part.nbytes)
+            progress.advance(part.nbytes)
 
 
 @dataclass(frozen=True)
@@ -150,14 +213,14 @@ class _Part:
     blocks: list[Block]
 
 
-def _parts(reader: MCoreReader, table: RuleTable, specs: list[TensorSpec]) -> Iterator[_Part]:
+def _parts(reader: MCoreReader, plan: HFPlan, specs: list[TensorSpec]) -> Iterator[_Part]:
     shapes = reader.shapes
-    for _, group in groupby(specs, key=lambda spec: table.by_hf[spec.name].mcore):
+    for _, group in groupby(specs, key=lambda spec: plan.table.by_hf[spec.name].mcore):
         tensors = list(group)
-        rule = table.by_hf[tensors[0].name]
+        rule = plan.table.by_hf[tensors[0].name]
         blocks = _blocks_by_name(rule, shapes)
         for spec in tensors:
-            for region in slabs(spec.shape, spec.dtype.itemsize, PART_BYTES):
+            for region in slabs(spec.shape, spec.dtype.itemsize, plan.part_bytes):
                 yield _Part(spec, region, rule, blocks[spec.name])
 
 

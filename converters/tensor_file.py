@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from converters.journal import Checksum, Entry, Journal, open_at
 from converters.pending import disk_errors
 
 
@@ -27,18 +28,23 @@ class TensorFile(io.RawIOBase):
 
     with TensorFile(folder / "__0_0.distcp") as file:
         start, length = file.save(tensor)
+
+    journal: is told of each tensor, and how much of the file an earlier attempt has left.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path, self._at = path, 0
+    def __init__(self, path: Path, journal: Journal | None = None) -> None:
+        self._path, self._journal = path, journal
+        self._at = journal.end_of(path.name) if journal else 0
+        self._checksum: Checksum | None = None
         self._error: OSError | None = None
         with disk_errors(path):
             # Unbuffered: tensors are large, and an error shows at the write that caused it.
-            self._raw = path.open("wb", buffering=0)
+            self._raw = open_at(path, self._at)
 
     def save(self, tensor: torch.Tensor) -> tuple[int, int]:
         """Append a tensor, with its whole storage; returns at which byte it starts and how many bytes it took."""
         start = self._at
+        self._checksum = Checksum() if self._journal else None
         with disk_errors(self._path), _no_checksums():
             try:
                 torch.save(tensor, self)
@@ -46,6 +52,8 @@ class TensorFile(io.RawIOBase):
                 if self._error is None:
                     raise
                 raise self._error from None
+        if self._journal and self._checksum:
+            self._journal.add(Entry(self._path.name, start, self._at, self._checksum.value))
         return start, self._at - start
 
     def writable(self) -> bool:
@@ -55,8 +63,10 @@ class TensorFile(io.RawIOBase):
         return self._at
 
     def write(self, data: Any) -> int:
-        rest = memoryview(data)
+        rest = memoryview(data).cast("B")
         size = len(rest)
+        if self._checksum:
+            self._checksum.update(rest)
         try:
             while rest:
                 rest = rest[self._raw.write(rest) :]

@@ -9,14 +9,14 @@ import io
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from converters.regions import intersection, relative
+from converters.regions import intersection, numel, relative
 from converters.safetensors_format import TensorSpec
 from converters.stored import RegionReader, StoredTensor
 from mcore_swift.errors import UserError
@@ -42,14 +42,22 @@ class MCoreReader:
     Raises UserError if the folder is no complete torch_dist checkpoint.
     """
 
-    def __init__(self, folder: str | Path, roots: frozenset[str] = MODEL_ROOTS) -> None:
-        """roots: first names of the tensors to know of; a training checkpoint holds the optimizer's too."""
+    def __init__(
+        self,
+        folder: str | Path,
+        roots: frozenset[str] = MODEL_ROOTS,
+        staging_bytes: int | None = None,
+    ) -> None:
+        """roots: first names of the tensors to know of; a training checkpoint holds the optimizer's too.
+
+        staging_bytes: what it holds at a time of data that cannot be read straight into its target.
+        """
         self.folder = find_torch_dist(folder)
         metadata = _read_metadata(self.folder)
         self.specs: dict[str, TensorSpec] = {}
         self._chunks: dict[str, list[Chunk]] = {}
         self._stored: dict[Chunk, StoredTensor | torch.Tensor] = {}
-        self._reader = RegionReader()
+        self._reader = RegionReader(staging_bytes)
         for key, stored in metadata.state_dict_metadata.items():
             if hasattr(stored, "chunks") and key.split(".")[0] in roots:
                 self.specs[key] = TensorSpec(key, tuple(stored.size), stored.properties.dtype)
@@ -64,6 +72,24 @@ class MCoreReader:
     @property
     def shapes(self) -> dict[str, Shape]:
         return {key: spec.shape for key, spec in self.specs.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(spec.nbytes for spec in self.specs.values())
+
+    @property
+    def files(self) -> set[Path]:
+        """What is read."""
+        chunks = {chunk.path for chunks in self._chunks.values() for chunk in chunks}
+        return chunks | {self.folder / ".metadata"}
+
+    def files_of(self, key: str, region: Region) -> Iterator[tuple[Path, int]]:
+        """Which files are read for a region, and how many bytes of each."""
+        for chunk in self._chunks[key]:
+            common = intersection(chunk.region, region)
+            if common is not None:
+                yield chunk.path, numel(common) * self.specs[key].dtype.itemsize
 
     @property
     def bytes_read(self) -> int:

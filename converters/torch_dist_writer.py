@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from converters.journal import Journal
 from converters.ranks import Ranks
 from converters.read_ahead import read_ahead
 from converters.regions import slabs
@@ -23,53 +24,77 @@ CHUNK_BYTES = 32 << 20
 """Largest chunk that is written: what a reader of any layout fetches to get a part of it."""
 
 
+Chunk = tuple[TensorSpec, Region]
+
+
+def share_chunks(
+    specs: Sequence[TensorSpec], ranks: int, chunk_bytes: int | None = None
+) -> list[list[Chunk]]:
+    """Cut tensors into chunks and those into consecutive runs of about equal bytes, one a rank."""
+    total = max(1, sum(spec.nbytes for spec in specs))
+    shares: list[list[Chunk]] = [[] for _ in range(ranks)]
+    done = 0
+    for spec in specs:
+        for region in slabs(spec.shape, spec.dtype.itemsize, chunk_bytes or CHUNK_BYTES):
+            shares[min(done * ranks // total, ranks - 1)].append((spec, region))
+            done += nbytes_of(spec, region)
+    return shares
+
+
 class MCoreWriter:
     """Writes a torch_dist folder together with the other ranks: each some chunks, in one file of its own.
 
-    specs: of all tensors, by key, in the order they are written. The chunks of this rank are `self.chunks`.
+    chunks: of this rank, in the order they are written. journal: see converters/journal.py; chunks that it has kept
+    are not written again.
     """
 
-    def __init__(self, folder: Path, specs: Sequence[TensorSpec], ranks: Ranks) -> None:
-        self._folder, self._specs, self._ranks = folder, list(specs), ranks
-        chunks = [
-            (spec, region)
-            for spec in self._specs
-            for region in slabs(spec.shape, spec.dtype.itemsize, CHUNK_BYTES)
-        ]
-        total = sum(spec.nbytes for spec in self._specs)
-        self.chunks: list[tuple[TensorSpec, Region]] = []
+    def __init__(
+        self, folder: Path, chunks: Sequence[Chunk], ranks: Ranks, journal: Journal | None = None
+    ) -> None:
+        self._folder, self._chunks, self._ranks, self._journal = folder, chunks, ranks, journal
         self._contents = Contents()
-        done = 0
-        for spec, region in chunks:
-            if min(done * ranks.size // max(total, 1), ranks.size - 1) == ranks.rank:
-                self.chunks.append((spec, region))
-            done += nbytes_of(spec, region)
+
+    @property
+    def file(self) -> str:
+        """Name of this rank's file."""
+        return file_of(self._ranks.rank)
 
     def write(self, fill: Callable[[TensorSpec, Region, torch.Tensor], None]) -> None:
         """Write this rank's chunks; `fill` gives the values of a region, in a thread that reads ahead.
 
         Raises UserError if the disk is full or refuses.
         """
-        if not self.chunks:
+        if not self._chunks:
             return
-        path = self._folder / f"__{self._ranks.rank}_0.distcp"
+        kept = self._journal.kept if self._journal else []
+        for (spec, region), entry in zip(self._chunks, kept, strict=False):
+            self._note(spec, region, entry.start, entry.stop - entry.start)
 
-        def filled(chunk: tuple[TensorSpec, Region], buffers: Buffers) -> torch.Tensor:
+        def filled(chunk: Chunk, buffers: Buffers) -> torch.Tensor:
             spec, region = chunk
             values = buffers.tensor(region_shape(region), spec.dtype)
             fill(spec, region, values)
             return values
 
-        with TensorFile(path) as file:
-            for (spec, region), values in read_ahead(self.chunks, filled):
-                place = (path.name, *file.save(values))
-                self._contents.shards.append(StoredShard(spec.name, spec.shape, spec.dtype, region, *place))
+        with TensorFile(self._folder / self.file, self._journal) as file:
+            for (spec, region), values in read_ahead(self._chunks[len(kept) :], filled):
+                self._note(spec, region, *file.save(values))
 
     def finish(self) -> None:
         """Write what makes the folder a checkpoint. Collective, after every rank's `write`."""
         contents = self._ranks.collect(self._contents)
         if self._ranks.is_first:
             write_contents(self._folder, contents, {"content_metadata": dict(METADATA)})
+
+    def _note(self, spec: TensorSpec, region: Region, start: int, length: int) -> None:
+        self._contents.shards.append(
+            StoredShard(spec.name, spec.shape, spec.dtype, region, self.file, start, length)
+        )
+
+
+def file_of(rank: int) -> str:
+    """Name of the file that a rank writes."""
+    return f"__{rank}_0.distcp"
 
 
 def nbytes_of(spec: TensorSpec, region: Region) -> int:

@@ -1,7 +1,7 @@
 """From the flags of a command to its work: help, all checks together, then the processes."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import launch
@@ -12,10 +12,17 @@ from ..config.help import help_text
 from ..errors import UserError, raise_together
 
 
-def start(command: str, argv: Sequence[str], target: str, examples: str = "") -> int:
+def start(
+    command: str,
+    argv: Sequence[str],
+    target: str,
+    examples: str = "",
+    instead: Callable[[Sequence[str]], int | None] | None = None,
+) -> int:
     """Check the command line, then do the command's work in the processes the environment asks for.
 
-    target: 'module:function' of argv, run in each of them. examples: for --help. Returns the exit code.
+    target: 'module:function' of argv, run in each of them. examples: for --help. instead: done before any process is
+    started; an exit code that it returns ends the command. Returns the exit code.
     Raises UserError with all mistakes that show before anything heavy is imported or a process is started.
     """
     argv = list(argv)
@@ -24,6 +31,8 @@ def start(command: str, argv: Sequence[str], target: str, examples: str = "") ->
         return 0
     if launch.read_place().mode != "joined":
         check(command, argv)
+        if instead is not None and (code := instead(argv)) is not None:
+            return code
         return launch.run(command, argv, target)
 
     def check_and_work(argv: list[str]) -> int:

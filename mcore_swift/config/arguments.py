@@ -81,6 +81,11 @@ class MegatronExportArguments(
         None, "folder to write", default_text="<source folder>-mcore or <source folder>-hf"
     )
     exist_ok: bool = arg(False, "write into --output_dir even when it holds something")
+    dry_run: bool = arg(
+        False,
+        "write nothing: print which process would read and write what, whether the disk has room, and what does not "
+        "fit",
+    )
     test_convert_precision: bool = arg(
         False, "run both models on the same tokens and compare; a mismatch makes the command fail"
     )

@@ -31,13 +31,21 @@ class HFSaveArguments(Arguments):
     TITLE: ClassVar[str] = "Hugging Face files"
 
     max_shard_size: str = arg("5GB", "largest safetensors file written, as 5GB or 512MiB")
+    memory_budget: str | None = arg(
+        None,
+        "memory a process may take for the pieces of weights it reads, gathers and writes, as 512MB; the program "
+        "and the model come on top",
+        default_text="pieces of the size that is fastest: about 0.1GB to convert files, 0.8GB to export a model",
+    )
 
     def check(self) -> Iterator[UserError]:
-        try:
-            if size_bytes(self.max_shard_size) == 0:
-                yield UserError("--max_shard_size is 0: nothing fits", "use --max_shard_size 5GB")
-        except ValueError as error:
-            yield UserError(f"--max_shard_size {error}", "use --max_shard_size 5GB")
+        for flag, example in (("max_shard_size", "5GB"), ("memory_budget", "512MB")):
+            value = getattr(self, flag)
+            try:
+                if value is not None and size_bytes(value) == 0:
+                    yield UserError(f"--{flag} is 0: nothing fits", f"use --{flag} {example}")
+            except ValueError as error:
+                yield UserError(f"--{flag} {error}", f"use --{flag} {example}")
 
 
 @dataclasses.dataclass(kw_only=True)

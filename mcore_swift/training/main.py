@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from converters.export import write_hf
+from converters.budget import Budget
+from converters.export import check_budget, write_hf
 from converters.hf_reader import HFReader
 from converters.load import load_hf
 from converters.pending import disk_errors
@@ -69,6 +70,8 @@ def _build_run(args: Any, layout: Layout, ranks: Ranks, resume: Path | None, run
     engine = MegatronEngine(plan, layout, args, model_dtype(args, plan))
     state = _fill(engine, args, data, resume, ranks)
     ranks.agree(_args_saved(args, run_dir) if ranks.is_first else None)
+    budget = Budget.of(args.memory_budget)
+    check_budget(engine.chunks, plan.table, budget, ranks)
 
     def export(folder: Path) -> None:
         write_hf(
@@ -79,6 +82,7 @@ def _build_run(args: Any, layout: Layout, ranks: Ranks, resume: Path | None, run
             size_bytes(args.max_shard_size),
             engine.dtype,
             ranks,
+            budget,
         )
 
     checkpoints = Checkpoints(
@@ -230,7 +234,7 @@ def _fill(
         initialize(engine.chunks, engine.plan.table, std=std, seed=args.seed)
         engine.after_load(["weights"], optimizer_step=0)
     else:
-        with HFReader(args.model) as reader:
+        with HFReader(args.model, Budget.of(args.memory_budget).staging) as reader:
             stats = load_hf(engine.chunks, reader, engine.plan.table, ranks)
         engine.after_load(["weights"], optimizer_step=0)
         logger.info(f"read {stats.bytes_read / 1e6:.0f} MB of weights in {stats.seconds:.1f} s")

@@ -118,7 +118,7 @@ def streamed(family: str, dtype: str, layout: str, folder: Path) -> None:
     dist.barrier()
     plan, chunks = model_in(source, layout, DTYPES[dtype])
     with HFReader(source) as reader:
-        stream.hf_to_mcore(reader, plan.table, target)
+        stream.hf_to_mcore(reader, stream.plan_mcore(reader, plan.table, None, Ranks().size), target)
         load_hf(chunks, reader, plan.table)
     expected = [shard.data.clone() for shard in live_shards(chunks)]
     dist.barrier()
@@ -267,7 +267,7 @@ def main(folder: Path) -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     # So small that even tiny tensors are cut, and every rank has a share.
     torch_dist_writer.CHUNK_BYTES = stream.PART_BYTES = 700
-    export_plan.plan_export.__defaults__ = (None, 1)
+    export_plan.plan_export.__defaults__ = (None, 1, None)
     hf_writer.MIN_RANK_BYTES = 1
     export.BUCKET_BYTES = 5000
     stored.DIRECT_RUN_BYTES = 1

@@ -177,9 +177,9 @@ def test_an_fp8_checkpoint_is_converted_and_comes_back_as_plain_bf16(tmp_path):
     table = rule_table("qwen3")
     mcore.mkdir(), back.mkdir()
     with HFReader(hf) as reader:
-        stream.hf_to_mcore(reader, table, mcore)
+        stream.hf_to_mcore(reader, stream.plan_mcore(reader, table), mcore)
     with MCoreReader(mcore) as reader:
-        stream.mcore_to_hf(reader, table, hf, back, 10**9)
+        stream.mcore_to_hf(reader, stream.plan_hf(reader, table, 10**9), hf, back)
     after = load_file(back / "model.safetensors")
     assert after.keys() == expected.keys()
     assert all(torch.equal(after[name], values) for name, values in expected.items())

@@ -21,16 +21,18 @@ def small_parts(monkeypatch):
     monkeypatch.setattr(stream, "PART_BYTES", 500)
 
 
-def to_mcore(source, target, table, **options):
+def to_mcore(source, target, table, dtype=None, ranks=None):
     target.mkdir(exist_ok=True)
     with HFReader(source) as reader:
-        stream.hf_to_mcore(reader, table, target, **options)
+        plan = stream.plan_mcore(reader, table, dtype, ranks.size if ranks else 1)
+        stream.hf_to_mcore(reader, plan, target, ranks)
 
 
-def to_hf(source, target, table, config_dir, max_shard_bytes=10**9, **options):
+def to_hf(source, target, table, config_dir, max_shard_bytes=10**9, dtype=None, ranks=None):
     target.mkdir(exist_ok=True)
     with MCoreReader(source) as reader:
-        stream.mcore_to_hf(reader, table, config_dir, target, max_shard_bytes, **options)
+        plan = stream.plan_hf(reader, table, max_shard_bytes, dtype, ranks.size if ranks else 1)
+        stream.mcore_to_hf(reader, plan, config_dir, target, ranks)
 
 
 def weights(folder):
@@ -126,7 +128,7 @@ def test_padded_vocabulary_of_a_training_checkpoint_is_trimmed(tmp_path):
     from torch.nn.functional import pad
 
     from converters.hf_writer import TensorSpec
-    from converters.torch_dist_writer import MCoreWriter
+    from converters.torch_dist_writer import MCoreWriter, share_chunks
 
     table, hf, mcore, back = rule_table("llama-tied"), tmp_path / "hf", tmp_path / "mcore", tmp_path / "back"
     make_checkpoint("llama-tied", hf)
@@ -147,7 +149,7 @@ def test_padded_vocabulary_of_a_training_checkpoint_is_trimmed(tmp_path):
             reader.copy_into(key, ((0, 101), (0, 24)), rows)
             out.copy_(pad(rows, (0, 0, 0, 155), value=7.0))
 
-        writer = MCoreWriter(padded, specs, Ranks())
+        writer = MCoreWriter(padded, share_chunks(specs, 1)[0], Ranks())
         writer.write(fill)
         writer.finish()
     to_hf(padded, back, table, hf)
