@@ -1,16 +1,19 @@
 """HF -> megatron-core -> HF of a multi-gigabyte random checkpoint, against `cp` of the same bytes.
 
     python benchmarks/conversion.py --gigabytes 3 --folder /tmp/conversion --repeats 3
+    python benchmarks/conversion.py --gigabytes 4 --experts 128
 
 Prints, for one and for two processes and each direction: seconds, the ratio to `cp -r` measured in the same run
 (median over the repeats, taken in turns so that a busy disk hits both), and the memory peak of each process
 beside the largest tensor. Aims: ratio <= 2, peak <= largest tensor + 1 GiB. The result is compared bit for bit.
+The model is a dense Qwen3, or with --experts a Qwen3-MoE of Qwen3-30B-A3B's sizes and fewer layers, whose experts are
+tensors of their own as in the published checkpoints.
 
-The source is in the page cache unless --cold (root only) empties it before every timing. Nothing is fsynced,
-neither by `cp` nor by us. Before every timing as much page cache is written and freed as the output needs: on a
-virtual machine, memory that the guest has not used for a while comes back slowly (a factor of 5 was seen with
-`cp` alone), which would hit one or the other by chance. Imports are not part of the time; they are printed
-beside it.
+The source is in the page cache unless --cold (root only) empties it before every timing. A conversion ends when the
+result is on the disk, so `cp` is timed with a `sync` of its result; beside it stands `cp` alone. Before every timing
+as much page cache is written and freed as the output needs: on a virtual machine, memory that the guest has not used
+for a while comes back slowly (a factor of 5 was seen with `cp` alone), which would hit one or the other by chance.
+Imports are not part of the time; they are printed beside it.
 """
 
 import argparse
@@ -24,8 +27,16 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-HIDDEN, INTERMEDIATE, VOCABULARY = 2048, 6144, 151_936
+HIDDEN, INTERMEDIATE, EXPERT, VOCABULARY = 2048, 6144, 768, 151_936
+SIZES = {
+    "hidden_size": HIDDEN,
+    "vocab_size": VOCABULARY,
+    "head_dim": 128,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+}
 GIB = 1 << 30
 READY = "ready\n"
 
@@ -36,6 +47,7 @@ def main() -> None:
     )
     parser.add_argument("--gigabytes", type=float, default=3.0, help="size of the checkpoint, in 10^9 bytes")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/conversion"), help="needs 5 times the size")
+    parser.add_argument("--experts", type=int, default=0, help="of a layer; 0: a dense model")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--cold", action="store_true", help="empty the page cache before every timing (root)")
@@ -51,7 +63,7 @@ def main() -> None:
 
 def run(options: argparse.Namespace) -> None:
     source, copy = options.folder / "source", options.folder / "copy"
-    largest = make_checkpoint(source, options.gigabytes)
+    largest = make_checkpoint(source, options.gigabytes, options.experts)
     nbytes = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     print(f"checkpoint: {nbytes / 1e9:.2f} GB bf16, largest tensor {largest / 1e9:.2f} GB")
     print(
@@ -59,7 +71,8 @@ def run(options: argparse.Namespace) -> None:
     )
     copies, steps = [], {}
     for _ in range(options.repeats):
-        copies.append(time_copy(source, copy, options.cold))
+        plain = time_copy(source, copy, options.cold, synced=False)
+        copies.append((plain, time_copy(source, copy, options.cold, synced=True)))
         for count in options.processes:
             mcore, back = options.folder / f"mcore-{count}", options.folder / f"back-{count}"
             for name, flags in (
@@ -77,29 +90,50 @@ def run(options: argparse.Namespace) -> None:
     report(copies, steps, largest)
 
 
-def make_checkpoint(folder: Path, gigabytes: float) -> int:
-    """Random bf16 weights of a Qwen3 in files of 1 GB at most; returns the bytes of the largest tensor."""
+def dense_config(parameters: float) -> Any:
+    """A Qwen3 of about so many parameters."""
+    from transformers import Qwen3Config
+
+    layer = 2 * HIDDEN * HIDDEN + 2 * HIDDEN * HIDDEN // 2 + 3 * HIDDEN * INTERMEDIATE
+    return Qwen3Config(
+        **SIZES,
+        intermediate_size=INTERMEDIATE,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        num_hidden_layers=max(1, round((parameters - 2 * VOCABULARY * HIDDEN) / layer)),
+        architectures=["Qwen3ForCausalLM"],
+    )
+
+
+def moe_config(parameters: float, experts: int) -> Any:
+    """A Qwen3-MoE of about so many parameters, with Qwen3-30B-A3B's layers."""
+    from transformers import Qwen3MoeConfig
+
+    layer = 2 * HIDDEN * 4096 + 2 * HIDDEN * 512 + 3 * experts * HIDDEN * EXPERT
+    return Qwen3MoeConfig(
+        **SIZES,
+        intermediate_size=INTERMEDIATE,
+        moe_intermediate_size=EXPERT,
+        num_experts=experts,
+        num_experts_per_tok=min(8, experts),
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        num_hidden_layers=max(1, round((parameters - 2 * VOCABULARY * HIDDEN) / layer)),
+        architectures=["Qwen3MoeForCausalLM"],
+    )
+
+
+def make_checkpoint(folder: Path, gigabytes: float, experts: int) -> int:
+    """Random bf16 weights in files of 1 GB at most; returns the bytes of the largest tensor."""
     import torch
-    from transformers import AutoModelForCausalLM, Qwen3Config
+    from transformers import AutoModelForCausalLM
 
     from converters.hf_writer import HFWriter, in_writing_order, plan_files, write_index
     from converters.safetensors_format import TensorSpec
     from mcore_swift.models.family import family_of
 
-    fixed = 2 * VOCABULARY * HIDDEN
-    layer = 2 * HIDDEN * HIDDEN + 2 * HIDDEN * HIDDEN // 2 + 3 * HIDDEN * INTERMEDIATE
-    config = Qwen3Config(
-        hidden_size=HIDDEN,
-        intermediate_size=INTERMEDIATE,
-        vocab_size=VOCABULARY,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=128,
-        num_hidden_layers=max(1, round((gigabytes * 1e9 / 2 - fixed) / layer)),
-        tie_word_embeddings=False,
-        dtype="bfloat16",
-        architectures=["Qwen3ForCausalLM"],
-    )
+    parameters = gigabytes * 1e9 / 2
+    config = moe_config(parameters, experts) if experts else dense_config(parameters)
     folder.mkdir()
     config.save_pretrained(folder)
     with torch.device("meta"):
@@ -107,6 +141,13 @@ def make_checkpoint(folder: Path, gigabytes: float) -> int:
             name: tuple(parameter.shape)
             for name, parameter in AutoModelForCausalLM.from_config(config).named_parameters()
         }
+    for layer in range(config.num_hidden_layers):  # transformers holds a layer's experts in one tensor
+        for expert in range(experts):
+            prefix = f"model.layers.{layer}.mlp.experts.{expert}"
+            shapes |= dict.fromkeys(
+                (f"{prefix}.{part}_proj.weight" for part in ("gate", "up")), (EXPERT, HIDDEN)
+            )
+            shapes[f"{prefix}.down_proj.weight"] = (HIDDEN, EXPERT)
     names = [name for rule in family_of(config).rules(config).rules for name in rule.hf]
     specs = in_writing_order(TensorSpec(name, shapes[name], torch.bfloat16) for name in names)
     files = plan_files([specs], 10**9)
@@ -143,10 +184,12 @@ def settle(folder: Path, cold: bool) -> None:
                         pass
 
 
-def time_copy(source: Path, target: Path, cold: bool) -> float:
+def time_copy(source: Path, target: Path, cold: bool, synced: bool) -> float:
     settle(source, cold)
     started = time.perf_counter()
     subprocess.run(["cp", "-r", source, target], check=True)
+    if synced:
+        subprocess.run(["sync", *target.iterdir()], check=True)
     seconds = time.perf_counter() - started
     shutil.rmtree(target)
     return seconds
@@ -231,10 +274,15 @@ def compare(first: Path, second: Path) -> None:
                 raise RuntimeError(f"the round trip changed {name}")
 
 
-def report(copies: list[float], steps: dict, largest: int) -> None:
-    copy = statistics.median(copies)
-    print(f"{'':24}{'seconds':>9}{'/ cp':>8}{'imports':>9}{'peak RSS':>11}{'of it ours':>12}{'limit':>9}")
-    print(f"{'cp -r':24}{copy:9.2f}{1.0:8.2f}   (of {', '.join(f'{seconds:.2f}' for seconds in copies)})")
+def report(copies: list[tuple[float, float]], steps: dict, largest: int) -> None:
+    plain, copy = (statistics.median(seconds) for seconds in zip(*copies, strict=True))
+    print(
+        f"{'':24}{'seconds':>9}{'/ cp+sync':>11}{'/ cp':>8}{'imports':>9}{'peak RSS':>11}{'of it ours':>12}"
+        f"{'limit':>9}"
+    )
+    for name, value, number in (("cp -r", plain, 0), ("cp -r, sync", copy, 1)):
+        each = ", ".join(f"{seconds[number]:.2f}" for seconds in copies)
+        print(f"{name:24}{value:9.2f}{value / copy:11.2f}{value / plain:8.2f}   (of {each})")
     for (name, count), runs in steps.items():
         seconds = statistics.median(run["seconds"] for run in runs)
         imports = statistics.median(run["imports"] for run in runs)
@@ -242,8 +290,8 @@ def report(copies: list[float], steps: dict, largest: int) -> None:
         label = f"{name}, {count} process{'es' if count > 1 else ''}"
         limit = largest / GIB + 1
         print(
-            f"{label:24}{seconds:9.2f}{seconds / copy:8.2f}{imports:9.2f}{peak:7.2f} GiB{grown:8.2f} GiB"
-            f"{limit:5.2f} GiB"
+            f"{label:24}{seconds:9.2f}{seconds / copy:11.2f}{seconds / plain:8.2f}{imports:9.2f}{peak:7.2f} GiB"
+            f"{grown:8.2f} GiB{limit:5.2f} GiB"
         )
 
 

@@ -151,6 +151,7 @@ def hf_source(args: Any) -> str:
 
 def check_precision(args: Any, ranks: Ranks) -> None:
     """Build the model in the layout asked for, load the megatron-core checkpoint, compare with transformers."""
+    from converters.layers import compare_layers
     from converters.shard_files import read_shards
     from converters.verify import compare_logits, fixed_rows, require_equal
     from mcore_swift.models.build import build_model, pipeline_options, transformer_config
@@ -175,9 +176,13 @@ def check_precision(args: Any, ranks: Ranks) -> None:
     comparison = compare_logits(chunks, plan.hf.vocab_size, hf_dir, tokens, dtype)
     if ranks.is_first:
         print(f"{mcore_dir} against {hf_dir}: {comparison}", flush=True)
-    require_equal(
-        comparison, f"{args.output_dir}, made from {args.model if args.to_mcore else args.mcore_model},"
-    )
+    if comparison.passes:
+        return
+    layers = compare_layers(chunks, plan.hf.vocab_size, hf_dir, tokens, dtype)
+    if ranks.is_first:
+        print("\n".join(layers.lines()), flush=True)
+    source = args.model if args.to_mcore else args.mcore_model
+    require_equal(comparison, f"{args.output_dir}, made from {source},", layers.verdict)
 
 
 @contextmanager

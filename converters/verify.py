@@ -123,11 +123,11 @@ def compare_logits(
     return next(result for result in ranks.gather(found) if result is not None)
 
 
-def require_equal(comparison: Comparison, what: str) -> None:
-    """Raise UserError if the models differ by more than arithmetic explains."""
+def require_equal(comparison: Comparison, what: str, where: str = "") -> None:
+    """Raise UserError if the models differ by more than arithmetic explains. where: they part, if that is known."""
     if not comparison.passes:
         raise UserError(
-            f"{what} does not compute what transformers computes: {comparison}",
+            f"{what} does not compute what transformers computes: {comparison}{where and f'; {where}'}",
             remedy="do not use the converted checkpoint; please report this with the model's config.json",
         )
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import flags, run
+from commands import Command, flags, run
 from safetensors.torch import load_file, save_file
 
 PARTS = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
@@ -61,6 +61,35 @@ def test_there_and_back_in_two_layouts_is_bit_identical_and_proved(model, tmp_pa
     run(again, tmp_path / "again").refused("is not empty")
     run([*again, "--exist_ok", "true"], tmp_path / "again").check()
     assert [path.name for path in hf.glob("*.safetensors*")] == ["model.safetensors"], "no stale files"
+
+
+def test_two_processes_killed_in_the_middle_go_on(model, tmp_path):
+    """Pieces of 4 KB make it slow enough to be hit. A dry run before tells the work of both processes."""
+    target, hidden = tmp_path / "out", tmp_path / ".out.writing"
+    argv = ["export", *flags(model=model, to_mcore=True, output_dir=target, memory_budget="20KB")]
+    told = run([*argv, "--dry_run", "true"], tmp_path / "dry", processes=2).check().out
+    assert "process 1: reads " in told and "dry run: nothing was written" in told
+    assert not target.exists() and not hidden.exists()
+
+    def pieces() -> int:
+        return min([path.read_bytes().count(b"\n") for path in hidden.rglob(".journal-*")] or [0])
+
+    with Command(argv, tmp_path / "killed", processes=2) as command:
+        command.wait_until(lambda: pieces() > 10, "the tenth piece was written")
+        for worker in command.workers().values():
+            worker.kill()
+        assert command.wait().code != 0
+    assert hidden.is_dir() and not target.exists()
+    again = run(argv, tmp_path / "again", processes=2).check()
+    assert again.out.count("that an earlier attempt wrote are kept") == 1
+    assert not hidden.exists() and not list(target.rglob(".journal*"))
+    whole = [
+        "export",
+        *flags(model=model, to_mcore=True, output_dir=tmp_path / "whole", memory_budget="20KB"),
+    ]
+    run(whole, tmp_path / "whole-run", processes=2).check()
+    for data in (target / "mcore").glob("*.distcp"):
+        assert data.read_bytes() == (tmp_path / "whole" / "mcore" / data.name).read_bytes()
 
 
 def test_a_checkpoint_that_does_not_fit_its_config_is_told_by_both_ranks_once(model, tmp_path):

@@ -73,3 +73,22 @@ def test_a_full_disk_while_saving(disk, sft, tmp_path):
     run(sft(train_iters=4, **common), tmp_path / "room-again").check()
     assert sorted(curve(output)) == [1, 2, 3, 4]
     assert os.readlink(output / "latest") == "checkpoint-4"
+
+
+def test_a_disk_that_fills_up_behind_the_training(disk, sft, tmp_path):
+    """--async_save writes in a thread; the mistake found there ends the run as one found at once does."""
+    output = disk / "run"
+    common = {"output_dir": output, "save_steps": 2, "resume": "auto", "async_save": True}
+    run(sft(train_iters=2, **common), tmp_path / "first").check()
+    kept = output / "checkpoint-2"
+    before, tensors = listing(kept), stored(kept)
+    # Room for the tensors and nothing else, so that the disk is full only when the last of them are written.
+    leave(disk, sum(tensor.nbytes for tensor in tensors.values()) + 20_000)
+    ended = run(sft(train_iters=4, **common), tmp_path / "in-the-background")
+    assert ended.code == 2 and "Traceback" not in ended.err, ended.err
+    assert ended.err.count("error:") == 1 and ended.err.count("no space left for ") == 1, ended.err
+    assert "__0_0.distcp" in ended.err, ended.err
+    assert listing(kept) == before
+    assert [path.name for path in output.glob("*checkpoint*")] == ["checkpoint-2"]
+    assert [path.name for path in output.glob(".*")] == []
+    assert os.readlink(output / "latest") == "checkpoint-2"

@@ -32,6 +32,7 @@ from safetensors.torch import load_file  # noqa: E402
 from converters import export, export_plan, hf_writer, stored, stream, torch_dist_writer  # noqa: E402
 from converters.export import export_hf, hf_weights  # noqa: E402
 from converters.hf_reader import HFReader  # noqa: E402
+from converters.layers import compare_layers  # noqa: E402
 from converters.load import load_hf  # noqa: E402
 from converters.ranks import Ranks  # noqa: E402
 from converters.torch_dist_reader import MCoreReader  # noqa: E402
@@ -244,6 +245,10 @@ def logits(layout: str, folder: Path) -> None:
         assert "it does not compute what transformers computes" in error.message
     else:
         raise AssertionError(f"one norm is off by a hundredth, and nobody saw it: {wrong}")
+    layers = compare_layers(chunks, plan.hf.vocab_size, str(source), tokens, torch.float32)
+    assert [layer.number for layer in layers.layers] == [0, 1, 2, 3, 4], layers
+    assert layers.first == 3 and "layer 3 of 4 is the first" in layers.verdict, layers
+    assert max(layer.max for layer in layers.layers[:3]) < 1e-5  # as for the logits of the sound model
 
 
 def cases():
