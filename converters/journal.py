@@ -17,7 +17,7 @@ import numpy as np
 
 from converters.pending import disk_errors
 
-READ_BYTES = 4 << 20
+READ_BYTES = 1 << 20
 
 
 class Checksum:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from converters.ranks import Ranks
-from converters.verify import TOLERANCE, mcore_logits
+from converters.verify import TOLERANCE, hf_model, mcore_logits
 from mcore_swift.models.shards import unwrap
 
 
@@ -54,7 +54,12 @@ class LayerComparison:
 
 
 def compare_layers(
-    chunks: Sequence[Any], vocab_size: int, hf_dir: str, token_rows: Tensor, dtype: torch.dtype
+    chunks: Sequence[Any],
+    vocab_size: int,
+    hf_dir: str,
+    token_rows: Tensor,
+    dtype: torch.dtype,
+    stored: torch.dtype | None = None,
 ) -> LayerComparison:
     """Compare the hidden states of the first row, layer by layer. Arguments as for `verify.compare_logits`.
 
@@ -65,7 +70,7 @@ def compare_layers(
     if ranks.is_first:
         try:
             ours = {number: state for part in held for number, state in part.items()}
-            theirs = _their_states(hf_dir, token_rows[0], dtype)
+            theirs = _their_states(hf_dir, token_rows[0], dtype, stored)
             numbers = sorted(ours.keys() & theirs.keys())
             found = LayerComparison(tuple(_error(n, ours[n], theirs[n]) for n in numbers), dtype)
         except Exception as raised:
@@ -107,11 +112,11 @@ def _whole_row(state: Tensor, sequence_parallel: bool) -> Tensor:
 
 
 @torch.no_grad()
-def _their_states(hf_dir: str, row: Tensor, dtype: torch.dtype) -> dict[int, Tensor]:
+def _their_states(
+    hf_dir: str, row: Tensor, dtype: torch.dtype, stored: torch.dtype | None
+) -> dict[int, Tensor]:
     """transformers' hidden states `[s, h]` fp32 of one row `[s]`, after each layer."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=dtype).eval()
+    model = hf_model(hf_dir, dtype, stored)
     found: dict[int, Tensor] = {}
     layers = dict(enumerate(model.base_model.layers, start=1))
     with _watched(layers, lambda number, state: found.setdefault(number, state[0].float())):

@@ -173,12 +173,13 @@ def check_precision(args: Any, ranks: Ranks) -> None:
         )
     rows = -(-ROWS // layout.pp) * layout.pp
     tokens = fixed_rows(plan.hf.vocab_size, rows, seed=args.seed)
-    comparison = compare_logits(chunks, plan.hf.vocab_size, hf_dir, tokens, dtype)
+    stored = _dtype(args.torch_dtype) if args.to_mcore else None
+    comparison = compare_logits(chunks, plan.hf.vocab_size, hf_dir, tokens, dtype, stored)
     if ranks.is_first:
         print(f"{mcore_dir} against {hf_dir}: {comparison}", flush=True)
     if comparison.passes:
         return
-    layers = compare_layers(chunks, plan.hf.vocab_size, hf_dir, tokens, dtype)
+    layers = compare_layers(chunks, plan.hf.vocab_size, hf_dir, tokens, dtype, stored)
     if ranks.is_first:
         print("\n".join(layers.lines()), flush=True)
     source = args.model if args.to_mcore else args.mcore_model

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from converters.dequantize import DTYPE as DEQUANTIZED
 from converters.ranks import Ranks
 from mcore_swift.errors import UserError
 
@@ -85,12 +86,36 @@ def mcore_logits(chunks: Sequence[Any], token_rows: Tensor, vocab_size: int) -> 
     return torch.cat([part.float().cpu() for part in logits]) if logits else None
 
 
-@torch.no_grad()
-def hf_logits(hf_dir: str, token_rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """transformers' logits `[rows, s, vocab_size]` fp32 of a checkpoint loaded in `dtype`, on CPU."""
-    from transformers import AutoModelForCausalLM
+def hf_model(hf_dir: str, dtype: torch.dtype, stored: torch.dtype | None = None) -> Any:
+    """transformers' model of a checkpoint in `dtype`, on CPU, for evaluation; a quantized one dequantized.
 
-    model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=dtype).eval()
+    stored: dtype that the weights went through when they were converted; None: each its own.
+    Raises UserError if a package is missing that transformers needs for that.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(hf_dir)
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        # Otherwise it stays as it is where there is a GPU, whose kernels then meet a model on the CPU.
+        config.quantization_config = dict(quantization) | {"dequantize": True}
+        stored = stored or DEQUANTIZED
+    try:
+        model = AutoModelForCausalLM.from_pretrained(hf_dir, config=config, dtype=stored or dtype)
+        return model.to(dtype).eval()
+    except ImportError as error:
+        raise UserError(
+            f"transformers cannot load {hf_dir} to compare with: {error}",
+            remedy="install what it names, or leave out --test_convert_precision",
+        ) from None
+
+
+@torch.no_grad()
+def hf_logits(
+    hf_dir: str, token_rows: Tensor, dtype: torch.dtype, stored: torch.dtype | None = None
+) -> Tensor:
+    """transformers' logits `[rows, s, vocab_size]` fp32 of a checkpoint, as `hf_model` loads it."""
+    model = hf_model(hf_dir, dtype, stored)
     return torch.cat([model(input_ids=row[None]).logits.float() for row in token_rows])
 
 
@@ -100,9 +125,11 @@ def compare_logits(
     hf_dir: str,
     token_rows: Tensor,
     dtype: torch.dtype = torch.float32,
+    stored: torch.dtype | None = None,
 ) -> Comparison:
     """Compare a live model, built in `dtype`, with transformers on `hf_dir`. Collective; the same on all ranks.
 
+    stored: see `hf_model`.
     One rank loads the transformers model, whole and on the CPU.
     """
     from megatron.core import parallel_state
@@ -116,7 +143,7 @@ def compare_logits(
     ranks, error, found = Ranks(), None, None
     if speaks:
         try:
-            found = _compare(ours, hf_logits(hf_dir, token_rows, dtype), dtype)
+            found = _compare(ours, hf_logits(hf_dir, token_rows, dtype, stored), dtype)
         except Exception as raised:
             error = raised
     ranks.agree(error)
