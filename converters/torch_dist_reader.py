@@ -6,9 +6,11 @@ The raw values are found inside that container, so that a region is read without
 """
 
 import io
+import itertools
 import pickle
 import struct
 import zipfile
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +36,21 @@ class Chunk:
     path: Path
     offset: int
     length: int
+
+
+class _Order:
+    """The chunks of a tensor by where they lie along its first dimension: a large tensor has thousands."""
+
+    def __init__(self, chunks: Sequence[Chunk]) -> None:
+        self._chunks = sorted(chunks, key=lambda chunk: chunk.region[:1])
+        spans = [chunk.region[0] if chunk.region else (0, 1) for chunk in self._chunks]
+        self._starts = [start for start, _ in spans]
+        self._furthest = list(itertools.accumulate((stop for _, stop in spans), max))
+
+    def near(self, region: Region) -> Sequence[Chunk]:
+        """All chunks that a region may meet, and few others."""
+        start, stop = region[0] if region else (0, 1)
+        return self._chunks[bisect_right(self._furthest, start) : bisect_left(self._starts, stop)]
 
 
 class MCoreReader:
@@ -67,6 +84,7 @@ class MCoreReader:
                 chunk = _find_chunk(metadata.state_dict_metadata[index.fqn].chunks, tuple(index.offset))
                 path = self.folder / place.relative_path
                 self._chunks[index.fqn].append(Chunk(chunk, path, place.offset, place.length))
+        self._order = {key: _Order(chunks) for key, chunks in self._chunks.items()}
         self._check_files()
 
     @property
@@ -86,7 +104,7 @@ class MCoreReader:
 
     def files_of(self, key: str, region: Region) -> Iterator[tuple[Path, int]]:
         """Which files are read for a region, and how many bytes of each."""
-        for chunk in self._chunks[key]:
+        for chunk in self._order[key].near(region):
             common = intersection(chunk.region, region)
             if common is not None:
                 yield chunk.path, numel(common) * self.specs[key].dtype.itemsize
@@ -101,7 +119,7 @@ class MCoreReader:
         Raises UserError if the checkpoint's chunks do not cover the region.
         """
         covered = 0
-        for chunk in self._chunks[key]:
+        for chunk in self._order[key].near(region):
             common = intersection(chunk.region, region)
             if common is not None:
                 target = out[as_slices(relative(common, region))]

@@ -48,11 +48,14 @@ def _tensor_names(folder: Path) -> list[str]:
     """Names of the weights in a checkpoint folder; none if it holds a config only, or files no reader understands.
 
     Which form the weights have is all this is for: whether they are complete and sound is for their reader to say.
+    Of weights in MXFP4, whose names end in `_blocks`, the plain names, by which they are read.
     """
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    names: list[str] = []
     with contextlib.suppress(OSError, ValueError, KeyError):
-        if index.exists():
-            return list(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        with single.open("rb") as file:  # 8 bytes say how long the JSON header is
-            return list(json.loads(file.read(int.from_bytes(file.read(8), "little"))))
-    return []
+        if single.exists():
+            with single.open("rb") as file:  # 8 bytes say how long the JSON header is
+                names = list(json.loads(file.read(int.from_bytes(file.read(8), "little"))))
+        else:
+            names = list(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    return [name.removesuffix("_blocks") for name in names]
