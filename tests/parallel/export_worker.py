@@ -52,7 +52,17 @@ LAYOUTS = {
         "PP2-DP2": Layout(pp=2, dp=2),
     },
 }
+EXPERT_LAYOUTS = {
+    2: {"EP2": Layout(dp=2, ep=2), "TP2-EP2": Layout(tp=2, ep=2), "TP2-ETP2": Layout(tp=2, etp=2)},
+    4: {"TP2-DP2-EP2-ETP2": Layout(tp=2, dp=2, ep=2, etp=2), "PP2-EP2": Layout(pp=2, dp=2, ep=2)},
+}
+"""For models with experts only."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def layouts_of(family: str) -> dict[str, Layout]:
+    world = dist.get_world_size()
+    return LAYOUTS[world] | (EXPERT_LAYOUTS[world] if family.endswith("moe") else {})
 
 
 _states: dict[tuple, dict] = {}
@@ -60,10 +70,15 @@ _states: dict[tuple, dict] = {}
 
 def use_layout(layout: Layout) -> None:
     """megatron-core's process groups for a layout, made once: they are many, and never go away."""
-    key = (layout.tp, layout.pp, layout.vpp)
+    key = (layout.tp, layout.pp, layout.vpp, layout.ep, layout.etp)
     parallel_state.destroy_model_parallel()
     if key not in _states:
-        parallel_state.initialize_model_parallel(*key)
+        parallel_state.initialize_model_parallel(
+            *key[:3],
+            expert_model_parallel_size=layout.ep,
+            expert_tensor_parallel_size=layout.etp,
+            create_gloo_process_groups=False,
+        )
         _states[key] = {name: value for name, value in vars(parallel_state).items() if name.startswith("_")}
     vars(parallel_state).update(_states[key])
     model_parallel_cuda_manual_seed(1)
@@ -71,7 +86,7 @@ def use_layout(layout: Layout) -> None:
 
 def model_in(folder: Path, layout: str, dtype: torch.dtype):
     """The model of a checkpoint folder with other weights than the checkpoint's."""
-    sizes = LAYOUTS[dist.get_world_size()][layout]
+    sizes = layouts_of("qwen3moe")[layout]
     use_layout(sizes)
     plan = read_model(str(folder))
     chunks = build_model(plan, transformer_config(plan, sizes, dtype))
@@ -97,7 +112,7 @@ def round_trip(family: str, dtype: str, folder: Path) -> None:
     if dist.get_rank() == 0:
         make_checkpoint(family, source, DTYPES[dtype], max_shard_size="20KB")
     dist.barrier()
-    for layout in LAYOUTS[dist.get_world_size()]:
+    for layout in layouts_of(family):
         plan, chunks = model_in(source, layout, DTYPES[dtype])
         with HFReader(source) as reader:
             stats = load_hf(chunks, reader, plan.table)
@@ -257,7 +272,7 @@ def cases():
     for family in FAMILIES:
         for dtype in DTYPES:
             yield f"round-trip {family} {dtype}", partial(round_trip, family, dtype)
-        for layout in layouts:
+        for layout in layouts_of(family):
             yield f"streamed {family} {layout}", partial(streamed, family, "bf16", layout)
     for layout in layouts:
         for family in ("llama", "qwen3-tied"):
