@@ -9,12 +9,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mcore_swift.accelerator import get_accelerator
-from mcore_swift.models.frequencies import inverse_frequencies
+from mcore_swift.models.decoder_layer import set_attention_factor
+from mcore_swift.models.layer import OuterTraits
 from mcore_swift.models.reading import ModelPlan
 from mcore_swift.models.rope import Rotary
 from mcore_swift.models.shards import is_expert
 from mcore_swift.models.specs import block_spec, choose_implementation
-from mcore_swift.models.token_nll import token_nll
+from mcore_swift.models.token_nll import token_nll, transformed
 from mcore_swift.plan.layout import Layout
 from mcore_swift.plan.shape import padded_vocab_size
 from mcore_swift.plan.stages import megatron_stages
@@ -56,7 +57,19 @@ def transformer_config(
         "bias_activation_fusion": False,
         "cross_entropy_loss_fusion": False,
     }
-    return TransformerConfig(**(fields | plan.family.config(plan.hf) | _windows(plan) | (options or {})))
+    fields |= plan.family.config(plan.hf) | _windows(plan) | _unturned(plan)
+    config = TransformerConfig(**(fields | (options or {})))
+    kinds = plan.family.rotary(plan.hf)
+    if len(kinds) == 1 and kinds[0].attention_factor != 1.0:
+        set_attention_factor(config, kinds[0].attention_factor)
+    return config
+
+
+def _unturned(plan: ModelPlan) -> dict[str, Any]:
+    """Layers without rotary embedding in megatron-core's terms, for Transformer Engine's attention."""
+    layers = [plan.family.layer(plan.hf, number) for number in range(plan.hf.num_hidden_layers)]
+    without = [int(traits.rotary is None) for traits in layers]
+    return {"no_rope_freq": without} if any(without) else {}
 
 
 def _windows(plan: ModelPlan) -> dict[str, Any]:
@@ -87,12 +100,29 @@ class Model(GPTModel):
     result is fp32 `[b, s]` as `token_nll` gives it. Without labels the result is logits.
     """
 
-    def __init__(self, *args: Any, real_vocab_size: int, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, real_vocab_size: int, traits: OuterTraits, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.real_vocab_size = real_vocab_size
+        self.traits = traits
+        if self.pre_process and traits.embedding_scale != 1.0:
+            self.embedding.register_forward_hook(self._scale_embedding)
 
-    def forward(self, *args: Any, padding_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def _scale_embedding(self, embedding: Any, args: Any, output: Tensor) -> Tensor:
+        # The factor is rounded to the dtype of the embedding, as transformers' Gemma does it.
+        return output * torch.tensor(self.traits.embedding_scale, dtype=output.dtype)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        *args: Any,
+        padding_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
         """padding_mask: bool `[b, s]`, true at padding, for the routers of experts."""
+        rotary = self.rotary_pos_emb
+        if any(kind.by_length for kind in rotary.kinds):
+            rotary.lengths = None if kwargs.get("packed_seq_params") is not None else _lengths(position_ids)
         if padding_mask is not None and self.config.sequence_parallel and not self.pre_process:
             # megatron-core cuts it on the first stage only
             rank, size = (
@@ -100,11 +130,14 @@ class Model(GPTModel):
                 self.config.tensor_model_parallel_size,
             )
             padding_mask = padding_mask.chunk(size, dim=1)[rank]
-        return super().forward(*args, padding_mask=padding_mask, **kwargs)
+        return super().forward(input_ids, position_ids, *args, padding_mask=padding_mask, **kwargs)
 
     def _postprocess(self, hidden_states: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
-        if labels is None or not self.post_process:
+        if not self.post_process:
             return super()._postprocess(hidden_states=hidden_states, labels=labels, **kwargs)
+        if labels is None:
+            logits = super()._postprocess(hidden_states=hidden_states, labels=labels, **kwargs)
+            return transformed(logits, self.traits.logit_scale, self.traits.logit_softcap)
         # The output layer's weight is used without calling its module, whose hooks wait for a weight that is
         # still being gathered (--overlap_param_gather).
         for hook in self.output_layer._forward_pre_hooks.values():
@@ -118,7 +151,19 @@ class Model(GPTModel):
             vocab_size=self.real_vocab_size,
             group=parallel_state.get_tensor_model_parallel_group(),
             sequence_parallel=self.config.sequence_parallel,
+            scale=self.traits.logit_scale,
+            softcap=self.traits.logit_softcap,
         )
+
+
+def _lengths(position_ids: Tensor) -> list[int]:
+    """Tokens of each row `[b, s]`, whose padding has position 0; of the whole rows, not of this rank's part."""
+    last = position_ids.amax(dim=1)
+    if parallel_state.get_context_parallel_world_size() > 1:
+        torch.distributed.all_reduce(
+            last, torch.distributed.ReduceOp.MAX, parallel_state.get_context_parallel_group()
+        )
+    return (last + 1).tolist()
 
 
 def build_model(
@@ -128,7 +173,7 @@ def build_model(
 
     The vocabulary is padded to a multiple of `vocab_divisible_by` and of TP. megatron-core's process groups must exist.
     """
-    implementation = choose_implementation(implementation)
+    implementation = choose_implementation(implementation, plan)
     virtual = config.virtual_pipeline_model_parallel_size
     chunks = []
     for stage in range(virtual or 1):
@@ -139,6 +184,7 @@ def build_model(
             config=config,
             transformer_layer_spec=block_spec(plan, config, implementation, vp_stage),
             real_vocab_size=vocab_size,
+            traits=plan.family.outer(plan.hf),
             vocab_size=padded_vocab_size(vocab_size, vocab_divisible_by, config.tensor_model_parallel_size),
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -147,7 +193,9 @@ def build_model(
             **model_fields,
         )
         device = get_accelerator().device
-        model.rotary_pos_emb = Rotary(inverse_frequencies(plan.hf).to(device))
+        model.rotary_pos_emb = Rotary(
+            plan.family.rotary(plan.hf), device, interleaved=config.rotary_interleaved
+        )
         _mark_experts(model, config)
         chunks.append(model.to(device))
     return chunks

@@ -1,10 +1,70 @@
 """Which Hugging Face architectures we know, as plain data: readable without torch, before any process starts."""
 
 SUPPORTED_ARCHITECTURES: dict[str, str] = {
+    "CohereForCausalLM": "cohere",
+    "Cohere2ForCausalLM": "cohere2",
+    "Ernie4_5ForCausalLM": "ernie4_5",
+    "GemmaForCausalLM": "gemma",
+    "Gemma2ForCausalLM": "gemma2",
+    "Gemma3ForCausalLM": "gemma3",
+    "GlmForCausalLM": "glm",
+    "Glm4ForCausalLM": "glm4",
+    "GraniteForCausalLM": "granite",
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
+    "Olmo2ForCausalLM": "olmo2",
+    "Olmo3ForCausalLM": "olmo3",
+    "Phi3ForCausalLM": "phi3",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3_moe",
+    "SeedOssForCausalLM": "seed_oss",
+    "SmolLM3ForCausalLM": "smollm3",
+    "StableLmForCausalLM": "stablelm",
+    "Starcoder2ForCausalLM": "starcoder2",
 }
 """Architecture named in a config.json -> our family, a module of `mcore_swift.models.families`."""
+
+FEATURES: dict[str, tuple[str, ...]] = {
+    "cohere": ("attention beside MLP", "logit scale", "norms on query and key heads"),
+    "cohere2": ("attention beside MLP", "sliding window", "layers without rotary embedding", "logit scale"),
+    "ernie4_5": ("biases",),
+    "gemma": ("embedding scale",),
+    "gemma2": ("sliding window", "norms on both sides", "soft caps", "embedding scale"),
+    "gemma3": (
+        "sliding window",
+        "norms on both sides",
+        "two rotary embeddings",
+        "norms on query and key heads",
+    ),
+    "glm": ("partial rotary embedding",),
+    "glm4": ("partial rotary embedding", "norms on both sides"),
+    "granite": ("embedding, attention, residual and logit scales",),
+    "llama": ("rope scaling: linear, dynamic, llama3, yarn", "biases"),
+    "mistral": ("sliding window",),
+    "olmo2": ("norms behind", "norms on queries and keys"),
+    "olmo3": ("norms behind", "norms on queries and keys", "sliding window", "two rotary embeddings"),
+    "phi3": ("longrope", "partial rotary embedding", "sliding window"),
+    "qwen2": ("sliding window", "yarn"),
+    "qwen3": ("sliding window", "yarn", "norms on query and key heads"),
+    "qwen3_moe": ("experts", "norms on query and key heads"),
+    "seed_oss": ("biases",),
+    "smollm3": ("layers without rotary embedding",),
+    "stablelm": ("LayerNorm", "partial rotary embedding", "attention beside MLP"),
+    "starcoder2": ("LayerNorm", "MLP without gate", "biases", "sliding window"),
+}
+"""Family -> what its models have beyond Llama's layers."""
+
+PROVEN_DENSE = ("TP", "SP", "PP", "VPP")
+PROVEN: dict[str, tuple[str, ...]] = {
+    "llama": (*PROVEN_DENSE, "DP"),
+    "qwen3": (*PROVEN_DENSE, "DP"),
+    "qwen3_moe": (*PROVEN_DENSE, "DP", "EP", "ETP"),
+}
+"""Family -> the kinds of parallelism in which tests/parallel/test_parity.py compares its logits, loss and every
+gradient with transformers' (docs/parity.md has the errors); `PROVEN_DENSE` for a family that is not here.
+"""
+
+
+def proven(family: str) -> tuple[str, ...]:
+    return PROVEN.get(family, PROVEN_DENSE)

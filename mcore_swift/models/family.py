@@ -5,7 +5,8 @@ from typing import Any, ClassVar
 
 from mcore_swift.errors import UserError
 from mcore_swift.models.catalog import SUPPORTED_ARCHITECTURES
-from mcore_swift.models.layer import PLAIN, LayerTraits
+from mcore_swift.models.frequencies import Frequencies
+from mcore_swift.models.layer import PLAIN, PLAIN_OUTER, LayerTraits, OuterTraits
 from mcore_swift.models.rules import Rule, RuleTable
 
 HFConfig = Any
@@ -33,6 +34,17 @@ class Family:
         """What decoder layer `number`, counted from 0 over the whole model, is made of."""
         return PLAIN
 
+    def outer(self, hf: HFConfig) -> OuterTraits:
+        """What surrounds the layers: the kind of norm, what is done to embeddings and logits."""
+        return PLAIN_OUTER
+
+    def rotary(self, hf: HFConfig) -> list[Frequencies]:
+        """The rotary embeddings of the model; `LayerTraits.rotary` says which one a layer uses.
+
+        Raises UserError for a kind that is not supported.
+        """
+        return [Frequencies(hf)]
+
     def layer_rules(self, hf: HFConfig, mcore_layer: str, hf_layer: str) -> list[Rule]:
         """Rules of one decoder layer, given the prefixes of its names, such as 'decoder.layers.3'."""
         raise NotImplementedError
@@ -43,6 +55,10 @@ class Family:
 
     def optional_hf(self, hf: HFConfig) -> list[str]:
         """HF tensors that a checkpoint may hold and that carry nothing of their own."""
+        return []
+
+    def unsupported(self, hf: HFConfig) -> list[str]:
+        """What this checkpoint's config asks for and we do not do."""
         return []
 
     def rules(self, hf: HFConfig) -> RuleTable:

@@ -1,9 +1,11 @@
 """Frequencies of the rotary embedding, as transformers defines them.
 
-Scaled ones come from transformers' own table of initialisers, so that every scaling we accept (linear, Llama 3) is
-the same to the last bit.
+Scaled ones come from transformers' own table of initialisers, so that every scaling we accept is the same to the last
+bit. Most do not depend on the text; those of LongRoPE (arXiv:2402.13753) and of dynamic NTK scaling depend on how long
+the text is, and here that is the length of each sample, packed or not.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -11,32 +13,63 @@ from torch import Tensor
 
 from mcore_swift.errors import UserError
 
-SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3")
+SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope", "dynamic")
 
 
-def rope_parameters(hf: Any) -> dict[str, Any]:
-    """The rope settings of a HF config, of transformers 5 (`rope_parameters`) or before (`rope_scaling`)."""
+def rope_parameters(hf: Any, layer_type: str | None = None) -> dict[str, Any]:
+    """The rope settings of a HF config, of transformers 5 (`rope_parameters`) or before (`rope_scaling`).
+
+    layer_type: which settings, where a config has several.
+    """
     settings = getattr(hf, "rope_parameters", None) or getattr(hf, "rope_scaling", None) or {}
+    if layer_type is not None:
+        settings = settings[layer_type]
     return {"rope_type": settings.get("type", "default"), **settings}
 
 
-def inverse_frequencies(hf: Any) -> Tensor:
-    """Angle per position of each pair of dimensions, fp32 `[head_dim / 2]`.
+class Frequencies:
+    """A rotary embedding: which angles per position turn the pairs of dimensions, in a text of a certain length.
+
+    attention_factor: what cosine and sine are multiplied by (YaRN, arXiv:2309.00071; LongRoPE).
+    by_length: whether the angles depend on the length of the text.
 
     Raises UserError for a kind of scaling that is not supported.
     """
-    settings = rope_parameters(hf)
-    kind = settings["rope_type"]
-    if kind not in SUPPORTED_ROPE_TYPES:
-        raise UserError(
-            f"the checkpoint's config.json asks for rope scaling of type {kind!r}, which is not supported",
-            remedy=f"supported rope types: {', '.join(SUPPORTED_ROPE_TYPES)}",
-        )
-    if kind == "default":
-        dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
-        base = settings.get("rope_theta") or getattr(hf, "rope_theta", None) or 10000.0
-        return 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim))
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    frequencies, _ = ROPE_INIT_FUNCTIONS[kind](hf, torch.device("cpu"))
-    return frequencies
+    def __init__(self, hf: Any, layer_type: str | None = None) -> None:
+        self.hf, self.layer_type = hf, layer_type
+        self.settings = rope_parameters(hf, layer_type)
+        self.kind = self.settings["rope_type"]
+        if self.kind not in SUPPORTED_ROPE_TYPES:
+            raise UserError(
+                f"the checkpoint's config.json asks for rope scaling of type {self.kind!r}, which is not supported",
+                remedy=f"supported rope types: {', '.join(SUPPORTED_ROPE_TYPES)}",
+            )
+        self.by_length = self.kind in ("longrope", "dynamic")
+        self.attention_factor = float(self._compute(None)[1])
+
+    def regime(self, length: int) -> int:
+        """A length that stands for all lengths of text that have the angles of this one."""
+        if self.kind == "longrope":
+            limit = self.settings["original_max_position_embeddings"]
+            return limit + 1 if length > limit else limit
+        return max(length, self.hf.max_position_embeddings) if self.kind == "dynamic" else 0
+
+    def at(self, length: int) -> Tensor:
+        """Angle per position of each pair of dimensions in a text of `length` tokens: fp32 `[rotary dim / 2]`."""
+        return self._compute(length if self.by_length else None)[0]
+
+    def _compute(self, length: int | None) -> tuple[Tensor, float]:
+        if self.kind == "default":
+            return self._default(), 1.0
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+        named = {} if self.layer_type is None else {"layer_type": self.layer_type}
+        return ROPE_INIT_FUNCTIONS[self.kind](self.hf, torch.device("cpu"), seq_len=length, **named)
+
+    def _default(self) -> Tensor:
+        head_dim = getattr(self.hf, "head_dim", None) or self.hf.hidden_size // self.hf.num_attention_heads
+        share = self.settings.get("partial_rotary_factor") or getattr(self.hf, "partial_rotary_factor", None)
+        dim = math.floor(head_dim * (share or 1.0))
+        base = self.settings.get("rope_theta") or getattr(self.hf, "rope_theta", None) or 10000.0
+        return 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim))

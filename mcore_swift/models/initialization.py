@@ -10,13 +10,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mcore_swift.models.rules import RuleTable, Shape, as_slices
+from mcore_swift.models.rules import Norm, Rule, RuleTable, Shape, as_slices
 from mcore_swift.models.shards import live_shards
 
 
 @torch.no_grad()
 def initialize(chunks: Sequence[nn.Module], table: RuleTable, *, std: float, seed: int) -> None:
-    """Matrices from N(0, std^2), norm weights 1, biases 0: transformers' initialisation of Llama-like models."""
+    """Matrices from N(0, std^2), norm weights 1 (0 if stored around 0), biases 0: as transformers does it."""
     for shard in live_shards(chunks):
         rule = table.by_mcore[shard.key]
         shapes = rule.hf_shapes(shard.global_shape)
@@ -24,11 +24,14 @@ def initialize(chunks: Sequence[nn.Module], table: RuleTable, *, std: float, see
         shard.data.zero_()
         for block in rule.blocks(shard.region, shapes):
             if block.name not in drawn:
-                drawn[block.name] = _draw(block.name, shapes[block.name], std, seed)
+                drawn[block.name] = draw(rule, block.name, shapes[block.name], std, seed)
             block.of(shard.data).copy_(drawn[block.name][as_slices(block.hf)])
 
 
-def _draw(name: str, shape: Shape, std: float, seed: int) -> Tensor:
+def draw(rule: Rule, name: str, shape: Shape, std: float, seed: int) -> Tensor:
+    """Initial values of the HF tensor `name`, one of the rule's, whole."""
+    if isinstance(rule, Norm):
+        return torch.full(shape, rule.initial)
     if len(shape) == 1:
         return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
     # torch's generator for CPU looks at the lowest 32 bits of a seed only

@@ -1,6 +1,9 @@
-"""What one decoder layer is made of, where layers of a model differ from each other or from the plain kind."""
+"""What a decoder layer, and what surrounds the layers, is made of where a model differs from the plain kind."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+from mcore_swift.models.norm import Norm, RMSNorm
 
 
 @dataclass(frozen=True)
@@ -14,12 +17,46 @@ class LayerTraits:
     sinks: each head has a learnt logit that takes part in its softmax and carries no value; the parameter is
     `self_attention.core_attention.softmax_offset`, `[heads]`.
     moe: a router and experts in place of the dense MLP; what they are like is in the family's `config`.
+    rotary: which of the family's rotary embeddings turns queries and keys; None: none does (NoPE).
+    norms: where attention and MLP have their norms: on what they read ('pre'), on what they add to the residual
+        stream ('post'), or both ('sandwich').
+    parallel: attention and MLP read the same input, the MLP through a norm of its own ('two_norms') or through
+        attention's ('one_norm'); None: one after the other.
+    residual_scale: what attention and MLP add is multiplied by this.
+    qk_norm: None: as `qk_layernorm` of the config says (one norm that every head shares, or none); 'full': over
+        all heads together; 'each': a norm of its own for each head.
+    output_bias, mlp_bias: whether the attention's output projection, and both linear layers of the MLP, have a bias.
     """
 
     window: int | None = None
     softcap: float | None = None
     sinks: bool = False
     moe: bool = False
+    rotary: int | None = 0
+    norms: Literal["pre", "post", "sandwich"] = "pre"
+    parallel: Literal["one_norm", "two_norms"] | None = None
+    residual_scale: float = 1.0
+    qk_norm: Literal["full", "each"] | None = None
+    output_bias: bool = False
+    mlp_bias: bool = False
 
 
 PLAIN = LayerTraits()
+
+
+@dataclass(frozen=True)
+class OuterTraits:
+    """What surrounds the layers.
+
+    norm: class of every norm over the hidden dimension, one of `mcore_swift.models.norm`.
+    embedding_scale: token embeddings are multiplied by this. logit_scale: and logits by this.
+    logit_softcap: then logits are squashed into (-cap, cap) by cap * tanh(logit / cap); None: they are not.
+    """
+
+    norm: type[Norm] = RMSNorm
+    embedding_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+
+
+PLAIN_OUTER = OuterTraits()

@@ -1,29 +1,100 @@
-"""RMSNorm that knows sequence parallelism (megatron-core's torch norm refuses it)."""
+"""Norms over the last dimension that know sequence parallelism (megatron-core's torch norm refuses it).
 
-from typing import Any
+All compute in fp32 and return the dtype of their input. Each is a class of its own, so that a family names the one
+it has.
+"""
+
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight, computed in fp32 and returned in the dtype of x (arXiv:1910.07467).
-
-    Same order of casts as transformers' Llama-like norms: normalise in fp32, cast, then scale.
+class Norm(nn.Module):
+    """What the norms share. normalization: megatron-core's name of the kind. initial: what a fresh weight holds, 0
+    where it is stored around 0 and 1 is added in use. has_bias: whether there is a bias beside the weight.
     """
+
+    normalization: ClassVar[str]
+    initial: ClassVar[float] = 1.0
+    has_bias: ClassVar[bool] = False
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight = self._parameter(config, hidden_size, self.initial)
+        self.bias = self._parameter(config, hidden_size, 0.0) if self.has_bias else None
+
+    @staticmethod
+    def _parameter(config: Any, size: int, value: float) -> nn.Parameter:
+        parameter = nn.Parameter(torch.full((size,), value, dtype=config.params_dtype))
         # Each tensor-parallel rank sees a part of the tokens: its gradient is summed over them.
-        self.weight.sequence_parallel = config.sequence_parallel
+        parameter.sequence_parallel = config.sequence_parallel
+        return parameter
 
     def forward(self, x: Tensor) -> Tensor:
         """x: `[..., hidden]`."""
-        wide = x.float()
-        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
+        raise NotImplementedError
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, eps={self.eps}"
+
+
+class RMSNorm(Norm):
+    """x / rms(x) * weight (arXiv:1910.07467).
+
+    Same order of casts as transformers' Llama-like norms: normalise in fp32, cast, then scale.
+    """
+
+    normalization = "RMSNorm"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * _over_rms(x, self.eps).to(x.dtype)
+
+
+class ZeroCentredRMSNorm(Norm):
+    """x / rms(x) * (1 + weight), as Gemma has it."""
+
+    normalization = "RMSNorm"
+    initial = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ((1.0 + self.weight.float()) * _over_rms(x, self.eps)).to(x.dtype)
+
+
+class LayerNormWithoutBias(Norm):
+    """(x - mean(x)) / std(x) * weight (arXiv:1607.06450)."""
+
+    normalization = "LayerNorm"
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.bias.float() if self.bias is not None else None
+        return _layer_norm(x, self.weight.float(), bias, self.eps)
+
+
+class LayerNorm(LayerNormWithoutBias):
+    """(x - mean(x)) / std(x) * weight + bias (arXiv:1607.06450)."""
+
+    has_bias = True
+
+
+class ZeroCentredLayerNorm(Norm):
+    """(x - mean(x)) / std(x) * (1 + weight) + bias, as Nemotron has it (arXiv:2402.16819)."""
+
+    normalization = "LayerNorm"
+    initial = 0.0
+    has_bias = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _layer_norm(x, 1.0 + self.weight.float(), self.bias.float(), self.eps)
+
+
+def _over_rms(x: Tensor, eps: float) -> Tensor:
+    """fp32."""
+    wide = x.float()
+    return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+
+
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    return functional.layer_norm(x.float(), x.shape[-1:], weight, bias, eps).to(x.dtype)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from mcore_swift.errors import UserError
 from mcore_swift.models.family import Family, HFConfig, family_of
-from mcore_swift.models.frequencies import inverse_frequencies
 from mcore_swift.models.rules import RuleTable
 
 
@@ -40,7 +39,7 @@ def read_model(model_dir: str) -> ModelPlan:
     refused = family.unsupported(hf)
     if refused:
         raise UserError(f"{model_dir}/config.json asks for what is not supported: {'; '.join(refused)}")
-    inverse_frequencies(hf)
+    family.rotary(hf)
     return ModelPlan(hf, family, family.rules(hf).as_held(_tensor_names(Path(model_dir))))
 
 

@@ -5,22 +5,43 @@ the sample length that equals the row length as "positions do not restart". This
 position once a microbatch, and every layer uses them as if the row were one sequence.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor, nn
 
+from mcore_swift.models.frequencies import Frequencies
 from mcore_swift.models.packing import Packing
+
+MOST_TABLES = 64
+"""Tables of angles that are kept. Dynamic NTK scaling has one for every length of a text."""
 
 
 class Rotary(nn.Module):
-    """Takes the place of megatron-core's RotaryEmbedding in a GPTModel: same two calls, positions by lookup."""
+    """Takes the place of megatron-core's RotaryEmbedding in a GPTModel: same two calls, positions by lookup.
 
-    def __init__(self, inv_freq: Tensor) -> None:
+    kinds: the rotary embeddings of the model, of which every layer uses one. interleaved: whether the dimensions that
+    turn together are neighbours (0 and 1, 2 and 3, ...) or half the width apart.
+    """
+
+    def __init__(
+        self, kinds: Sequence[Frequencies], device: torch.device, *, interleaved: bool = False
+    ) -> None:
         super().__init__()
-        self.inv_freq = inv_freq  # an attribute and no buffer: a checkpoint does not hold it
-        self._table = torch.empty(0)
+        self.kinds = tuple(kinds)
+        self.device = device
+        self.interleaved = interleaved
+        # No buffers: a checkpoint does not hold them.
+        self._tables: dict[tuple[int, int], Tensor] = {}
+        self.lengths: list[int] | None = None
+        """Of the samples of rows that are not packed, where angles depend on it; None: as long as the row."""
+
+    @property
+    def scale(self) -> float:
+        """What cosine and sine of the first kind are multiplied by."""
+        return self.kinds[0].attention_factor
 
     def get_rotary_seq_len(
         self,
@@ -41,16 +62,31 @@ class Rotary(nn.Module):
         return length
 
     def forward(self, rows: "int | Packing", offset: int = 0, **_: Any) -> Tensor:
-        """Angles `[s, 1, 1, head_dim]` of each token: by its place in the row, or in its sample if packed."""
-        if isinstance(rows, Packing):
-            table = self._angles(rows.longest)
-            # Transformer Engine cuts the row into its samples itself.
-            return table if rows.qkv_format == "thd" else table[rows.position_ids]
-        return self._angles(rows + offset)[offset:]
+        """Angles of each token, by its place in the row, or in its sample if packed: `[s, 1, kinds, dim]`, or
+        `[s, b, kinds, dim]` with `lengths`."""
+        return torch.cat([self._rows(kind, rows, offset) for kind in range(len(self.kinds))], dim=2)
 
-    def _angles(self, length: int) -> Tensor:
-        if self._table.size(0) < length:
-            positions = torch.arange(length, device=self.inv_freq.device, dtype=torch.float32)
-            angles = torch.outer(positions, self.inv_freq)
-            self._table = torch.cat((angles, angles), dim=-1)[:, None, None, :]
-        return self._table[:length]
+    def _rows(self, kind: int, rows: "int | Packing", offset: int) -> Tensor:
+        regime = self.kinds[kind].regime
+        if not isinstance(rows, Packing):
+            size = rows + offset
+            columns = [self._angles(kind, size, regime(length))[offset:] for length in self.lengths or [size]]
+            return torch.cat(columns, dim=1)
+        if rows.qkv_format == "thd":  # Transformer Engine cuts the row into its samples itself
+            return self._angles(kind, rows.longest, regime(rows.longest))
+        if self.kinds[kind].by_length:
+            return torch.cat([self._angles(kind, length, regime(length)) for length in rows.lengths])
+        return self._angles(kind, rows.longest, regime(rows.longest))[rows.position_ids]
+
+    def _angles(self, kind: int, size: int, regime: int) -> Tensor:
+        """Angles of the first positions of a sample, `[size, 1, 1, dim]`."""
+        key = kind, regime
+        if key not in self._tables or self._tables[key].size(0) < size:
+            if len(self._tables) >= MOST_TABLES:
+                self._tables.clear()
+            positions = torch.arange(size, device=self.device, dtype=torch.float32)
+            angles = torch.outer(positions, self.kinds[kind].at(regime).to(self.device))
+            pairs = (angles, angles)
+            both = torch.stack(pairs, dim=-1).flatten(-2) if self.interleaved else torch.cat(pairs, dim=-1)
+            self._tables[key] = both[:, None, None, :]
+        return self._tables[key][:size]

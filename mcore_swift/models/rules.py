@@ -100,6 +100,48 @@ class Same(Rule):
 
 
 @dataclass(frozen=True)
+class Norm(Same):
+    """The weight of a norm. initial: what it holds in a fresh model, where transformers starts it."""
+
+    initial: float = 1.0
+
+
+@dataclass(frozen=True)
+class FusedQKV(Rule):
+    """Query, key and value projections that Hugging Face keeps in one tensor, one after the other.
+
+    mcore: as in `QKV`. HF: `[groups * (heads_per_group + 2) * head_dim, ...]`, all queries, all keys, all values.
+    """
+
+    num_query_groups: int
+    heads_per_group: int
+    head_dim: int
+
+    def shape(self, hf_shapes: Mapping[str, Shape]) -> Shape:
+        rows, *rest = hf_shapes[self.hf[0]]
+        meant = self.num_query_groups * (self.heads_per_group + 2) * self.head_dim
+        if rows != meant:
+            raise ValueError(f"{self.hf[0]} has {rows} rows, but the config means {meant}")
+        return (rows, *rest)
+
+    def hf_shapes(self, mcore_shape: Shape) -> dict[str, Shape]:
+        return {self.hf[0]: mcore_shape}
+
+    def blocks(self, region: Region, hf_shapes: Mapping[str, Shape]) -> Iterator[Block]:
+        (start, stop), *rest = region
+        heads = (self.heads_per_group, 1, 1)
+        group_rows = sum(heads) * self.head_dim
+        for group in range(start // group_rows, -(-stop // group_rows)):
+            first, part = group * group_rows, 0
+            for count in heads:
+                rows = count * self.head_dim
+                held_from = part + group * rows
+                yield from _row_block(self.hf[0], first, first + rows, start, stop, tuple(rest), held_from)
+                first += rows
+                part += self.num_query_groups * rows
+
+
+@dataclass(frozen=True)
 class Vocab(Rule):
     """Embedding or output layer: `[vocabulary (padded in megatron-core), hidden]`.
 

@@ -1,5 +1,6 @@
 """Layer specs: which modules a layer is made of, on a machine with Transformer Engine and on one without."""
 
+import dataclasses
 import importlib.util
 from typing import Any
 
@@ -12,7 +13,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_mlp_module_spec_for_backend,
 )
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -28,14 +29,25 @@ from megatron.core.transformer.transformer_layer import (
 
 from mcore_swift.errors import UserError
 from mcore_swift.models.attention import CoreAttention
+from mcore_swift.models.decoder_layer import (
+    ColumnLinearWithBias,
+    FamilyAttention,
+    ParallelLayer,
+    Residual,
+    RowLinearWithBias,
+)
 from mcore_swift.models.layer import LayerTraits
 from mcore_swift.models.moe.router import Router
-from mcore_swift.models.norm import RMSNorm
+from mcore_swift.models.norm import LayerNorm, RMSNorm, ZeroCentredRMSNorm
 from mcore_swift.models.reading import ModelPlan
 
 # The checkpoint keeps Transformer Engine's names, where a norm is part of the linear layer that follows it. What
 # follows the norm before experts is a router as well: there it is a module of its own.
-_ATTENTION_NAMES = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+_ATTENTION_NAMES = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "self_attn_bda.norm.": "post_self_attn_layernorm.",
+    "mlp_bda.norm.": "post_mlp_layernorm.",
+}
 _MLP_NAMES = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 
 
@@ -44,19 +56,45 @@ def have_transformer_engine() -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
-def choose_implementation(wanted: str) -> str:
+def choose_implementation(wanted: str, plan: ModelPlan | None = None) -> str:
     """'local' or 'transformer_engine', from `--transformer_impl` auto | local | transformer_engine.
 
+    plan: the model, which may have parts that the Transformer Engine spec does not know.
     Raises UserError if Transformer Engine is asked for and cannot serve here.
     """
+    unknown = only_local(plan) if plan is not None else ""
     if wanted == "auto":
-        return "transformer_engine" if have_transformer_engine() else "local"
+        return "transformer_engine" if have_transformer_engine() and not unknown else "local"
     if wanted == "transformer_engine" and not have_transformer_engine():
         raise UserError(
             "--transformer_impl transformer_engine needs a CUDA device and the package transformer-engine",
             remedy="install mcore-swift[te] on the GPU machine, or use --transformer_impl auto",
         )
+    if wanted == "transformer_engine" and unknown:
+        raise UserError(
+            f"--transformer_impl transformer_engine does not know what {plan.family.name} models have: {unknown}",
+            remedy="use --transformer_impl auto or local",
+        )
     return wanted
+
+
+def only_local(plan: ModelPlan) -> str:
+    """What keeps a model from the Transformer Engine spec; empty if nothing does."""
+    hf, family = plan.hf, plan.family
+    layers = [family.layer(hf, number) for number in range(hf.num_hidden_layers)]
+    plain = {field.name: field.default for field in dataclasses.fields(LayerTraits)}
+    known = ("window", "moe", "rotary") if len(family.rotary(hf)) == 1 else ("window", "moe")
+    found = {
+        name.replace("_", " ")
+        for traits in layers
+        for name, value in plain.items()
+        if name not in known and getattr(traits, name) != value
+    }
+    if any(kind.by_length for kind in family.rotary(hf)):
+        found.add("rotary angles that depend on the length of the text")
+    if norm_of(plan) not in (RMSNorm, ZeroCentredRMSNorm, LayerNorm):
+        found.add(norm_of(plan).__name__)
+    return ", ".join(sorted(found))
 
 
 def block_spec(plan: ModelPlan, config: Any, implementation: str, vp_stage: int | None) -> Any:
@@ -72,10 +110,8 @@ def block_spec(plan: ModelPlan, config: Any, implementation: str, vp_stage: int 
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     first = get_transformer_layer_offset(config, vp_stage)
     count = get_num_layers_to_build(config, vp_stage)
-    layers = [
-        local_layer(config, plan.family.layer(plan.hf, number)) for number in range(first, first + count)
-    ]
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+    layers = [local_layer(plan, config, number) for number in range(first, first + count)]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm_of(plan))
 
 
 def core_attention(traits: LayerTraits) -> ModuleSpec:
@@ -86,36 +122,54 @@ def core_attention(traits: LayerTraits) -> ModuleSpec:
     )
 
 
-def local_layer(config: Any, traits: LayerTraits) -> ModuleSpec:
-    """One decoder layer of plain torch modules."""
-    head_norm = RMSNorm if config.qk_layernorm else IdentityOp
+def norm_of(plan: ModelPlan) -> type:
+    """Class of the model's norms over the hidden dimension."""
+    return plan.family.outer(plan.hf).norm
+
+
+def local_layer(plan: ModelPlan, config: Any, number: int) -> ModuleSpec:
+    """Decoder layer `number`, counted from 0 over the whole model, of plain torch modules."""
+    traits, norm = plan.family.layer(plan.hf, number), norm_of(plan)
+    first = norm if traits.norms != "post" else IdentityOp
     return ModuleSpec(
-        module=TransformerLayer,
+        module=ParallelLayer if traits.parallel else TransformerLayer,
+        params={"one_norm": traits.parallel == "one_norm"} if traits.parallel else {},
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
-            self_attention=ModuleSpec(
-                module=SelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
-                    core_attention=core_attention(traits),
-                    linear_proj=RowParallelLinear,
-                    q_layernorm=head_norm,
-                    k_layernorm=head_norm,
-                ),
-            ),
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
+            input_layernorm=first,
+            self_attention=_local_attention(plan, config, traits),
+            self_attn_bda=_residual(config, traits, norm),
+            pre_mlp_layernorm=IdentityOp if traits.parallel == "one_norm" else first,
             mlp=_local_mlp(config, traits),
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=_residual(config, traits, norm),
             sharded_state_dict_keys_map=_ATTENTION_NAMES | ({} if traits.moe else _MLP_NAMES),
+        ),
+    )
+
+
+def _local_attention(plan: ModelPlan, config: Any, traits: LayerTraits) -> ModuleSpec:
+    head_norm = norm_of(plan) if config.qk_layernorm else IdentityOp
+    return ModuleSpec(
+        module=FamilyAttention,
+        params={
+            "attn_mask_type": AttnMaskType.causal,
+            "traits": traits,
+            "attention_factor": plan.family.rotary(plan.hf)[traits.rotary or 0].attention_factor,
+        },
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=core_attention(traits),
+            linear_proj=RowLinearWithBias if traits.output_bias else RowParallelLinear,
+            q_layernorm=head_norm,
+            k_layernorm=head_norm,
         ),
     )
 
 
 def _local_mlp(config: Any, traits: LayerTraits) -> Any:
     if not traits.moe:
-        return get_mlp_module_spec_for_backend(backend=LocalSpecProvider())
+        return get_mlp_module_spec_for_backend(
+            backend=_BiasedLinears() if traits.mlp_bias else LocalSpecProvider()
+        )
     return _with_our_router(
         get_mlp_module_spec_for_backend(backend=LocalSpecProvider(), num_experts=config.num_moe_experts)
     )
@@ -126,3 +180,23 @@ def _with_our_router(mlp: Any) -> Any:
     submodules = mlp.submodules if isinstance(mlp, ModuleSpec) else mlp.keywords["submodules"]
     submodules.router = Router
     return mlp
+
+
+class _BiasedLinears(LocalSpecProvider):
+    """Linear layers of an MLP with biases."""
+
+    def column_parallel_linear(self) -> type:
+        return ColumnLinearWithBias
+
+    def row_parallel_linear(self) -> type:
+        return RowLinearWithBias
+
+
+def _residual(config: Any, traits: LayerTraits, norm: type) -> Any:
+    """How the output of attention or MLP is added to the residual stream."""
+    if traits.norms == "pre" and traits.residual_scale == 1.0:
+        return get_bias_dropout_add
+    after = norm if traits.norms != "pre" else None
+    return ModuleSpec(
+        module=Residual, params={"config": config, "norm": after, "scale": traits.residual_scale}
+    )

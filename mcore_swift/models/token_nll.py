@@ -25,24 +25,36 @@ def token_nll(
     vocab_size: int,
     group: dist.ProcessGroup,
     sequence_parallel: bool,
+    scale: float = 1.0,
+    softcap: float | None = None,
 ) -> Tensor:
     """-log p(label) at the given positions, 0 elsewhere: fp32 `[b, s]`.
 
     hidden: `[s, b, h]`, or `[s / TP, b, h]` with sequence parallelism. weight: this rank's rows of the output layer,
     `[padded vocabulary / TP, h]`. labels: int64 `[b, s]`. positions: int64 `[learnt]`, into labels laid end to end.
     vocab_size: rows that exist; padding takes no part in the softmax, or the loss would depend on TP.
+    scale, softcap: what becomes of the logits first, see `transformed`.
     """
     if sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
     learnt = hidden.transpose(0, 1).reshape(-1, hidden.size(-1)).index_select(0, positions)
     if not sequence_parallel:  # sums the gradient over ranks; only now, when there is less of it
         learnt = copy_to_tensor_model_parallel_region(learnt)
-    nll = _VocabParallelNLL.apply(learnt, weight, labels.reshape(-1)[positions], vocab_size, group)
+    nll = _VocabParallelNLL.apply(
+        learnt, weight, labels.reshape(-1)[positions], vocab_size, group, scale, softcap
+    )
     return (
         torch.zeros(labels.numel(), dtype=nll.dtype, device=nll.device)
         .index_put((positions,), nll)
         .view(labels.shape)
     )
+
+
+def transformed(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """scale * logits, squashed into (-softcap, softcap) by softcap * tanh(logit / softcap) (arXiv:2408.00118)."""
+    if scale != 1.0:
+        logits = logits * scale
+    return softcap * torch.tanh(logits / softcap) if softcap is not None else logits
 
 
 class _VocabParallelNLL(torch.autograd.Function):
@@ -54,11 +66,18 @@ class _VocabParallelNLL(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, group: dist.ProcessGroup
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        vocab_size: int,
+        group: dist.ProcessGroup,
+        scale: float,
+        softcap: float | None,
     ) -> Tensor:
         rows = weight.size(0)
         first = rows * group.rank()
-        logits = hidden @ weight.t()
+        logits = transformed(hidden @ weight.t(), scale, softcap)
         if vocab_size < first + rows:
             logits[:, max(0, vocab_size - first) :] = float("-inf")
         wide = logits.float()
@@ -69,18 +88,27 @@ class _VocabParallelNLL(torch.autograd.Function):
         target[mine] = wide[mine, local[mine]]
         _all_reduce(target, dist.ReduceOp.SUM, group)
         ctx.save_for_backward(hidden, weight, normalizer, mine, local[mine])
+        ctx.scale, ctx.softcap = scale, softcap
         ctx.logits = wide  # kept out of save_for_backward: the backward pass overwrites it
         return normalizer - target
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, normalizer, mine, columns = ctx.saved_tensors
         gradient, ctx.logits = ctx.logits, None
+        slope = _softcap_slope(gradient, ctx.softcap) if ctx.softcap is not None else None
         gradient.sub_(normalizer[:, None]).exp_()
         gradient[mine, columns] -= 1
-        gradient.mul_(grad[:, None])
+        gradient.mul_(grad[:, None] * ctx.scale)
+        if slope is not None:
+            gradient.mul_(slope)
         gradient = gradient.to(weight.dtype)
-        return gradient @ weight, gradient.t() @ hidden, None, None, None
+        return gradient @ weight, gradient.t() @ hidden, None, None, None, None, None
+
+
+def _softcap_slope(capped: Tensor, softcap: float) -> Tensor:
+    """Derivative of softcap * tanh(x / softcap), from its value: 1 - tanh^2. Padding, at -inf, has none."""
+    return (1 - (capped / softcap).square()).clamp_(min=0)
 
 
 def _logsumexp_over_ranks(local: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -16,6 +16,7 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
+    "pad_token_id": None,  # transformers keeps back the gradient of a padding token's embedding
 }
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -26,6 +27,23 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 32,
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.67,
+    "short_factor": [1.0, 1.3],
+    "long_factor": [2.0, 5.0],
+    "original_max_position_embeddings": 16,  # some of the samples are longer
+}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 3.0}
+PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.67}  # 4 of 6 dimensions
+MIXED_LAYERS = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"num_key_value_heads": 4, "tie_word_embeddings": False}),
     "llama3-rope-tied": ("Llama", {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}),
@@ -37,6 +55,75 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         EXPERTS
         | {"head_dim": 10, "norm_topk_prob": True, "mlp_only_layers": [1], "tie_word_embeddings": False},
     ),
+    "llama-biases": (
+        "Llama",
+        {"attention_bias": True, "mlp_bias": True, "rope_parameters": DYNAMIC, "max_position_embeddings": 16},
+    ),
+    "qwen2-windows": (
+        "Qwen2",
+        {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1, "rope_parameters": YARN},
+    ),
+    "qwen3-yarn": ("Qwen3", {"head_dim": 10, "attention_bias": True, "rope_parameters": YARN}),
+    "gemma": ("Gemma", {"head_dim": 10}),
+    "gemma2": (
+        "Gemma2",
+        {
+            "head_dim": 10,
+            "sliding_window": 7,
+            "query_pre_attn_scalar": 20,
+            "attn_logit_softcapping": 0.5,
+            "final_logit_softcapping": 1.0,
+        },
+    ),
+    "gemma3": (
+        "Gemma3",
+        {
+            "head_dim": 10,
+            "sliding_window": 7,
+            "layer_types": MIXED_LAYERS,
+            "query_pre_attn_scalar": 20,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    "phi3": ("Phi3", {"sliding_window": 9}),
+    "phi3-longrope": ("Phi3", {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 16}),
+    "glm": ("Glm", {"head_dim": 12}),
+    "glm4": ("Glm4", {"head_dim": 12}),
+    "olmo2": ("Olmo2", {}),
+    "olmo3": (
+        "Olmo3",
+        {
+            "sliding_window": 7,
+            "layer_types": MIXED_LAYERS,
+            "rope_parameters": {
+                "full_attention": YARN,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    "granite": (
+        "Granite",
+        {
+            "embedding_multiplier": 3.0,
+            "logits_scaling": 0.5,
+            "residual_multiplier": 0.3,
+            "attention_multiplier": 0.2,
+        },
+    ),
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0, 1, 0], "use_sliding_window": True, "sliding_window": 7}),
+    "starcoder2": ("Starcoder2", {"sliding_window": 9, "tie_word_embeddings": True}),
+    "stablelm": ("StableLm", {"use_qkv_bias": True, "rope_parameters": PARTIAL}),
+    "stablelm-parallel": ("StableLm", {"use_parallel_residual": True, "rope_parameters": PARTIAL}),
+    "cohere": ("Cohere", {"use_qk_norm": True, "tie_word_embeddings": True, "logit_scale": 0.5}),
+    "cohere2": ("Cohere2", {"sliding_window": 7, "layer_types": MIXED_LAYERS, "head_dim": 6}),
+    "seed-oss": (
+        "SeedOss",
+        {"head_dim": 10, "attention_out_bias": True, "attention_dropout": 0.0, "residual_dropout": 0.0},
+    ),
+    "ernie4_5": ("Ernie4_5", {"head_dim": 10, "use_bias": True}),
 }
 THOROUGH = ("llama3-rope-tied", "qwen3", "qwen3-moe")
 """Variants that go through every layout, packed and unpacked; the others through a few that mix the axes."""
@@ -62,6 +149,15 @@ class Reference:
     weights: dict[str, Tensor]
 
 
+def config_class(architecture: str) -> Any:
+    """transformers' config class, whose name an architecture that reads pictures too uses for another."""
+    import transformers
+
+    return getattr(transformers, f"{architecture}TextConfig", None) or getattr(
+        transformers, f"{architecture}Config"
+    )
+
+
 def make_model(variant: str, folder: Path, *, attention: str = "eager", **sizes: Any) -> Any:
     """A random fp32 model of transformers, after its checkpoint was written to `folder`.
 
@@ -71,7 +167,7 @@ def make_model(variant: str, folder: Path, *, attention: str = "eager", **sizes:
 
     architecture, changes = VARIANTS[variant]
     torch.manual_seed(sum(map(ord, variant)))
-    config = getattr(transformers, f"{architecture}Config")(**(SIZES | changes | sizes))
+    config = config_class(architecture)(**(SIZES | changes | sizes))
     config.architectures = [f"{architecture}ForCausalLM"]
     model = (
         transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).float().eval()

@@ -6,6 +6,7 @@ PYTEST_ARGS=tests/parallel/test_parity.py` writes it anew.
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from jobs import assert_all_passed, run_job  # noqa: E402
 from parity_models import SIX_LAYERS, VARIANTS, make_reference  # noqa: E402
 from parity_table import missing_rows, render  # noqa: E402
 
-from mcore_swift.models.catalog import SUPPORTED_ARCHITECTURES  # noqa: E402
+from mcore_swift.models.catalog import SUPPORTED_ARCHITECTURES, proven  # noqa: E402
 
 TABLE = Path(__file__).parents[2] / "docs" / "parity.md"
 WORLD_SIZES = (1, 2, 4)
@@ -59,6 +60,18 @@ def test_the_table_in_the_docs_has_every_row(measured):
     assert not missing, f"docs/parity.md does not show {missing}; UPDATE_DOCS=1 writes it"
 
 
+def test_list_models_claims_what_was_measured(measured):
+    if any(len(measured.get(variant, {})) < len(WORLD_SIZES) for variant in VARIANTS):
+        pytest.skip("not all world sizes were run")
+    axes: dict[str, set[str]] = {}
+    for variant, row in measured.items():
+        family = SUPPORTED_ARCHITECTURES[f"{VARIANTS[variant][0]}ForCausalLM"]
+        found = (re.fullmatch("([A-Z]+?)([0-9]*)", part).groups() for name in row for part in name.split("·"))
+        axes.setdefault(family, set()).update(axis for axis, size in found if size != "1")
+    unproven = {family: set(proven(family)) - axes.get(family, set()) for family in axes}
+    assert not any(unproven.values()), unproven
+
+
 def test_every_architecture_has_a_row():
-    proven = {f"{architecture}ForCausalLM" for architecture, _ in VARIANTS.values()}
-    assert set(SUPPORTED_ARCHITECTURES) <= proven
+    rows = {f"{architecture}ForCausalLM" for architecture, _ in VARIANTS.values()}
+    assert set(SUPPORTED_ARCHITECTURES) <= rows

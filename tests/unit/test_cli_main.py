@@ -233,8 +233,12 @@ def test_an_interrupt_has_the_exit_code_of_a_shell(error, code, monkeypatch):
     assert main(["list-models"]) == code
 
 
-def test_list_models_names_architectures(capsys):
+def test_list_models_names_architectures_and_what_is_proven(capsys):
     assert main(["list-models", "--json"]) == 0
-    assert "Qwen3ForCausalLM" in json.loads(capsys.readouterr().out)["qwen3"]
+    rows = {row["family"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["qwen3"]["architectures"] == ["Qwen3ForCausalLM"] and "TP" in rows["qwen3"]["proven"]
+    assert "soft caps" in rows["gemma2"]["features"]
     assert main(["list-models"]) == 0
-    assert "LlamaForCausalLM" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    line = next(line for line in shown.splitlines() if line.startswith("Gemma3ForCausalLM"))
+    assert "gemma3" in line and "TP SP PP" in line and "sliding window" in line

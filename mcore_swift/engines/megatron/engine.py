@@ -46,7 +46,7 @@ class MegatronEngine:
         self.layout = layout
         self.args = args
         self.dtype = dtype
-        self.implementation = choose_implementation(args.transformer_impl)
+        self.implementation = choose_implementation(args.transformer_impl, plan)
         options = model_options(args) | pipeline_options(plan, layout, args)
         if plan.is_moe:
             options |= moe_options(args)

@@ -1,32 +1,67 @@
 """Llama 2, 3 and 3.1+: pre-norm decoder with RMSNorm, rotary embedding, grouped queries and a gated MLP.
 
 arXiv:2302.13971 (Llama), arXiv:2307.09288 (grouped queries), arXiv:2407.21783 (Llama 3, rotary scaling).
+
+Most other dense families say here and there something else, and inherit the rest from this one.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
-from torch.nn import functional
-
+from mcore_swift.models.activations import activation
 from mcore_swift.models.family import Family, HFConfig
-from mcore_swift.models.rules import QKV, Rule, Same, Stacked, Vocab
+from mcore_swift.models.layer import LayerTraits
+from mcore_swift.models.rules import QKV, FusedQKV, Norm, Rule, Same, Stacked, Vocab
+
+BEFORE_MLP = "mlp.linear_fc1.layer_norm_"
+"""Beginning of the megatron-core name of the norm that a dense MLP reads through."""
 
 
 class Llama(Family):
     name = "llama"
 
+    norms: ClassVar[dict[str, str]] = {
+        "self_attention.linear_qkv.layer_norm_": "input_layernorm",
+        BEFORE_MLP: "post_attention_layernorm",
+    }
+    """Beginning of a norm's megatron-core name -> the norm's name in a Hugging Face layer."""
+
+    attention_names: ClassVar[dict[str, str]] = {
+        "q": "self_attn.q_proj",
+        "k": "self_attn.k_proj",
+        "v": "self_attn.v_proj",
+        "output": "self_attn.o_proj",
+    }
+    """Hugging Face names of linear layers; 'qkv' in place of q, k and v where they are one tensor."""
+
+    mlp_names: ClassVar[dict[str, str]] = {
+        "gate": "mlp.gate_proj",
+        "up": "mlp.up_proj",
+        "down": "mlp.down_proj",
+    }
+    """Without 'gate' where the MLP has none, or where 'up' is gate and up in one tensor."""
+
+    outer_names: ClassVar[dict[str, str]] = {
+        "embedding": "model.embed_tokens",
+        "norm": "model.norm",
+        "output": "lm_head",
+    }
+    gated: ClassVar[bool] = True
+
     def config(self, hf: HFConfig) -> dict[str, Any]:
+        norm = self.outer(hf).norm
         return {
             "num_layers": hf.num_hidden_layers,
             "hidden_size": hf.hidden_size,
-            "ffn_hidden_size": hf.intermediate_size,
+            "ffn_hidden_size": self.ffn_hidden_size(hf),
             "num_attention_heads": hf.num_attention_heads,
             "num_query_groups": query_groups(hf),
             "kv_channels": head_dim(hf),
-            "normalization": "RMSNorm",
-            "layernorm_epsilon": hf.rms_norm_eps,
+            "normalization": norm.normalization,
+            "layernorm_zero_centered_gamma": norm.initial == 0.0,
+            "layernorm_epsilon": self.norm_epsilon(hf),
             "init_method_std": hf.initializer_range,
-            "gated_linear_unit": True,
-            "activation_func": functional.silu,
+            "gated_linear_unit": self.gated,
+            "activation_func": activation(self.activation_name(hf)),
             "add_bias_linear": False,
             "add_qkv_bias": self.qkv_bias(hf),
             "attention_dropout": getattr(hf, "attention_dropout", 0.0),
@@ -41,63 +76,107 @@ class Llama(Family):
             "share_embeddings_and_output_weights": tied(hf),
         }
 
-    def qkv_bias(self, hf: HFConfig) -> bool:
-        return False
+    def layer(self, hf: HFConfig, number: int) -> LayerTraits:
+        return LayerTraits(output_bias=self.output_bias(hf), mlp_bias=self.mlp_bias(hf))
 
-    def unsupported(self, hf: HFConfig) -> list[str]:
-        """What this checkpoint's config asks for and megatron-core's layers, as set up here, do not do."""
-        wrong = []
-        if getattr(hf, "hidden_act", "silu") != "silu":
-            wrong.append(f"hidden_act {hf.hidden_act!r} (only 'silu')")
-        if getattr(hf, "mlp_bias", False):
-            wrong.append("mlp_bias true")
-        if getattr(hf, "attention_bias", False):
-            wrong.append("attention_bias true (a bias on the attention output)")
-        return wrong
+    def norm_epsilon(self, hf: HFConfig) -> float:
+        return hf.rms_norm_eps
+
+    def ffn_hidden_size(self, hf: HFConfig) -> int:
+        return hf.intermediate_size
+
+    def activation_name(self, hf: HFConfig) -> str:
+        return getattr(hf, "hidden_act", "silu")
+
+    def qkv_bias(self, hf: HFConfig) -> bool:
+        return bool(getattr(hf, "attention_bias", False))
+
+    def output_bias(self, hf: HFConfig) -> bool:
+        return bool(getattr(hf, "attention_bias", False))
+
+    def mlp_bias(self, hf: HFConfig) -> bool:
+        return bool(getattr(hf, "mlp_bias", False))
 
     def layer_rules(self, hf: HFConfig, mcore_layer: str, hf_layer: str) -> list[Rule]:
-        attention = f"{mcore_layer}.self_attention"
+        return [
+            *self.norm_rules(hf, mcore_layer, hf_layer),
+            *self.attention_rules(hf, f"{mcore_layer}.self_attention", hf_layer),
+            *self.mlp_rules(hf, mcore_layer, hf_layer),
+        ]
+
+    def norm_rules(self, hf: HFConfig, mcore_layer: str, hf_layer: str) -> list[Rule]:
+        """Rules of the norms over the hidden dimension, but for one before the MLP."""
+        return [
+            rule
+            for mcore, name in self.norms.items()
+            if mcore != BEFORE_MLP
+            for rule in self.one_norm(hf, f"{mcore_layer}.{mcore}", f"{hf_layer}.{name}")
+        ]
+
+    def one_norm(self, hf: HFConfig, mcore: str, name: str) -> list[Rule]:
+        """Rules of a norm, given the beginning of its megatron-core names and its Hugging Face name."""
+        norm = self.outer(hf).norm
+        rules: list[Rule] = [Norm(f"{mcore}weight", (f"{name}.weight",), initial=norm.initial)]
+        if norm.has_bias:
+            rules.append(Same(f"{mcore}bias", (f"{name}.bias",)))
+        return rules
+
+    def attention_rules(self, hf: HFConfig, attention: str, hf_layer: str) -> list[Rule]:
+        """Rules of the projections of attention. attention: their prefix in megatron-core."""
+        output = f"{hf_layer}.{self.attention_names['output']}"
+        rules = [self.qkv_rule(hf, attention, hf_layer, "weight")]
+        if self.qkv_bias(hf):
+            rules.append(self.qkv_rule(hf, attention, hf_layer, "bias"))
+        rules.append(Same(f"{attention}.linear_proj.weight", (f"{output}.weight",)))
+        if self.output_bias(hf):
+            rules.append(Same(f"{attention}.linear_proj.bias", (f"{output}.bias",)))
+        return rules
+
+    def qkv_rule(self, hf: HFConfig, attention: str, hf_layer: str, kind: str) -> Rule:
+        """kind: 'weight' or 'bias'."""
+        mcore, names = f"{attention}.linear_qkv.{kind}", self.attention_names
         heads = {
             "num_query_groups": query_groups(hf),
             "heads_per_group": hf.num_attention_heads // query_groups(hf),
             "head_dim": head_dim(hf),
         }
-
-        def qkv(kind: str) -> Rule:
-            names = tuple(f"{hf_layer}.self_attn.{part}_proj.{kind}" for part in "qkv")
-            return QKV(f"{attention}.linear_qkv.{kind}", names, **heads)
-
-        return [
-            Same(f"{attention}.linear_qkv.layer_norm_weight", (f"{hf_layer}.input_layernorm.weight",)),
-            *[qkv(kind) for kind in (("weight", "bias") if self.qkv_bias(hf) else ("weight",))],
-            Same(f"{attention}.linear_proj.weight", (f"{hf_layer}.self_attn.o_proj.weight",)),
-            *self.mlp_rules(hf, mcore_layer, hf_layer),
-        ]
+        if "qkv" in names:
+            return FusedQKV(mcore, (f"{hf_layer}.{names['qkv']}.{kind}",), **heads)
+        return QKV(mcore, tuple(f"{hf_layer}.{names[part]}.{kind}" for part in "qkv"), **heads)
 
     def mlp_rules(self, hf: HFConfig, mcore_layer: str, hf_layer: str) -> list[Rule]:
-        """The part of `layer_rules` after attention, with the norm before it."""
-        mlp = f"{mcore_layer}.mlp"
+        """Rules of the MLP, with the norm before it."""
+        mlp, norm = f"{mcore_layer}.mlp", self.norms.get(BEFORE_MLP)
+        kinds = ("weight", "bias") if self.mlp_bias(hf) else ("weight",)
+        first = tuple(
+            f"{hf_layer}.{self.mlp_names[part]}" for part in ("gate", "up") if part in self.mlp_names
+        )
+        kind_of_rule = Stacked if len(first) == 2 else Same
         return [
-            Same(f"{mlp}.linear_fc1.layer_norm_weight", (f"{hf_layer}.post_attention_layernorm.weight",)),
-            Stacked(
-                f"{mlp}.linear_fc1.weight",
-                (f"{hf_layer}.mlp.gate_proj.weight", f"{hf_layer}.mlp.up_proj.weight"),
-            ),
-            Same(f"{mlp}.linear_fc2.weight", (f"{hf_layer}.mlp.down_proj.weight",)),
+            *(self.one_norm(hf, f"{mcore_layer}.{BEFORE_MLP}", f"{hf_layer}.{norm}") if norm else []),
+            *[
+                kind_of_rule(f"{mlp}.linear_fc1.{kind}", tuple(f"{name}.{kind}" for name in first))
+                for kind in kinds
+            ],
+            *[
+                Same(f"{mlp}.linear_fc2.{kind}", (f"{hf_layer}.{self.mlp_names['down']}.{kind}",))
+                for kind in kinds
+            ],
         ]
 
     def outer_rules(self, hf: HFConfig) -> list[Rule]:
+        names = self.outer_names
         rules: list[Rule] = [
-            Vocab("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), hf.vocab_size),
-            Same("decoder.final_layernorm.weight", ("model.norm.weight",)),
+            Vocab("embedding.word_embeddings.weight", (f"{names['embedding']}.weight",), hf.vocab_size),
+            *self.one_norm(hf, "decoder.final_layernorm.", names["norm"]),
         ]
         if not tied(hf):
-            rules.append(Vocab("output_layer.weight", ("lm_head.weight",), hf.vocab_size))
+            rules.append(Vocab("output_layer.weight", (f"{names['output']}.weight",), hf.vocab_size))
         return rules
 
     def optional_hf(self, hf: HFConfig) -> list[str]:
         buffers = [f"model.layers.{n}.self_attn.rotary_emb.inv_freq" for n in range(hf.num_hidden_layers)]
-        return buffers + (["lm_head.weight"] if tied(hf) else [])
+        return buffers + ([f"{self.outer_names['output']}.weight"] if tied(hf) else [])
 
 
 def query_groups(hf: HFConfig) -> int:

@@ -11,5 +11,14 @@ class Mistral(Llama):
     def layer(self, hf: HFConfig, number: int) -> LayerTraits:
         return LayerTraits(window=getattr(hf, "sliding_window", None))
 
+    def qkv_bias(self, hf: HFConfig) -> bool:
+        return False
+
+    def output_bias(self, hf: HFConfig) -> bool:
+        return False
+
+    def mlp_bias(self, hf: HFConfig) -> bool:
+        return False
+
 
 FAMILY = Mistral()

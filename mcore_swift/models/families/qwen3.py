@@ -2,9 +2,10 @@
 
 from typing import Any
 
+from mcore_swift.models.families.llama import Llama
 from mcore_swift.models.families.qwen2 import Qwen2
 from mcore_swift.models.family import HFConfig
-from mcore_swift.models.rules import Rule, Same
+from mcore_swift.models.rules import Norm, Rule
 
 
 class Qwen3(Qwen2):
@@ -14,16 +15,28 @@ class Qwen3(Qwen2):
         return super().config(hf) | {"qk_layernorm": True}
 
     def qkv_bias(self, hf: HFConfig) -> bool:
-        return False
+        return Llama.qkv_bias(self, hf)
 
-    def layer_rules(self, hf: HFConfig, mcore_layer: str, hf_layer: str) -> list[Rule]:
-        return super().layer_rules(hf, mcore_layer, hf_layer) + [
-            Same(
-                f"{mcore_layer}.self_attention.{part}_layernorm.weight",
-                (f"{hf_layer}.self_attn.{part}_norm.weight",),
-            )
-            for part in "qk"
-        ]
+    def output_bias(self, hf: HFConfig) -> bool:
+        return Llama.output_bias(self, hf)
+
+    def attention_rules(self, hf: HFConfig, attention: str, hf_layer: str) -> list[Rule]:
+        return super().attention_rules(hf, attention, hf_layer) + head_norm_rules(
+            self, hf, attention, hf_layer
+        )
+
+
+def head_norm_rules(family: Llama, hf: HFConfig, attention: str, hf_layer: str) -> list[Rule]:
+    """The norms of queries and keys."""
+    initial = family.outer(hf).norm.initial
+    return [
+        Norm(
+            f"{attention}.{part}_layernorm.weight",
+            (f"{hf_layer}.self_attn.{part}_norm.weight",),
+            initial=initial,
+        )
+        for part in "qk"
+    ]
 
 
 FAMILY = Qwen3()

@@ -1,5 +1,6 @@
 """Qwen3 mixture of experts: Qwen3's attention; a softmax router and experts in place of the MLP (arXiv:2505.09388)."""
 
+from dataclasses import replace
 from typing import Any
 
 from mcore_swift.models.families.moe import (
@@ -28,7 +29,7 @@ class Qwen3Moe(Qwen3):
         )
 
     def layer(self, hf: HFConfig, number: int) -> LayerTraits:
-        return LayerTraits(moe=is_sparse(hf, number))
+        return replace(super().layer(hf, number), moe=is_sparse(hf, number))
 
     def mlp_rules(self, hf: HFConfig, mcore_layer: str, hf_layer: str) -> list[Rule]:
         if not is_sparse(hf, layer_number(hf_layer)):

@@ -1,0 +1,86 @@
+"""Norms of queries and keys whose weight differs from head to head, so that it is cut by tensor parallelism.
+
+The plain kind, one weight that all heads share, needs no class of its own: it is a norm over the head dimension.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class _HeadNorm(nn.Module):
+    """A weight of `[heads, head_dim]`, of which a tensor-parallel rank holds its own heads."""
+
+    def __init__(self, config: Any, heads: int, head_dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.group = parallel_state.get_tensor_model_parallel_group()
+        if heads % self.group.size():
+            raise ValueError(f"{heads} heads do not divide over {self.group.size()} tensor-parallel ranks")
+        self.width = heads * head_dim
+        shape = self._shape(heads // self.group.size(), head_dim)
+        self.weight = nn.Parameter(torch.ones(shape, dtype=config.params_dtype))
+        # Its gradient is complete on the rank that holds it, and the gradient's norm counts every rank's part.
+        self.weight.tensor_model_parallel = True
+        self.weight.partition_dim, self.weight.partition_stride = 0, 1
+
+    def _shape(self, heads: int, head_dim: int) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict:
+        state = self.state_dict(prefix="", keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(state, prefix, {"weight": 0}, sharded_offsets)
+
+
+class FullNorm(_HeadNorm):
+    """RMSNorm over all heads of a token together, as OLMo 2 has it (arXiv:2501.00656)."""
+
+    def _shape(self, heads: int, head_dim: int) -> tuple[int, ...]:
+        return (heads * head_dim,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: `[s, b, heads / TP, head_dim]`."""
+        wide = x.float().flatten(-2)
+        squares = _SumOverRanks.apply(wide.pow(2).sum(-1, keepdim=True), self.group)
+        normed = wide * torch.rsqrt(squares / self.width + self.eps)
+        return (self.weight * normed.to(x.dtype)).view(x.shape)
+
+
+class EachHeadNorm(_HeadNorm):
+    """LayerNorm without bias over each head, with a weight for each head, as Command R+ has it."""
+
+    def _shape(self, heads: int, head_dim: int) -> tuple[int, ...]:
+        return (heads, head_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: `[s, b, heads / TP, head_dim]`."""
+        normed = functional.layer_norm(x.float(), x.shape[-1:], eps=self.eps)
+        return (self.weight.float() * normed).to(x.dtype)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum over ranks, which every rank goes on to use differently: so the gradient is summed over them, too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _all_reduced(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _all_reduced(grad, ctx.group), None
+
+
+def _all_reduced(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    if group.size() == 1:
+        return x
+    x = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(x, group=group)
+    return x
