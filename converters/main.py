@@ -25,6 +25,7 @@ from converters.torch_dist_reader import MCoreReader
 from mcore_swift.config.checkpoint import size_bytes
 from mcore_swift.errors import UserError
 from mcore_swift.observability import configure_logging
+from mcore_swift.plan.axes import length_multiple
 from mcore_swift.plan.layout import Layout
 
 if TYPE_CHECKING:
@@ -153,7 +154,8 @@ def check_precision(args: Any, ranks: Ranks) -> None:
     """Build the model in the layout asked for, load the megatron-core checkpoint, compare with transformers."""
     from converters.layers import compare_layers
     from converters.shard_files import read_shards
-    from converters.verify import compare_logits, fixed_rows, require_equal
+    from converters.verify import ROW_LENGTH, compare_logits, fixed_rows, require_equal
+    from mcore_swift.data.batch import padded_length
     from mcore_swift.models.build import build_model, pipeline_options, transformer_config
     from mcore_swift.models.shards import live_shards
 
@@ -172,7 +174,8 @@ def check_precision(args: Any, ranks: Ranks) -> None:
             f"{mcore_dir} does not hold {', '.join(missing[:5])}", "it is another model's checkpoint"
         )
     rows = -(-ROWS // layout.pp) * layout.pp
-    tokens = fixed_rows(plan.hf.vocab_size, rows, seed=args.seed)
+    length = padded_length(ROW_LENGTH, length_multiple(layout))
+    tokens = fixed_rows(plan.hf.vocab_size, rows, length, seed=args.seed)
     stored = _dtype(args.torch_dtype) if args.to_mcore else None
     comparison = compare_logits(chunks, plan.hf.vocab_size, hf_dir, tokens, dtype, stored)
     if ranks.is_first:

@@ -11,6 +11,7 @@ from converters.dequantize import DTYPE as DEQUANTIZED
 from converters.ranks import Ranks
 from mcore_swift.errors import UserError
 
+ROW_LENGTH = 48
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """Largest difference of a logit allowed, relative to the largest logit (or to 1, if that is larger).
 
@@ -47,7 +48,7 @@ class Comparison:
         )
 
 
-def fixed_rows(vocab_size: int, rows: int, length: int = 48, seed: int = 42) -> Tensor:
+def fixed_rows(vocab_size: int, rows: int, length: int = ROW_LENGTH, seed: int = 42) -> Tensor:
     """Token ids `[rows, length]`, the same everywhere for the same arguments."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, vocab_size, (rows, length), generator=generator)

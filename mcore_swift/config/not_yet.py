@@ -15,12 +15,14 @@ _NO_LOW_PRECISION = "FP8 and FP4 training are not supported yet"
 
 _MEGATRON = table(
     # parallelism
-    settings("context parallelism is not supported yet", context_parallel_size=1, sequence_parallel_size=1),
     settings(
-        "a setting of context parallelism, which is not supported yet",
-        cp_comm_type=None,
-        cp_partition_mode="zigzag",
-        sequence_packing_scheduler=None,
+        "the name that context parallelism has without Megatron",
+        "use --context_parallel_size",
+        sequence_parallel_size=1,
+    ),
+    settings("rows are dealt to context-parallel processes in zigzag only", cp_partition_mode="zigzag"),
+    settings(
+        "samples are packed before training, the same for every layout", sequence_packing_scheduler=None
     ),
     settings(
         "interleaved pipelines run microbatches in groups of the pipeline's size; other groups are not "

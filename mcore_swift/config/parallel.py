@@ -41,6 +41,19 @@ class ParallelArguments(Arguments):
     sequence_parallel: bool = arg(
         False, "spread norms and dropout over the tensor-parallel processes too; saves activation memory (SP)"
     )
+    context_parallel_size: int = arg(
+        1,
+        "processes that share every row's tokens (CP): for rows too long for the memory of one",
+        at_least=1,
+    )
+    cp_comm_type: str | None = arg(
+        None,
+        "how they attend to each other's tokens: all_gather keys and values, a2a (all-to-all, Ulysses: each takes "
+        "some of the heads), or p2p (a ring; Transformer Engine's)",
+        choices=("all_gather", "a2a", "p2p"),
+        default_text="p2p with Transformer Engine, all_gather without",
+        refused={"a2a+p2p": "all-to-all inside of a ring is not supported yet; use a2a or p2p"},
+    )
     ddp_backend: str = arg(
         "auto",
         "communication library; auto is nccl with CUDA and gloo without",

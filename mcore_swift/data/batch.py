@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +21,9 @@ class Batch:
                                 token of each sample
     position_ids int64 [b, s]   restart at 0 for each sample
     cu_seqlens   int32 [n + 1] or None: b == 1, where each sample of the row starts; the last is s.
-                                Trailing padding is a segment of its own. None: every row is one sample, padded
-                                on the right
+                                Padding behind a sample, if its length must divide, belongs to its segment;
+                                padding at the end of the row is a segment of its own. None: every row is one
+                                sample, padded on the right
     max_seqlen   longest segment of cu_seqlens, None without
     num_samples  real samples; num_tokens: real tokens, padding not counted
     padding      bool [b, s]    true at padding; None: not told
@@ -71,16 +73,27 @@ class _Rows:
         )
 
 
-def end_to_end(store: Store, samples: Sequence[int], s: int, pad: int) -> Batch:
-    """One row [1, s] with `samples` one after the other, the rest padding. No samples: all padding."""
-    rows, edges, at = _Rows(1, s, pad), [0], 0
+def end_to_end(store: Store, samples: Sequence[int], s: int, pad: int, multiple: int = 1) -> Batch:
+    """One row [1, s] with `samples` one after the other, the rest padding. No samples: all padding.
+
+    multiple: what each sample's length is padded to, and what divides s.
+    """
+    rows, edges, tokens = _Rows(1, s, pad), [0], 0
     for sample in samples:
-        at = rows.put(0, at, store, sample)
-        edges.append(at)
-    if at < s:
-        rows.position_ids[0, at:] = np.arange(s - at)
+        start = edges[-1]
+        end = rows.put(0, start, store, sample)
+        tokens += end - start
+        edges.append(padded_length(end, multiple))
+        rows.position_ids[0, end : edges[-1]] = np.arange(end - start, edges[-1] - start)
+    if edges[-1] < s:
+        rows.position_ids[0, edges[-1] :] = np.arange(s - edges[-1])
         edges.append(s)
-    return rows.batch(edges, len(samples), at)
+    return rows.batch(edges, len(samples), tokens)
+
+
+def padded_length(length: Any, multiple: int) -> Any:
+    """A length, or an array of lengths, rounded up."""
+    return -(-length // multiple) * multiple
 
 
 def padded(store: Store, samples: Sequence[int], b: int, s: int, pad: int) -> Batch:

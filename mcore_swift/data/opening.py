@@ -70,6 +70,7 @@ class Opener:
         tokenizer: Any,
         max_length: int | None,
         padding_multiple: int,
+        segment_multiple: int,
         uniform_shapes: bool,
     ) -> None:
         self._settings = settings
@@ -79,6 +80,7 @@ class Opener:
             padding_free=settings.padding_free or settings.packing,
             packed_length=self._packed_length,
             padding_multiple=padding_multiple,
+            segment_multiple=segment_multiple,
             uniform=uniform_shapes,
             pad_id=pad if pad is not None else tokenizer.eos_token_id or 0,
         )

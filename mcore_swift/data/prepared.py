@@ -31,6 +31,7 @@ def prepare(
     barrier: Callable[[], Any],
     output_dir: str | Path | None = None,
     padding_multiple: int = 1,
+    segment_multiple: int = 1,
     uniform_shapes: bool = True,
     model_max_length: int | None = None,
     vocab_size: int | None = None,
@@ -43,7 +44,8 @@ def prepare(
 
     args: namespace with the flags' names, see `DataSettings`.
     output_dir: receives val_dataset.jsonl, the rows that --split_dataset_ratio held back.
-    padding_multiple: sequence lengths are rounded up to it.
+    padding_multiple: sequence lengths are rounded up to it. segment_multiple: so is each sample's in a row of
+    several; it divides padding_multiple.
     uniform_shapes: one shape for all microbatches of a step, as pipelines need; else each its own, less padding.
     model_max_length: --max_length where that is not given.
     vocab_size: ids that the model knows, for token ids of others' making; None: those of the tokenizer.
@@ -66,7 +68,7 @@ def prepare(
         if not met:
             barrier()  # the others must not wait for a builder that has failed
         raise
-    return Opener(settings, tokenizer, max_length, padding_multiple, uniform_shapes).open(
+    return Opener(settings, tokenizer, max_length, padding_multiple, segment_multiple, uniform_shapes).open(
         corpora, built, output_dir if is_builder else None, is_builder
     )
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from .batch import Batch, end_to_end, padded
+from .batch import Batch, end_to_end, padded, padded_length
 from .blend import Order, Shuffled
 from .corpora import Store
 from .packing import Units
@@ -20,8 +20,10 @@ from .settings import DataSettings
 class Layout:
     """How samples lie in a batch.
 
-    packed_length: tokens of a packed row, None without packing. uniform: all microbatches of a step have the
-    longest one's shape (pipelines need that), else each has its own.
+    packed_length: tokens of a packed row, None without packing. padding_multiple: of the length of a row.
+    uniform: all microbatches of a step have the longest one's shape (pipelines need that), else each has its own.
+    segment_multiple: of the length of each sample in a row of several, which padding follows. Packs are planned
+    without it, so that a row may become longer than packed_length; it divides padding_multiple.
     """
 
     padding_free: bool
@@ -29,6 +31,7 @@ class Layout:
     padding_multiple: int
     pad_id: int
     uniform: bool = True
+    segment_multiple: int = 1
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class _Batches:
     def __init__(self, store: Store, units: Units, settings: DataSettings, layout: Layout) -> None:
         self.store, self.units, self.layout = store, units, layout
         self.micro_batch_size, self.global_batch_size = settings.micro_batch_size, settings.global_batch_size
+        self._occupied = self._places_of_units()
 
     def __len__(self) -> int:
         return self.total_steps
@@ -122,21 +126,27 @@ class _Batches:
 
     def _lengths(self, micro: np.ndarray) -> np.ndarray:
         """Sequence length s of each microbatch, int64 [microbatches]."""
-        tokens = np.where(micro >= 0, self.units.tokens[micro], 0)
+        places = np.where(micro >= 0, self._occupied[micro], 0)
+        lengths = places.sum(axis=1) if self.layout.padding_free else places.max(axis=1)
         if self.layout.packed_length is not None:
-            lengths = np.full(len(micro), self.layout.packed_length * self.micro_batch_size)
-        else:
-            lengths = tokens.sum(axis=1) if self.layout.padding_free else tokens.max(axis=1)
+            lengths = np.maximum(lengths, self.layout.packed_length * self.micro_batch_size)
         lengths = np.maximum(lengths, 1)  # filling of an evaluation step
         if self.layout.uniform:
             lengths = np.full(len(micro), lengths.max())
-        multiple = self.layout.padding_multiple
-        return -(-lengths // multiple) * multiple
+        return padded_length(lengths, self.layout.padding_multiple)
+
+    def _places_of_units(self) -> np.ndarray:
+        """Places that each unit takes in a row, int64 [units]: its tokens, and what pads its samples."""
+        multiple = self.layout.segment_multiple
+        if multiple == 1 or not len(self.units):
+            return self.units.tokens
+        places = padded_length(self.store.lengths[self.units.members].astype(np.int64), multiple)
+        return np.add.reduceat(places, self.units.starts[:-1])
 
     def _batch(self, units: np.ndarray, s: int) -> Batch:
         samples = [int(sample) for unit in units for sample in self.units.samples(unit)]
         if self.layout.padding_free:
-            return end_to_end(self.store, samples, s, self.layout.pad_id)
+            return end_to_end(self.store, samples, s, self.layout.pad_id, self.layout.segment_multiple)
         return padded(self.store, samples, self.micro_batch_size, s, self.layout.pad_id)
 
 

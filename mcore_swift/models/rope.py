@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor, nn
 
 from mcore_swift.models.frequencies import Frequencies
 from mcore_swift.models.packing import Packing
+from mcore_swift.models.segments import Segments, one_segment
 
 MOST_TABLES = 64
 """Tables of angles that are kept. Dynamic NTK scaling has one for every length of a text."""
@@ -51,32 +53,40 @@ class Rotary(nn.Module):
         transformer_config: Any,
         packed_seq_params: PackedSeqParams | None = None,
         **_: Any,
-    ) -> "int | Packing":
-        """What `forward` needs to know of this microbatch: its length, or how it is packed."""
+    ) -> Segments | Packing:
+        """What `forward` needs to know of this microbatch: which tokens of which segments this rank holds."""
         if isinstance(packed_seq_params, Packing):
             return packed_seq_params
-        hidden = transformer.input_tensor if transformer.input_tensor is not None else transformer_input
-        length = hidden.size(0)
+        hidden = transformer_input
+        if transformer is not None and transformer.input_tensor is not None:
+            hidden = transformer.input_tensor
+        size = transformer_config.context_parallel_size
+        length = hidden.size(0) * size
         if transformer_config.sequence_parallel:
             length *= transformer_config.tensor_model_parallel_size
-        return length
+        rank = parallel_state.get_context_parallel_rank() if size > 1 else 0
+        return one_segment(length, hidden.device, size, rank)
 
-    def forward(self, rows: "int | Packing", offset: int = 0, **_: Any) -> Tensor:
-        """Angles of each token, by its place in the row, or in its sample if packed: `[s, 1, kinds, dim]`, or
+    def forward(self, rows: Segments | Packing, offset: int = 0, **_: Any) -> Tensor:
+        """Angles of each token of this rank, by its place in its segment: `[s, 1, kinds, dim]`, or
         `[s, b, kinds, dim]` with `lengths`."""
-        return torch.cat([self._rows(kind, rows, offset) for kind in range(len(self.kinds))], dim=2)
+        return torch.cat([self._rows(kind, rows) for kind in range(len(self.kinds))], dim=2)
 
-    def _rows(self, kind: int, rows: "int | Packing", offset: int) -> Tensor:
-        regime = self.kinds[kind].regime
-        if not isinstance(rows, Packing):
-            size = rows + offset
-            columns = [self._angles(kind, size, regime(length))[offset:] for length in self.lengths or [size]]
-            return torch.cat(columns, dim=1)
-        if rows.qkv_format == "thd":  # Transformer Engine cuts the row into its samples itself
-            return self._angles(kind, rows.longest, regime(rows.longest))
-        if self.kinds[kind].by_length:
-            return torch.cat([self._angles(kind, length, regime(length)) for length in rows.lengths])
-        return self._angles(kind, rows.longest, regime(rows.longest))[rows.position_ids]
+    def _rows(self, kind: int, rows: Segments | Packing) -> Tensor:
+        regime, is_packed = self.kinds[kind].regime, isinstance(rows, Packing)
+        segments = rows.segments if is_packed else rows
+        if is_packed and rows.qkv_format == "thd":
+            # Transformer Engine cuts the row into its samples, and those among ranks, itself.
+            return self._angles(kind, segments.longest, regime(segments.longest))
+        if is_packed and self.kinds[kind].by_length:
+            each = zip(segments.lengths, segments.tokens, strict=True)
+            whole = torch.cat([self._angles(kind, length, regime(tokens)) for length, tokens in each])
+            return whole if segments.size == 1 else whole[segments.held]
+        texts = [segments.longest] if is_packed or not self.lengths else self.lengths
+        table = torch.cat([self._angles(kind, segments.longest, regime(length)) for length in texts], dim=1)
+        if segments.size == 1 and len(segments.lengths) == 1:
+            return table
+        return table[segments.positions]
 
     def _angles(self, kind: int, size: int, regime: int) -> Tensor:
         """Angles of the first positions of a sample, `[size, 1, 1, dim]`."""

@@ -28,7 +28,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from mcore_swift.errors import UserError
-from mcore_swift.models.attention import CoreAttention
+from mcore_swift.models.attention import CP_COMM_TYPES, CoreAttention
 from mcore_swift.models.decoder_layer import (
     ColumnLinearWithBias,
     FamilyAttention,
@@ -95,6 +95,21 @@ def only_local(plan: ModelPlan) -> str:
     if norm_of(plan) not in (RMSNorm, ZeroCentredRMSNorm, LayerNorm):
         found.add(norm_of(plan).__name__)
     return ", ".join(sorted(found))
+
+
+def choose_cp_comm_type(wanted: str | None, implementation: str) -> str:
+    """How context-parallel ranks exchange, from `--cp_comm_type`; None is the implementation's own default.
+
+    Raises UserError for what only Transformer Engine's attention does, where it does not serve.
+    """
+    if implementation == "transformer_engine":
+        return wanted or "p2p"
+    if wanted is not None and wanted not in CP_COMM_TYPES:
+        raise UserError(
+            f"--cp_comm_type {wanted} is done by Transformer Engine's attention, which does not serve here",
+            remedy=f"use --cp_comm_type {' or '.join(CP_COMM_TYPES)}, or install mcore-swift[te] on a GPU machine",
+        )
+    return wanted or CP_COMM_TYPES[0]
 
 
 def block_spec(plan: ModelPlan, config: Any, implementation: str, vp_stage: int | None) -> Any:

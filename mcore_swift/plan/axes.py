@@ -34,7 +34,7 @@ def length_multiple(layout: Layout) -> int:
     Zigzag context parallelism cuts a sequence into 2 * cp pieces; sequence parallelism cuts what is left of it
     among the tensor-parallel ranks.
     """
-    return (2 * layout.cp if layout.cp > 1 else 1) * (layout.tp if layout.sequence_parallel else 1)
+    return layout.segment_multiple * (layout.tp if layout.sequence_parallel else 1)
 
 
 def _tensor_problems(layout: Layout, shape: ModelShape) -> Iterator[UserError]:
@@ -58,21 +58,20 @@ def _tensor_problems(layout: Layout, shape: ModelShape) -> Iterator[UserError]:
 
 
 def _context_problems(layout: Layout, shape: ModelShape, args: Any) -> Iterator[UserError]:
-    """All-to-all (Ulysses, arXiv:2309.14509) gives each context-parallel rank some of the heads."""
+    """All-to-all (Ulysses, arXiv:2309.14509) gives each context-parallel rank some of the heads.
+
+    Key heads are repeated where there are too few.
+    """
     kinds = getattr(args, "cp_comm_type", None) or []
     kinds = kinds if isinstance(kinds, list) else [kinds]
     if layout.cp == 1 or "a2a" not in kinds or shape.num_heads % layout.tp:
         return
-    sizes = {"num_attention_heads": shape.num_heads, "num_key_value_heads": shape.num_query_groups}
-    per_rank = {name: max(1, size // layout.tp) for name, size in sizes.items()}
-    bad = {name: size for name, size in per_rank.items() if size % layout.cp}
-    if bad:
-        common = gcd(*per_rank.values())
-        listed = ", ".join(f"{name} {sizes[name]} / TP {layout.tp} = {size}" for name, size in bad.items())
-        nearest = nearest_size(layout.cp, lambda cp: common % cp == 0, common)
+    per_rank = shape.num_heads // layout.tp
+    if per_rank % layout.cp:
+        nearest = nearest_size(layout.cp, lambda cp: per_rank % cp == 0, per_rank)
         yield UserError(
-            f"--cp_comm_type a2a shares the heads of a rank among --{FLAGS['cp']} {layout.cp} processes, and "
-            f"that does not divide {listed}",
+            f"--cp_comm_type a2a shares the heads of a rank among --{FLAGS['cp']} {layout.cp} processes, and that "
+            f"does not divide num_attention_heads {shape.num_heads} / TP {layout.tp} = {per_rank}",
             f"the nearest possible is --{FLAGS['cp']} {nearest}; the other ways of --cp_comm_type share tokens only",
         )
 

@@ -70,6 +70,11 @@ class Layout:
         return self.tp * self.pp
 
     @property
+    def segment_multiple(self) -> int:
+        """What the length of each sample in a row is padded to: two chunks for each context-parallel rank."""
+        return 2 * self.cp if self.cp > 1 else 1
+
+    @property
     def edp(self) -> int:
         """Copies of each expert. Raises ValueError where tp * cp * dp is no multiple of etp * ep."""
         stage = self.tp * self.cp * self.dp

@@ -178,7 +178,7 @@ class Checkpoints:
             self.args.save(folder)
 
     def _write_generators(self, folder: Path) -> None:
-        if "rng" in self.holds and self.engine.is_first_replica:
+        if "rng" in self.holds:
             path = folder / GENERATORS / self.engine.generators_name
             with disk_errors(path):
                 torch.save(self.engine.random_state(), path)

@@ -28,6 +28,7 @@ from mcore_swift.models.initialization import initialize
 from mcore_swift.models.reading import ModelPlan, read_model
 from mcore_swift.objectives.sft import NextToken
 from mcore_swift.observability import Meter, RunLog, configure_logging
+from mcore_swift.plan.axes import length_multiple
 from mcore_swift.plan.layout import Layout
 from mcore_swift.plan.peaks import peak_tflops
 from mcore_swift.plan.preflight import read_shape
@@ -195,7 +196,8 @@ def _prepare_data(args: Any, layout: Layout, plan: ModelPlan, run_dir: Path, ran
             is_builder=is_builder,
             barrier=lambda: ranks.gather(None),
             output_dir=run_dir,
-            padding_multiple=layout.tp if layout.sequence_parallel else 1,
+            padding_multiple=length_multiple(layout),
+            segment_multiple=layout.segment_multiple,
             uniform_shapes=layout.pp > 1,  # stages agree on the size of their messages beforehand
             model_max_length=plan.hf.max_position_embeddings,
             vocab_size=plan.hf.vocab_size,

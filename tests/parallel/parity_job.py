@@ -25,11 +25,14 @@ from stages_cases import stages_cases  # noqa: E402
 
 from mcore_swift.config import MegatronSftArguments  # noqa: E402
 from mcore_swift.data import Batch  # noqa: E402
+from mcore_swift.data.batch import padded_length  # noqa: E402
 from mcore_swift.engines.megatron import process_groups  # noqa: E402
 from mcore_swift.engines.megatron.engine import MegatronEngine  # noqa: E402
+from mcore_swift.models.attention import CP_COMM_TYPES  # noqa: E402
 from mcore_swift.models.reading import read_model  # noqa: E402
 from mcore_swift.objectives.sft import NextToken  # noqa: E402
 from mcore_swift.plan import Layout, ModelShape, check_layout  # noqa: E402
+from mcore_swift.plan.axes import length_multiple  # noqa: E402
 
 ALL_LAYOUTS = {
     1: [Layout()],
@@ -41,6 +44,7 @@ ALL_LAYOUTS = {
         Layout(dp=2),
         Layout(ep=2, dp=2),
         Layout(tp=2, etp=2, sequence_parallel=True),
+        Layout(cp=2),
     ],
     4: [
         Layout(tp=2, pp=2, sequence_parallel=True),
@@ -57,7 +61,12 @@ ALL_LAYOUTS = {
 }
 SOME_LAYOUTS = {
     1: [Layout()],
-    2: [Layout(tp=2, sequence_parallel=True), Layout(pp=2, vpp=2), Layout(ep=2, dp=2)],
+    2: [
+        Layout(tp=2, sequence_parallel=True),
+        Layout(pp=2, vpp=2),
+        Layout(ep=2, dp=2),
+        Layout(cp=2),
+    ],
     4: [Layout(tp=2, pp=2, sequence_parallel=True), Layout(tp=2, ep=2, dp=2, sequence_parallel=True)],
 }
 ROWS, LENGTH = 2, 24
@@ -84,12 +93,12 @@ def start(layout: Layout) -> None:
     process_groups.seed_everything(1)
 
 
-def microbatches(samples: list[torch.Tensor], packed: bool) -> list[Batch]:
+def microbatches(samples: list[torch.Tensor], packed: bool, layout: Layout) -> list[Batch]:
     """Two samples to a microbatch: end to end with padding behind them, or as right-padded rows."""
-    batches = []
+    batches, each = [], layout.segment_multiple
     for first in range(0, len(samples), ROWS):
         rows = samples[first : first + ROWS]
-        shape = (1, ROWS * LENGTH + 2) if packed else (ROWS, LENGTH)
+        shape = (1, padded_length(ROWS * LENGTH + 2, length_multiple(layout))) if packed else (ROWS, LENGTH)
         ids, labels = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
         mask, positions = torch.zeros(shape), torch.zeros(shape, dtype=torch.long)
         ends = [0]
@@ -100,7 +109,7 @@ def microbatches(samples: list[torch.Tensor], packed: bool) -> list[Batch]:
             labels[row, start : stop - 1] = sample[1:]
             mask[row, start + PROMPT - 1 : stop - 1] = 1
             positions[row, start:stop] = torch.arange(len(sample))
-            ends.append(stop)
+            ends.append(padded_length(stop, each))
         cu_seqlens = torch.tensor([*ends, shape[1]], dtype=torch.int32) if packed else None
         longest = max(map(len, rows)) if packed else None
         batches.append(
@@ -174,7 +183,7 @@ def agrees_with_transformers(
         load_hf(engine.chunks, reader, engine.plan.table)
         exports_what_it_loaded(engine, reader)
     engine.after_load(["weights"], optimizer_step=0)
-    batches = microbatches(reference.samples, packed)
+    batches = microbatches(reference.samples, packed, layout)
     share = len(batches) // layout.dp
     first = parallel_state.get_data_parallel_rank() * share
     batches = batches[first : first + share]
@@ -216,7 +225,7 @@ def equal_microbatches_have_equal_losses(folder: Path, layout: Layout, **flags: 
             seen.append(loss.sum.item())
             return loss
 
-    batch = microbatches(reference.samples, packed=True)[0]
+    batch = microbatches(reference.samples, packed=True, layout=layout)[0]
     for _ in range(3):  # more than one step: a message of one step may turn up in the next
         seen.clear()
         engine.train_step([batch] * 8, Watched(), lr=0.0, weight_decay=0.0)
@@ -240,8 +249,11 @@ def main() -> None:
             both = thorough or world_size == 1
             for packed in (False, True) if both else [(number + len(cases)) % 2 == 0]:
                 name = f"{variant} {layout} {'packed' if packed else 'unpacked'}"
-                # Both optimizers are covered without doubling the grid.
-                cases[name] = partial(agrees_with_transformers, folder / variant, layout, packed, packed)
+                # Both optimizers and both exchanges are covered without doubling the grid.
+                flags = {"cp_comm_type": CP_COMM_TYPES[(number + packed) % len(CP_COMM_TYPES)]}
+                cases[name] = partial(
+                    agrees_with_transformers, folder / variant, layout, packed, packed, **flags
+                )
         if layout.pp > 1:
             cases[f"equal microbatches {layout}"] = partial(
                 equal_microbatches_have_equal_losses, folder / "qwen3", layout

@@ -173,10 +173,9 @@ def test_a_value_that_asks_for_nothing_is_accepted_silently(argv):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (
-            ["--context_parallel_size", "2"],
-            ["--context_parallel_size 2", "context parallelism is not supported yet"],
-        ),
+        (["--cp_comm_type", "a2a+p2p"], ["--cp_comm_type a2a+p2p", "inside of a ring"]),
+        (["--cp_partition_mode", "contiguous"], ["--cp_partition_mode contiguous", "zigzag"]),
+        (["--sequence_parallel_size", "2"], ["--sequence_parallel_size 2", "--context_parallel_size"]),
         (["--moe_token_dispatcher_type", "flex"], ["flex", "deep_ep"]),
         (["--streaming", "true"], ["--streaming true", "streaming"]),
         (["--streaming"], ["--streaming:", "streaming"]),

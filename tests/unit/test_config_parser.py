@@ -105,13 +105,13 @@ def test_unknown_flags_are_only_noticed_on_request():
 
 def test_all_mistakes_are_told_together():
     error = refusal(
-        "--lr", "x", "--optimizer", "lion", "--frobnicate", "1", "--context_parallel_size", "2",
+        "--lr", "x", "--optimizer", "lion", "--frobnicate", "1", "--fp8_format", "e4m3",
         "--micro_batch_size", "3", "--val_dataset", "v", "--split_dataset_ratio", "0.1", base=["stray"],
     )  # fmt: skip
     assert isinstance(error, UserErrors)
     told = [one.message for one in error.errors]
     for word in (
-        "'stray'", "--lr", "lion", "--frobnicate", "--context_parallel_size 2", "--global_batch_size 16",
+        "'stray'", "--lr", "lion", "--frobnicate", "--fp8_format e4m3", "--global_batch_size 16",
         "--val_dataset", "--model is missing", "--dataset is missing", "--num_train_epochs",
     ):  # fmt: skip
         assert sum(word in message for message in told) == 1, (word, told)

@@ -30,11 +30,13 @@ class Store:
         return (np.arange(self.lengths[sample]) % 2 == 0).astype(np.uint8)
 
 
-def make(cls=Steps, n=37, layout="free", multiple=1, capacity=40, uniform=True, **settings):
+def make(cls=Steps, n=37, layout="free", multiple=1, capacity=40, uniform=True, segment=1, **settings):
     lengths = np.random.default_rng(0).integers(2, 30, n)
     settings = DataSettings(**({"global_batch_size": 8, "num_train_epochs": 3} | settings))
     units = pack(lengths, capacity, "binpack", None) if layout == "packed" else single(lengths)
-    how = Layout(layout != "padded", capacity if layout == "packed" else None, multiple, PAD, uniform)
+    how = Layout(
+        layout != "padded", capacity if layout == "packed" else None, multiple, PAD, uniform, segment
+    )
     extra = {"fingerprint": "f"} if cls is Steps else {}
     return cls(Store(lengths), units, settings, how, **extra)
 
@@ -289,3 +291,28 @@ def test_settings_read_a_namespace():
         SimpleNamespace(dataset="a.jsonl", data_seed=None, seed=7, columns=None)
     )
     assert settings.dataset == ("a.jsonl",) and settings.data_seed == 7 and settings.columns == {}
+
+
+@pytest.mark.parametrize("layout", ["free", "padded", "packed"])
+def test_samples_padded_each_for_itself_stay_where_they_are_planned(layout):
+    """As context parallelism needs it: chunks of every segment, and the same packs as without."""
+    options = {"layout": layout, "micro_batch_size": 2, "uniform": False}
+    plain, steps = make(**options), make(multiple=16, segment=8, **options)
+    longer = 0
+    for k in range(5):
+        info = steps.info(k)
+        places = 0
+        for before, batch in zip(plain.step(k), steps.step(k), strict=True):
+            assert samples_of(batch) == samples_of(before)
+            assert batch.num_tokens == before.num_tokens == int((batch.input_ids != PAD).sum())
+            assert int((batch.loss_mask != 0).sum()) == int((before.loss_mask != 0).sum())
+            assert batch.input_ids.shape[1] % 16 == 0
+            places += batch.input_ids.numel()
+            if layout == "padded":
+                continue
+            assert not (batch.cu_seqlens % 8).any() and batch.cu_seqlens[-1] == batch.input_ids.shape[1]
+            longer += batch.input_ids.shape[1] > 2 * 40
+            for start, stop in zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True):
+                assert batch.position_ids[0, start:stop].tolist() == list(range(stop - start))
+        assert info.padding_share == pytest.approx(1 - info.num_tokens / places)
+    assert layout != "packed" or longer, "a full pack takes more than its 40 places a row"

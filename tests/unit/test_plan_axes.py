@@ -50,6 +50,7 @@ def text_of(world_size: int, shape: ModelShape = MOE, **values: object) -> str:
         (8, {"tp": 2, "cp": 2, "ep": 2, "etp": 4}),
         (4, {"cp": 4, "ep": 2, "cp_comm_type": "a2a"}),
         (4, {"cp": 4, "cp_comm_type": ["all_gather"]}),
+        (3, {"cp": 3, "cp_comm_type": "a2a"}),  # 4 key heads become 12
         (12, {"pp": 2, "ep": 3, "etp": 2}),
     ],
 )
@@ -70,9 +71,9 @@ def test_layouts_that_run(world_size: int, flags: dict) -> None:
         (8, {"pp": 4, "ep": 2, "etp": 2}, ["TP1 x CP1 x DP2", "nearest"]),
         (2, {"tp": 2, "sequence_parallel": False}, ["--sequence_parallel true", "megatron-core"]),
         (
-            3,
-            {"cp": 3, "cp_comm_type": "a2a"},
-            ["num_key_value_heads 4 / TP 1 = 4", "context_parallel_size 2"],
+            8,
+            {"cp": 8, "cp_comm_type": "a2a"},
+            ["num_attention_heads 12 / TP 1 = 12", "context_parallel_size 6"],
         ),
         (
             8,

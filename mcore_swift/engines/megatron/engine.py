@@ -27,7 +27,11 @@ from mcore_swift.engines.megatron.random_state import random_state, set_random_s
 from mcore_swift.models.build import build_model, pipeline_options, transformer_config
 from mcore_swift.models.reading import ModelPlan
 from mcore_swift.models.shards import LiveShard, is_expert, live_shards
-from mcore_swift.models.specs import choose_implementation, have_transformer_engine
+from mcore_swift.models.specs import (
+    choose_cp_comm_type,
+    choose_implementation,
+    have_transformer_engine,
+)
 from mcore_swift.objectives.base import Objective
 from mcore_swift.observability.phases import PhaseTimer
 from mcore_swift.plan.layout import Layout
@@ -50,6 +54,8 @@ class MegatronEngine:
         options = model_options(args) | pipeline_options(plan, layout, args)
         if plan.is_moe:
             options |= moe_options(args)
+        if layout.cp > 1:
+            options["cp_comm_type"] = choose_cp_comm_type(args.cp_comm_type, self.implementation)
         config = transformer_config(plan, layout, dtype, options)
         self.chunks = build_model(plan, config, self.implementation)
         self.model: list[Any] = wrap_for_gradients(self.chunks, args) if train else self.chunks
@@ -119,7 +125,7 @@ class MegatronEngine:
             return False
         if shard.key.startswith("optimizer.") and self.args.use_distributed_optimizer:
             return True  # every data-parallel rank holds another part
-        copies = self.layout.edp if is_expert(shard.key) else self.layout.dp
+        copies = self.layout.edp if is_expert(shard.key) else self.layout.dp * self.layout.cp
         return data_copy == zlib.crc32(shard.key.encode()) % copies  # share the writing out
 
     def optimizer_step(self) -> int:
@@ -136,17 +142,15 @@ class MegatronEngine:
             self.optimizer.reload_model_params()
 
     @property
-    def is_first_replica(self) -> bool:
-        return parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
-
-    @property
     def generators_name(self) -> str:
-        """File name of this rank's random state: data-parallel ranks share one."""
-        tensor, stage = (
-            parallel_state.get_tensor_model_parallel_rank(),
-            parallel_state.get_pipeline_model_parallel_rank(),
-        )
-        return f"tp{tensor}of{self.layout.tp}-pp{stage}of{self.layout.pp}.pt"
+        """File name of this rank's random state: every rank of a layout has its own."""
+        ranks = {
+            "tp": parallel_state.get_tensor_model_parallel_rank(),
+            "pp": parallel_state.get_pipeline_model_parallel_rank(),
+            "cp": parallel_state.get_context_parallel_rank(),
+            "dp": parallel_state.get_data_parallel_rank(),
+        }
+        return "-".join(f"{axis}{rank}of{getattr(self.layout, axis)}" for axis, rank in ranks.items()) + ".pt"
 
     def random_state(self) -> dict[str, Any]:
         return random_state()

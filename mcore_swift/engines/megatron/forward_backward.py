@@ -10,35 +10,51 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from mcore_swift.data.batch import Batch
+from mcore_swift.engines.megatron.context_parallel import (
+    BY_TOKEN,
+    of_whole_rows,
+    segments_of,
+    take_part,
+    whole_rows,
+)
 from mcore_swift.models.packing import Packing
+from mcore_swift.models.segments import Segments
 from mcore_swift.objectives.base import Objective
 
 
 @dataclass
 class Microbatch:
-    """A batch on the device, with what every model chunk takes of it.
+    """This rank's part of a batch on the device, with what every model chunk takes of it.
 
-    learnt: int64 `[n]`, the positions with a loss, in labels laid end to end.
+    segments: how the whole rows are made up and which tokens of them this rank holds. learnt: int64 `[n]`, the
+    positions with a loss, in labels laid end to end.
     """
 
     batch: Batch
+    segments: Segments
     packing: Packing | None
     learnt: Tensor
 
 
 def to_device(batch: Batch, device: torch.device, *, thd: bool) -> Microbatch:
-    """thd: pack for Transformer Engine's attention rather than for ours."""
-    packing = Packing.of(batch.cu_seqlens, device, thd=thd) if batch.cu_seqlens is not None else None
+    """This rank's part of a batch that all context-parallel ranks have whole.
+
+    thd: pack for Transformer Engine's attention rather than for ours.
+    """
+    segments = segments_of(batch, device)
+    packing = Packing.of(batch.cu_seqlens, segments, thd=thd) if batch.cu_seqlens is not None else None
+    batch = take_part(batch, segments)
     learnt = batch.loss_mask.reshape(-1).nonzero().squeeze(-1)  # on the host: no wait for the device
     tensors = {
         name: getattr(batch, name).to(device, non_blocking=True)
-        for name in ("input_ids", "labels", "loss_mask", "position_ids", "padding")
+        for name in BY_TOKEN
         if getattr(batch, name) is not None
     }
-    return Microbatch(replace(batch, **tensors), packing, learnt.to(device, non_blocking=True))
+    return Microbatch(replace(batch, **tensors), segments, packing, learnt.to(device, non_blocking=True))
 
 
 def run_microbatches(
@@ -50,7 +66,7 @@ def run_microbatches(
     pipeline stage; zeros elsewhere. Gradients, when asked for, are complete when it returns: summed over data
     parallel ranks and divided by the global count.
     """
-    b, s = microbatches[0].batch.input_ids.shape
+    b, s = _whole_shape(microbatches[0])
     pass_through = get_forward_backward_func()
     reports = pass_through(
         forward_step_func=partial(_forward_step, objective=objective),
@@ -74,7 +90,7 @@ def run_logits(model: list[Any], microbatches: Sequence[Microbatch], vocab_size:
 
     Other stages get an empty list. For checks: a whole row of logits is large.
     """
-    b, s = microbatches[0].batch.input_ids.shape
+    b, s = _whole_shape(microbatches[0])
     outputs = get_forward_backward_func()(
         forward_step_func=_logits_step,
         data_iterator=[iter(microbatches) for _ in model] if len(model) > 1 else iter(microbatches),
@@ -85,7 +101,15 @@ def run_logits(model: list[Any], microbatches: Sequence[Microbatch], vocab_size:
         forward_only=True,
         collect_non_loss_data=True,
     )
-    return [gather_from_tensor_model_parallel_region(shard)[..., :vocab_size] for shard in outputs]
+    return [
+        whole_rows(gather_from_tensor_model_parallel_region(shard)[..., :vocab_size], microbatch.segments)
+        for shard, microbatch in zip(outputs, microbatches, strict=False)  # no outputs on other stages
+    ]
+
+
+def _whole_shape(microbatch: Microbatch) -> tuple[int, int]:
+    """Rows and tokens of a row over all context-parallel ranks; the schedules divide the messages' size."""
+    return microbatch.batch.input_ids.size(0), microbatch.segments.total
 
 
 def _logits_step(data: Any, model: Any) -> tuple[Tensor, Callable[..., Tensor]]:
@@ -109,15 +133,25 @@ def _forward_step(
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
     microbatch: Microbatch = next(data)
     output = _forward(microbatch, model, microbatch.batch.labels)
-    return output, partial(_loss, batch=microbatch.batch, objective=objective)
+    by_microbatch = not get_model_config(model).calculate_per_token_loss
+    return output, partial(_loss, batch=microbatch.batch, objective=objective, by_microbatch=by_microbatch)
 
 
-def _loss(token_nll: Tensor, batch: Batch, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
-    """What megatron-core's schedules take: a loss sum, its count, and a report of ours."""
+def _loss(
+    token_nll: Tensor, batch: Batch, objective: Objective, by_microbatch: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What megatron-core's schedules take: a loss sum, its count, and a report of ours.
+
+    by_microbatch: the schedules divide this sum by this count, and average the gradients over data- and
+    context-parallel ranks; else all sums are divided by all counts.
+    """
     loss = objective(token_nll.float(), batch)
     report = [loss.sum, loss.count, *(loss.metrics[name] for name in objective.metrics)]
     # The schedules add the counts into an int32 tensor.
-    return loss.sum, loss.count.to(torch.int32), torch.stack([value.detach().double() for value in report])
+    scaled, count = loss.sum, loss.count.detach().to(torch.int32)
+    if by_microbatch:
+        scaled, count = of_whole_rows(scaled, count)
+    return scaled, count, torch.stack([value.detach().double() for value in report])
 
 
 def reduce_over_ranks(sums: Tensor, tallies: Tensor | None = None) -> tuple[list[float], Tensor | None]:

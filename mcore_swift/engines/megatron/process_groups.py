@@ -50,10 +50,12 @@ def start(layout: Layout, *, seed: int, timeout_s: float = 600, backend: str | N
 def seed_everything(seed: int) -> None:
     """Seed Python, numpy, torch and megatron-core's per-rank generators.
 
-    Pipeline stages draw different numbers (dropout of different layers), data-parallel ranks the same ones,
-    tensor-parallel ranks the same ones outside parallel regions: megatron-core's convention.
+    Pipeline stages draw different numbers (dropout of different layers), and so do data- and context-parallel ranks
+    (dropout of different tokens). Tensor-parallel ranks draw the same ones outside parallel regions and others
+    inside, which is megatron-core's part.
     """
     seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
+    seed += 1_000_000 * parallel_state.get_data_parallel_rank(with_context_parallel=True)
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

@@ -1,5 +1,8 @@
 """Which kernel attends: torch's own where it can, else ours block by block. No S x S matrix and no S x S mask."""
 
+import inspect
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -8,8 +11,33 @@ from torch.nn import functional
 from torch.nn.attention.bias import causal_lower_right
 
 from mcore_swift.models.attention.blockwise import Form, blockwise_attention
+from mcore_swift.models.attention.flex import flex_pieces, have_flex
+from mcore_swift.models.segments import Segments
 
 BLOCK = 256  # queries that share one mask
+
+
+def attend_pieces(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, form: Form, sinks: Tensor | None = None
+) -> Tensor:
+    """Each token of a rank attends to its segment: query `[s / N, b, heads, dk]` -> `[s / N, b, heads, dv]`.
+
+    key `[s, b, groups, dk]`, value `[s, b, groups, dv]`: of the whole row, in its order.
+    """
+    pieces = segments.pieces
+    if _fits_varlen(query, form, sinks) and len(pieces) > 1:
+        return _varlen(query, key, value, segments, form)
+    query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+    if query.is_cuda and _fits_flex(form, sinks):
+        return flex_pieces(query, key, value, segments, form, sinks).permute(2, 0, 1, 3)
+    out = []
+    for part, piece in zip(query.split([piece.queries for piece in pieces], dim=2), pieces, strict=True):
+        first = piece.first
+        if form.window is not None:
+            first = max(first, piece.last - piece.queries + 1 - form.window)
+        seen = slice(first, piece.last)
+        out.append(attend(part, key[:, :, seen], value[:, :, seen], form, sinks))
+    return (out[0] if len(out) == 1 else torch.cat(out, dim=2)).permute(2, 0, 1, 3)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, form: Form, sinks: Tensor | None = None) -> Tensor:
@@ -69,3 +97,52 @@ def same_head_size(*tensors: Tensor) -> list[Tensor]:
         functional.pad(tensor, (0, size - tensor.size(-1))) if tensor.size(-1) < size else tensor
         for tensor in tensors
     ]
+
+
+def _fits_varlen(query: Tensor, form: Form, sinks: Tensor | None) -> bool:
+    """Whether torch's kernel over the segments of a row can do it: for CUDA in half precision."""
+    plain = form.softcap is None and sinks is None and not form.dropout and query.size(1) == 1
+    fits_kernel = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+    return plain and fits_kernel and query.size(-1) % 8 == 0 and _varlen_attention() is not None
+
+
+def _fits_flex(form: Form, sinks: Tensor | None) -> bool:
+    """Whether no fused kernel but flex_attention can do it, and that can."""
+    special = form.softcap is not None or sinks is not None or form.window is not None
+    return special and not form.dropout and have_flex()
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, form: Form) -> Tensor:
+    """As `attend_pieces`, all pieces in one kernel; b is 1."""
+    repeat, dv, runs = query.size(2) // key.size(2), value.size(-1), segments.for_varlen
+    key, value = (
+        (tensor[:, 0] if runs.index is None else tensor[:, 0].index_select(0, runs.index))
+        for tensor in (key, value)
+    )
+    out = _varlen_attention()(
+        *same_head_size(
+            query[:, 0], key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
+        ),
+        runs.queries,
+        runs.keys,
+        runs.longest_query,
+        runs.longest_key,
+        scale=form.scale,
+        # how far a token sees back (-1: to the start) and ahead (0: causal, the last query at the last key)
+        window_size=(-1 if form.window is None else form.window - 1, 0),
+    )
+    return out[:, None, :, :dv]
+
+
+@cache
+def _varlen_attention() -> Callable[..., Tensor] | None:
+    """torch's attention over segments of a row, one kernel for all of them; None where torch has none such.
+
+    A form of it without scale and window, as older torch has, counts as none.
+    """
+    try:  # here, since the import brings a compiler that a CPU run can spare
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    takes = inspect.signature(varlen_attn).parameters
+    return varlen_attn if "scale" in takes and "window_size" in takes else None
