@@ -175,6 +175,7 @@ def agrees_with_transformers(
         clip_grad=1e9,  # clips nothing, and reports the norm
         weight_decay=0.0,
         use_distributed_optimizer=distributed_optimizer,
+        moe_router_bias_update_rate=0.0,  # transformers leaves the bias of the choice as it is
         recompute_granularity="none" if packed else "selective",
         **flags,
     )

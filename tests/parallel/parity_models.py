@@ -44,12 +44,38 @@ LONG_ROPE = {
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 3.0}
 PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.67}  # 4 of 6 dimensions
 MIXED_LAYERS = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]
+GLM4 = {
+    "n_routed_experts": 4,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 12,
+    "routed_scaling_factor": 1.5,
+    "head_dim": 8,
+}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"num_key_value_heads": 4, "tie_word_embeddings": False}),
     "llama3-rope-tied": ("Llama", {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}),
     "mistral-window": ("Mistral", {"sliding_window": 7, "tie_word_embeddings": False}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"head_dim": 10, "tie_word_embeddings": False}),
+    "qwen2-moe": (
+        "Qwen2Moe",
+        EXPERTS | {"shared_expert_intermediate_size": 20, "decoder_sparse_step": 2, "tie_word_embeddings": False},
+    ),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "sliding_window": 7, "tie_word_embeddings": False}),
+    "glm4-moe": ("Glm4Moe", GLM4 | {"use_qk_norm": True, "tie_word_embeddings": False}),
+    "glm4-moe-groups": (
+        "Glm4Moe",
+        GLM4
+        | {
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 4,
+            "n_group": 4,
+            "topk_group": 2,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+        },
+    ),
     "qwen3-moe": (
         "Qwen3Moe",
         EXPERTS
@@ -175,6 +201,9 @@ def make_model(variant: str, folder: Path, *, attention: str = "eager", **sizes:
     with torch.no_grad():
         for parameter in model.parameters():  # norms and biases too: ones and zeros would hide a mix-up
             parameter.copy_(torch.randn(parameter.shape) * 0.1 + (parameter.dim() == 1))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # of the router's choice
+                buffer.copy_(torch.randn(buffer.shape) * 0.1)
     model.save_pretrained(folder)
     return model
 

@@ -28,7 +28,37 @@ def expert_config(
     }
 
 
-def expert_rules(mcore_mlp: str, hf_mlp: str, experts: int, names: Sequence[str] = GATED) -> list[Rule]:
+def biased_sigmoid_config(
+    *, groups: int = 1, top_groups: int = 1, scaling: float = 1.0, shared_ffn: int | None = None
+) -> dict[str, Any]:
+    """What DeepSeek-V3's router (arXiv:2412.19437, section 2.1.2) changes in `expert_config`.
+
+    Scores are sigmoids; a bias that no gradient reaches is added for the choice alone, and moves after each step
+    against uneven load. The chosen scores are made to sum to one, then multiplied by `scaling`. groups: experts come in
+    so many, and a token takes its experts from the best `top_groups` of them. shared_ffn: hidden size of all shared
+    experts together.
+    """
+    return {
+        "moe_router_score_function": "sigmoid",
+        "moe_router_pre_softmax": False,
+        "moe_router_enable_expert_bias": True,
+        "moe_router_topk_scaling_factor": scaling,
+        "moe_router_num_groups": groups if groups > 1 else None,
+        "moe_router_group_topk": top_groups if groups > 1 else None,
+        "moe_shared_expert_intermediate_size": shared_ffn or None,
+    }
+
+
+def unsupported_groups(top_k: int, groups: int, top_groups: int) -> list[str]:
+    """transformers ranks a group by its two best experts, megatron-core by its `top_k // top_groups` best."""
+    if groups > 1 and top_k // top_groups != 2:
+        return [f"num_experts_per_tok {top_k} with topk_group {top_groups} (only twice as many experts as groups)"]
+    return []
+
+
+def expert_rules(
+    mcore_mlp: str, hf_mlp: str, experts: int, names: Sequence[str] = GATED
+) -> list[Rule]:
     """Rules of the routed experts of a layer, one HF tensor a matrix or all experts in one (transformers 5).
 
     mcore_mlp: prefix such as 'decoder.layers.3.mlp'. hf_mlp: prefix of `experts`, such as 'model.layers.3.mlp'.
@@ -58,6 +88,10 @@ def pre_mlp_norm_rule(mcore_layer: str, hf_layer: str) -> Rule:
 
 def router_rule(mcore_mlp: str, hf_mlp: str) -> Rule:
     return Same(f"{mcore_mlp}.router.weight", (f"{hf_mlp}.gate.weight",))
+
+
+def expert_bias_rule(mcore_mlp: str, hf_mlp: str) -> Rule:
+    return Same(f"{mcore_mlp}.router.expert_bias", (f"{hf_mlp}.gate.e_score_correction_bias",))
 
 
 def shared_expert_rules(mcore_mlp: str, hf_expert: str, names: Sequence[str] = GATED) -> list[Rule]:
