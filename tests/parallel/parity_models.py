@@ -60,7 +60,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", {"head_dim": 10, "tie_word_embeddings": False}),
     "qwen2-moe": (
         "Qwen2Moe",
-        EXPERTS | {"shared_expert_intermediate_size": 20, "decoder_sparse_step": 2, "tie_word_embeddings": False},
+        EXPERTS
+        | {"shared_expert_intermediate_size": 20, "decoder_sparse_step": 2, "tie_word_embeddings": False},
     ),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "sliding_window": 7, "tie_word_embeddings": False}),
     "glm4-moe": ("Glm4Moe", GLM4 | {"use_qk_norm": True, "tie_word_embeddings": False}),

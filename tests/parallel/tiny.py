@@ -31,9 +31,9 @@ def make_tiny(folder: Path, **config) -> Tiny:
     return tiny
 
 
-def make_model(folder: Path, tokenizer, **config) -> None:
+def make_model(folder: Path, tokenizer, architecture: str = "Qwen3", **config) -> None:
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    import transformers
 
     defaults = {
         "vocab_size": (len(tokenizer) + 1) | 1,  # odd: tensor-parallel ranks must pad it
@@ -52,7 +52,8 @@ def make_model(folder: Path, tokenizer, **config) -> None:
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = Qwen3ForCausalLM(Qwen3Config(**(defaults | config)))
+        settings = getattr(transformers, f"{architecture}Config")(**(defaults | config))
+        model = getattr(transformers, f"{architecture}ForCausalLM")(settings)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -52,13 +52,13 @@ def biased_sigmoid_config(
 def unsupported_groups(top_k: int, groups: int, top_groups: int) -> list[str]:
     """transformers ranks a group by its two best experts, megatron-core by its `top_k // top_groups` best."""
     if groups > 1 and top_k // top_groups != 2:
-        return [f"num_experts_per_tok {top_k} with topk_group {top_groups} (only twice as many experts as groups)"]
+        return [
+            f"num_experts_per_tok {top_k} with topk_group {top_groups} (only twice as many experts as groups)"
+        ]
     return []
 
 
-def expert_rules(
-    mcore_mlp: str, hf_mlp: str, experts: int, names: Sequence[str] = GATED
-) -> list[Rule]:
+def expert_rules(mcore_mlp: str, hf_mlp: str, experts: int, names: Sequence[str] = GATED) -> list[Rule]:
     """Rules of the routed experts of a layer, one HF tensor a matrix or all experts in one (transformers 5).
 
     mcore_mlp: prefix such as 'decoder.layers.3.mlp'. hf_mlp: prefix of `experts`, such as 'model.layers.3.mlp'.
