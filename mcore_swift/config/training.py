@@ -77,7 +77,7 @@ class RecomputeArguments(Arguments):
     recompute_modules: list[str] = arg(
         ["core_attn"],
         "parts that selective recomputes",
-        choices=("core_attn", "layernorm", "mlp", "moe", "moe_act", "mla_up_proj"),
+        choices=("core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts", "mla_up_proj"),
     )
     recompute_method: str | None = arg(
         None,

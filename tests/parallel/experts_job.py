@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from experts_reference import BALANCE, ExpertReference, Z
+from experts_reference import BALANCE, BIAS_RATE, ExpertReference, Z
 from jobs import run_cases
 from megatron.core import parallel_state
 from parity_job import ADAM_EPS, WEIGHT_ATOL, microbatches, start
@@ -105,6 +105,25 @@ def without_losses(folder: Path, layout: Layout, **flags) -> None:
     assert "load_balancing_loss" not in metrics and "router_z_loss" not in metrics
 
 
+def bias_moves_against_the_load(folder: Path, layout: Layout) -> None:
+    """Of the tokens of the whole batch, padding left out; with the whole layer recomputed, each counts once."""
+    samples, expected = torch.load(folder / "bias.pt", weights_only=False)
+    start(layout)
+    args = MegatronSftArguments(moe_router_bias_update_rate=BIAS_RATE, recompute_granularity="full")
+    engine = MegatronEngine(read_model(str(folder / "model")), layout, args, torch.float32)
+    with HFReader(folder / "model") as reader:
+        load_hf(engine.chunks, reader, engine.plan.table)
+    engine.after_load(["weights"], optimizer_step=0)
+    batches = list(with_padding_told(microbatches(samples, packed=False)))
+    share = len(batches) // layout.dp
+    first = parallel_state.get_data_parallel_rank() * share
+    engine.train_step(batches[first : first + share], NextToken(), lr=0.0, weight_decay=0.0)
+    for bucket in hf_weights(engine.chunks, engine.plan.table):
+        for name, tensor in bucket.tensors.items():
+            if name in expected:
+                torch.testing.assert_close(tensor, expected[name])
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     dist.init_process_group("gloo")
@@ -120,6 +139,13 @@ def main() -> None:
         cases[f"mean of microbatches {layout}"] = partial(
             losses_weigh_what_they_should, folder, layout, "means", False
         )
+        # A capacity of all tokens drops none, and each expert's tokens are padded to it.
+        room = {"moe_expert_capacity_factor": 2.0, "moe_pad_expert_input_to_capacity": True}
+        cases[f"capacity {layout}"] = partial(without_losses, folder, layout, **room)
+        cases[f"expert layers recomputed {layout}"] = partial(
+            without_losses, folder, layout, moe_layer_recompute=True, recompute_granularity="selective"
+        )
+        cases[f"bias {layout}"] = partial(bias_moves_against_the_load, folder / "bias", layout)
         cases[f"allgather {layout}"] = partial(
             without_losses, folder, layout, moe_token_dispatcher_type="allgather"
         )

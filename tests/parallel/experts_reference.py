@@ -102,3 +102,27 @@ def _with_metrics(reference: ExpertReference, kind: str, layers: list[list[Tenso
         "expert_load_worst": torch.stack(busiest).max().item(),
     }
     return len(layers) * (BALANCE * mean_balance + Z * mean_z)
+
+
+BIAS_RATE = 0.1
+
+
+def make_bias_reference(folder: Path) -> None:
+    """A model whose router has a bias: its checkpoint, samples, and the biases after one step, in `folder`/bias.pt."""
+    model = make_model("glm4-moe", folder / "model")
+    samples = [torch.randint(1, SIZES["vocab_size"], (length,)) for length in LENGTHS]
+    expected = {}
+    for number, layer in enumerate(model.model.layers):
+        if not hasattr(layer.mlp, "gate"):
+            continue
+        chosen: list[Tensor] = []
+        hook = layer.mlp.gate.register_forward_hook(lambda gate, given, out, seen=chosen: seen.append(out[2]))
+        for sample in samples:
+            model(input_ids=sample[None])
+        hook.remove()
+        bias = layer.mlp.gate.e_score_correction_bias
+        loads = torch.cat(chosen).flatten().bincount(minlength=len(bias)).float()
+        # arXiv:2412.19437, section 2.1.2: up where an expert had less than its share, down where more
+        name = f"model.layers.{number}.mlp.gate.e_score_correction_bias"
+        expected[name] = bias + BIAS_RATE * (loads.mean() - loads).sign()
+    torch.save((samples, expected), folder / "bias.pt")

@@ -7,7 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from experts_reference import make_expert_reference  # noqa: E402
+from experts_reference import make_bias_reference, make_expert_reference  # noqa: E402
 from jobs import assert_all_passed, run_job  # noqa: E402
 
 
@@ -15,6 +15,8 @@ from jobs import assert_all_passed, run_job  # noqa: E402
 def reference(tmp_path_factory):
     folder = tmp_path_factory.mktemp("experts")
     make_expert_reference("qwen3-moe", folder)
+    (folder / "bias").mkdir()
+    make_bias_reference(folder / "bias")
     return folder
 
 

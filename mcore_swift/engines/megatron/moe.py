@@ -10,19 +10,29 @@ from torch import Tensor, nn
 
 from mcore_swift.accelerator import get_accelerator
 from mcore_swift.data.batch import Batch
+from mcore_swift.errors import UserError
 from mcore_swift.models.moe.router import Router
 from mcore_swift.models.specs import have_transformer_engine
 from mcore_swift.objectives.base import Objective
 
 
 def moe_options(args: Any) -> dict[str, Any]:
-    """Fields of TransformerConfig for the experts that come from the user's flags; those of export say nothing."""
+    """Fields of TransformerConfig for the experts that come from the user's flags; those of export say nothing.
+
+    Raises UserError for recomputation that needs kernels that are not here.
+    """
     if not hasattr(args, "moe_token_dispatcher_type"):
         return {"moe_token_dispatcher_type": "alltoall"}
     options: dict[str, Any] = {name: getattr(args, name) for name in _PLAIN}
     # Kernels that come with Transformer Engine; without them the plain operations give the same result.
     options["moe_grouped_gemm"] = args.moe_grouped_gemm and have_transformer_engine()
     options["moe_permute_fusion"] = args.moe_permute_fusion and have_transformer_engine()
+    if not options["moe_grouped_gemm"] and "moe_act" in args.recompute_modules:
+        raise UserError(
+            "--recompute_modules moe_act recomputes inside the grouped kernel of Transformer Engine, which does not "
+            "serve here",
+            remedy="use --recompute_modules moe, which recomputes whole expert layers",
+        )
     if args.moe_layer_recompute and args.recompute_granularity == "selective":
         options["recompute_modules"] = list(dict.fromkeys([*args.recompute_modules, "moe"]))
     return options
