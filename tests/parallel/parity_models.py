@@ -64,6 +64,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         | {"shared_expert_intermediate_size": 20, "decoder_sparse_step": 2, "tie_word_embeddings": False},
     ),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "sliding_window": 7, "tie_word_embeddings": False}),
+    "olmoe": (
+        "Olmoe",
+        {"num_experts": 4, "num_experts_per_tok": 2, "pad_token_id": None, "eos_token_id": None},
+    ),
     "glm4-moe": ("Glm4Moe", GLM4 | {"use_qk_norm": True, "tie_word_embeddings": False}),
     "glm4-moe-groups": (
         "Glm4Moe",

@@ -3,6 +3,7 @@
 arXiv:2508.06471, section 2.1.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from mcore_swift.models.families.llama import Llama
@@ -17,9 +18,10 @@ from mcore_swift.models.families.moe import (
     shared_expert_rules,
     unsupported_groups,
 )
+from mcore_swift.models.families.qwen3 import head_norm_rules
 from mcore_swift.models.family import HFConfig
 from mcore_swift.models.layer import LayerTraits
-from mcore_swift.models.rules import Rule, Same
+from mcore_swift.models.rules import Rule
 
 
 class Glm4Moe(Llama):
@@ -40,28 +42,23 @@ class Glm4Moe(Llama):
         )
         return super().config(hf) | {"qk_layernorm": hf.use_qk_norm} | experts | router
 
-    def qkv_bias(self, hf: HFConfig) -> bool:
-        return hf.attention_bias
+    def output_bias(self, hf: HFConfig) -> bool:
+        return False
 
     def layer(self, hf: HFConfig, number: int) -> LayerTraits:
-        return LayerTraits(moe=number >= hf.first_k_dense_replace)
+        return replace(super().layer(hf, number), moe=number >= hf.first_k_dense_replace)
 
     def unsupported(self, hf: HFConfig) -> list[str]:
-        wrong = [] if hf.hidden_act == "silu" else [f"hidden_act {hf.hidden_act!r} (only 'silu')"]
-        if not hf.norm_topk_prob:
-            wrong.append("norm_topk_prob false")
-        return wrong + unsupported_groups(hf.num_experts_per_tok, hf.n_group, hf.topk_group)
+        raw = [] if hf.norm_topk_prob else ["norm_topk_prob false"]
+        return (
+            super().unsupported(hf)
+            + raw
+            + unsupported_groups(hf.num_experts_per_tok, hf.n_group, hf.topk_group)
+        )
 
-    def layer_rules(self, hf: HFConfig, mcore_layer: str, hf_layer: str) -> list[Rule]:
-        norms = [
-            Same(
-                f"{mcore_layer}.self_attention.{part}_layernorm.weight",
-                (f"{hf_layer}.self_attn.{part}_norm.weight",),
-            )
-            for part in "qk"
-            if hf.use_qk_norm
-        ]
-        return super().layer_rules(hf, mcore_layer, hf_layer) + norms
+    def attention_rules(self, hf: HFConfig, attention: str, hf_layer: str) -> list[Rule]:
+        norms = head_norm_rules(self, hf, attention, hf_layer) if hf.use_qk_norm else []
+        return super().attention_rules(hf, attention, hf_layer) + norms
 
     def mlp_rules(self, hf: HFConfig, mcore_layer: str, hf_layer: str) -> list[Rule]:
         if layer_number(hf_layer) < hf.first_k_dense_replace:

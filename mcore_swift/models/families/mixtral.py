@@ -1,5 +1,6 @@
 """Mixtral: Mistral's attention, eight experts of which a token takes two (arXiv:2401.04088)."""
 
+from dataclasses import replace
 from typing import Any
 
 from mcore_swift.models.families.mistral import Mistral
@@ -21,7 +22,7 @@ class Mixtral(Mistral):
         )
 
     def layer(self, hf: HFConfig, number: int) -> LayerTraits:
-        return LayerTraits(window=hf.sliding_window, moe=True)
+        return replace(super().layer(hf, number), moe=True)
 
     def unsupported(self, hf: HFConfig) -> list[str]:
         jitter = [f"router_jitter_noise {hf.router_jitter_noise}"] if hf.router_jitter_noise else []

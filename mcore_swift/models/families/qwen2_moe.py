@@ -3,6 +3,7 @@
 arXiv:2407.10671, section 2.2.2.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from mcore_swift.models.families.moe import (
@@ -41,7 +42,7 @@ class Qwen2Moe(Qwen2):
         return hf.qkv_bias
 
     def layer(self, hf: HFConfig, number: int) -> LayerTraits:
-        return LayerTraits(moe=is_sparse(hf, number))
+        return replace(super().layer(hf, number), moe=is_sparse(hf, number))
 
     def mlp_rules(self, hf: HFConfig, mcore_layer: str, hf_layer: str) -> list[Rule]:
         if not is_sparse(hf, layer_number(hf_layer)):
