@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor, nn
 
 from mcore_swift.models.frequencies import Frequencies
 from mcore_swift.models.packing import Packing
-from mcore_swift.models.segments import Segments, one_segment
+from mcore_swift.models.segments import Segments, part_of_one_segment
 
 MOST_TABLES = 64
 """Tables of angles that are kept. Dynamic NTK scaling has one for every length of a text."""
@@ -53,23 +52,21 @@ class Rotary(nn.Module):
         transformer_config: Any,
         packed_seq_params: PackedSeqParams | None = None,
         **_: Any,
-    ) -> Segments | Packing:
-        """What `forward` needs to know of this microbatch: which tokens of which segments this rank holds."""
+    ) -> int | Packing:
+        """What `forward` needs to know of this microbatch: this rank's tokens of each row, or how it is packed."""
         if isinstance(packed_seq_params, Packing):
             return packed_seq_params
-        hidden = transformer_input
-        if transformer is not None and transformer.input_tensor is not None:
-            hidden = transformer.input_tensor
-        size = transformer_config.context_parallel_size
-        length = hidden.size(0) * size
+        hidden = transformer.input_tensor if transformer.input_tensor is not None else transformer_input
+        length = hidden.size(0)
         if transformer_config.sequence_parallel:
             length *= transformer_config.tensor_model_parallel_size
-        rank = parallel_state.get_context_parallel_rank() if size > 1 else 0
-        return one_segment(length, hidden.device, size, rank)
+        return length
 
-    def forward(self, rows: Segments | Packing, offset: int = 0, **_: Any) -> Tensor:
+    def forward(self, rows: int | Segments | Packing, offset: int = 0, **_: Any) -> Tensor:
         """Angles of each token of this rank, by its place in its segment: `[s, 1, kinds, dim]`, or
-        `[s, b, kinds, dim]` with `lengths`."""
+        `[s, b, kinds, dim]` with `lengths`. rows: tokens of this rank's part of one segment, or which it has."""
+        if isinstance(rows, int):
+            rows = part_of_one_segment(rows, self.device)
         return torch.cat([self._rows(kind, rows) for kind in range(len(self.kinds))], dim=2)
 
     def _rows(self, kind: int, rows: Segments | Packing) -> Tensor:

@@ -11,6 +11,7 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
+from megatron.core import parallel_state
 from torch import Tensor
 
 
@@ -135,6 +136,13 @@ class Varlen(NamedTuple):
     longest_query: int
     longest_key: int
     index: Tensor | None
+
+
+def part_of_one_segment(tokens: int, device: torch.device) -> Segments:
+    """Rows that are one sample each, padded on the right, of which this rank holds `tokens`."""
+    size = parallel_state.get_context_parallel_world_size() or 1  # 0 without torch.distributed
+    rank = parallel_state.get_context_parallel_rank() if size > 1 else 0
+    return one_segment(tokens * size, device, size, rank)
 
 
 @lru_cache(maxsize=8)

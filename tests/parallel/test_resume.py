@@ -10,6 +10,7 @@ SAME_LAYOUT = {
     "tp2-pp2-again": ("tp2-pp2", SAVED),
     "tp2-dp2-bf16-again": ("tp2-dp2-bf16", SAVED),
     "tp2-again": ("tp2", SAVED),
+    "cp2-again": ("cp2", SAVED),
     "dp2-bf16-again": ("dp2-bf16", SAVED),
     "pp2-vpp2-again": ("pp2-vpp2", SAVED),
     "one-again": ("one", 4),
@@ -20,6 +21,8 @@ OTHER_LAYOUT = {
     "tp2-pp2-to-dp2": "tp2-pp2",
     "tp2-pp2-to-one": "tp2-pp2",
     "pp2-vpp2-to-tp2": "pp2-vpp2",
+    "tp2-pp2-to-cp2": "tp2-pp2",
+    "cp2-to-one": "cp2",
     "pp2-first-to-letters": "pp2-first",
     "spread-to-whole": "dp2",
     "whole-to-spread": "dp2-whole",
@@ -47,6 +50,12 @@ def test_in_another_layout_to_fp32_noise(trained, resumed):
         # a second moment, let that grow a little.
         assert loss == pytest.approx(whole[step][0], rel=2e-6), step
         assert norm == pytest.approx(whole[step][1], rel=2e-5), step
+
+
+def test_context_parallelism_changes_neither_the_packs_nor_the_curve(trained):
+    whole, cut = curve(trained["tp2-pp2"]), curve(trained["cp2"])
+    for step, (loss, norm) in whole.items():  # fp32 noise over six steps of Adam, as above
+        assert cut[step] == (pytest.approx(loss, rel=2e-6), pytest.approx(norm, rel=2e-5)), step
 
 
 def test_the_optimizer_matters(trained):

@@ -26,6 +26,7 @@ COMMON = {
 }
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 VPP2 = {"virtual_pipeline_model_parallel_size": 2}
+CP2 = {"context_parallel_size": 2, "cp_comm_type": "a2a"}
 BF16 = {"torch_dtype": "bfloat16"}
 WHOLE = {"use_distributed_optimizer": "false"}
 OVERLAP = {"overlap_grad_reduce": "true", "overlap_param_gather": "true"}
@@ -60,6 +61,9 @@ TRAIN: dict[int, dict[str, dict]] = {
         "dp2-overlap": BF16 | OVERLAP,
         "pp2-vpp2": PP2 | VPP2,
         "pp2-vpp2-again": PP2 | VPP2 | checkpoint("pp2-vpp2"),
+        "cp2": CP2,
+        "cp2-again": CP2 | checkpoint("cp2"),
+        "tp2-pp2-to-cp2": CP2 | checkpoint("tp2-pp2"),
         "dp2": {"save_total_limit": 2},
         "dp2-whole": WHOLE,
         "spread-to-whole": WHOLE | checkpoint("dp2"),
@@ -79,6 +83,7 @@ TRAIN: dict[int, dict[str, dict]] = {
         "one-async": {"async_save": "true", "save_steps": 2, "save_total_limit": 2},
         "one-async-again": checkpoint("one-async", 4),
         "tp2-pp2-to-one": checkpoint("tp2-pp2"),
+        "cp2-to-one": checkpoint("cp2"),
         "without-optimizer": checkpoint("tp2-pp2") | {"no_load_optim": "true"},
         "sgd": {"optimizer": "sgd"} | WHOLE,
         "sgd-again": {"optimizer": "sgd"} | WHOLE | checkpoint("sgd"),

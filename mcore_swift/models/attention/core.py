@@ -21,7 +21,7 @@ from mcore_swift.models.attention.blockwise import Form
 from mcore_swift.models.attention.exchange import gather_keys, share_heads, unite_heads
 from mcore_swift.models.attention.kernels import attend_pieces
 from mcore_swift.models.packing import Packing
-from mcore_swift.models.segments import Segments, one_segment
+from mcore_swift.models.segments import Segments, part_of_one_segment
 
 CP_COMM_TYPES = ("all_gather", "a2a")
 """How ranks of context parallelism can share the work here; the first is the default."""
@@ -110,9 +110,7 @@ class CoreAttention(MegatronModule):
     def _segments(self, query: Tensor, packed_seq_params: PackedSeqParams | None) -> Segments:
         if isinstance(packed_seq_params, Packing):
             return packed_seq_params.segments
-        size = self.config.context_parallel_size
-        rank = parallel_state.get_context_parallel_rank() if size > 1 else 0
-        return one_segment(query.size(0) * size, query.device, size, rank)
+        return part_of_one_segment(query.size(0), query.device)
 
     def _by_heads(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments, form: Form) -> Tensor:
         group = parallel_state.get_context_parallel_group()
