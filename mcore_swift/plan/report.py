@@ -61,9 +61,7 @@ def command_line(plan: Plan, option: Option, args: Any) -> str:
     per_host = min(host, args.num_gpus)
     nodes = -(-args.num_gpus // per_host)
     environment = f"NPROC_PER_NODE={per_host}" + (f" NNODES={nodes}" if nodes > 1 else "")
-    flags = " ".join(
-        f"--{name} {shlex.quote(str(value))}" for name, value in flags_of(plan.shape, option, args)
-    )
+    flags = " ".join(f"--{name} {_quoted(value)}" for name, value in flags_of(plan.shape, option, args))
     model = shlex.quote(folder_of(args.model))
     return f"{environment} megatron {args.command} --model {model} --dataset <data> {flags}"
 

@@ -83,6 +83,15 @@ def test_experts_and_fixed_sizes(moe: str, capsys: pytest.CaptureFixture) -> Non
         assert_accepted(layout["command"], MegatronPretrainArguments)
 
 
+def test_what_is_asked_for_is_in_the_command(dense: str, capsys: pytest.CaptureFixture) -> None:
+    asked = ["--recompute_granularity", "selective", "--recompute_modules", "mlp", "layernorm"]
+    asked += ["--torch_dtype", "float32", "--optimizer", "sgd", "--use_distributed_optimizer", "false"]
+    argv = ["--model", dense, "--gpu", "h200", "--num_gpus", 8, "--context_parallel_size", 1, *asked]
+    for layout in plan(capsys, *argv)["layouts"]:
+        assert "--recompute_modules layernorm mlp" in layout["command"]
+        assert_accepted(layout["command"], MegatronSftArguments)
+
+
 def assert_accepted(command: str, cls: type) -> None:
     """Our own parser takes the command line as it is printed."""
     words = shlex.split(command)
