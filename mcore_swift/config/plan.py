@@ -24,7 +24,7 @@ class MachineArguments(Arguments):
         None, "GPUs that fast links (NVLink) join", at_least=1, default_text="as that kind is sold: mostly 8"
     )
     memory_gib: float | None = arg(
-        None, "memory of a GPU that training may use", above=0, default_text="what that kind has"
+        None, "memory of a GPU that training may use", above=0, default_text="95 % of what that kind has"
     )
 
 

@@ -17,6 +17,7 @@ from .shape import ModelShape
 from .stages import stage_layers
 from .timing import Cluster
 
+HEADROOM = 0.95  # share of a GPU's memory that a plan may fill: it is an estimate, and allocators fragment
 _MOST_GPUS = 16384  # how far to look for a number of GPUs that would do
 
 
@@ -42,7 +43,7 @@ def make_plan(args: Any) -> Plan:
     shape = read_any_shape(args.model)
     gpu = gpu_of(args.gpu)
     cluster = Cluster(gpu, args.gpus_per_node or gpu.gpus_per_node)
-    capacity = GIB * (args.memory_gib or gpu.memory_gib)
+    capacity = GIB * (args.memory_gib or HEADROOM * gpu.memory_gib)
     wish = wish_of(args)
     found = search(shape, wish, cluster, capacity)
     enough = None if found.options else _enough_gpus(shape, wish, cluster, capacity)
@@ -138,11 +139,11 @@ def nearest_fitting(shape: ModelShape, layout: Layout, run: Run, batch: int, gpu
     """The same layout with full recomputation, if that fits, else the fastest one that does."""
     again = dataclasses.replace(run, recompute=Recompute("full", frozenset()))
     stages = stages_of(shape, layout, spread_layers(shape.num_layers, layout))
-    if peak_memory(shape, layout, again, stages).total <= gpu.memory_gib * GIB:
+    if peak_memory(shape, layout, again, stages).total <= HEADROOM * gpu.memory_gib * GIB:
         return "the same with --recompute_granularity full"
     wish = Wish(layout.world_size, batch, run)
     try:
-        found = search(shape, wish, Cluster(gpu, gpu.gpus_per_node), gpu.memory_gib * GIB)
+        found = search(shape, wish, Cluster(gpu, gpu.gpus_per_node), HEADROOM * gpu.memory_gib * GIB)
     except UserError:
         return None
     if not found.options:

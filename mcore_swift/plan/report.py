@@ -9,7 +9,7 @@ from .count import active_parameters, mtp_sizes, parameters
 from .flops import flops_per_token
 from .gpus import GPUS
 from .memory import GIB, Memory
-from .planner import Plan, describe
+from .planner import HEADROOM, Plan, describe
 from .search import Option
 from .shape import ModelShape
 from .stages import LAYOUT, render_stages, with_ends
@@ -119,9 +119,9 @@ def _about(plan: Plan, args: Any) -> list[str]:
     flops = flops_per_token(shape, args.max_length) / 1e9
     return [
         f"{args.model}: {shape.family}, {sizes}; {flops:.1f} GFLOP to train a token of {args.max_length}",
-        f"{args.num_gpus} x {gpu.name}, {plan.capacity_bytes / GIB:.1f} GiB and {gpu.peak_flops / 1e12:.0f} bf16 "
-        f"TFLOP/s each, {plan.cluster.gpus_per_node} to a node; global batch {args.global_batch_size} x "
-        f"{args.max_length} tokens",
+        f"{args.num_gpus} x {gpu.name}, {plan.capacity_bytes / GIB:.1f} GiB to plan with and "
+        f"{gpu.peak_flops / 1e12:.0f} bf16 TFLOP/s each, {plan.cluster.gpus_per_node} to a node; "
+        f"global batch {args.global_batch_size} x {args.max_length} tokens",
     ]
 
 
@@ -168,9 +168,9 @@ def _nothing_fits(plan: Plan, args: Any) -> list[str]:
     ]
     if plan.enough_gpus:
         lines.append(f"- {plan.enough_gpus} GPUs of this kind")
-    larger = [name for name, gpu in GPUS.items() if gpu.memory_gib >= needed]
+    larger = [name for name, gpu in GPUS.items() if HEADROOM * gpu.memory_gib >= needed]
     if larger:
-        lines.append(f"- GPUs with {needed:.0f} GiB, such as {', '.join(larger[:4])}")
+        lines.append(f"- GPUs with {needed / HEADROOM:.0f} GiB, such as {', '.join(larger[:4])}")
     if memory.activations + memory.logits > memory.total - plan.capacity_bytes:
         over = memory.total - plan.capacity_bytes
         share = 1 - over / (memory.activations + memory.logits)
