@@ -87,9 +87,12 @@ def memory_notices(args: Arguments, world_size: int) -> list[str]:
     if not gpus:  # the memory of a CPU is not given out by the process
         return []
     from ..plan.planner import memory_notice, of_driver
-    from ..plan.preflight import model_folder, read_shape
+    from ..plan.preflight import model_folder, read_config, read_shape
 
-    notice = memory_notice(args, read_shape(model_folder(args.model)), world_size, of_driver(gpus[0]))
+    folder = model_folder(args.model)
+    config = read_config(folder)
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    notice = memory_notice(args, read_shape(folder), world_size, of_driver(gpus[0]), dtype)
     return [notice] if notice else []
 
 

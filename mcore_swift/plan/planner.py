@@ -83,9 +83,9 @@ def recompute_of(args: Any) -> Recompute:
     return Recompute(args.recompute_granularity, frozenset(args.recompute_modules if selective else ()))
 
 
-def run_of(args: Any, sequence_length: int) -> Run:
-    """Precision and optimizer that the flags ask for."""
-    weight_bytes = 4 if args.torch_dtype == "float32" else 2
+def run_of(args: Any, sequence_length: int, dtype: str | None = None) -> Run:
+    """Precision and optimizer that the flags ask for. dtype: where the flags give none."""
+    weight_bytes = 4 if (args.torch_dtype or dtype) == "float32" else 2
     wide = weight_bytes == 4 or args.accumulate_allreduce_grads_in_fp32
     return Run(
         sequence_length=sequence_length,
@@ -96,18 +96,21 @@ def run_of(args: Any, sequence_length: int) -> Run:
     )
 
 
-def memory_notice(args: Any, shape: ModelShape, world_size: int, gpu: Gpu) -> str | None:
+def memory_notice(
+    args: Any, shape: ModelShape, world_size: int, gpu: Gpu, dtype: str | None = None
+) -> str | None:
     """A line for a training run whose estimated memory is clearly more than the GPU has, else None.
 
     args: of a training command that the checks have nothing against. An estimate is no reason to refuse a run:
-    it is told, with the nearest thing that is estimated to fit.
+    it is told, with the nearest thing that is estimated to fit. Nothing is said of training adapters only.
+    dtype: the checkpoint's own precision, for where the flags give none.
     """
     length = getattr(args, "packing_length", None) or getattr(args, "max_length", None)
-    if not length or not getattr(args, "global_batch_size", None):
+    if not length or not getattr(args, "global_batch_size", None) or args.tuner_type != "full":
         return None
     layout = Layout.from_args(args, world_size)
     run = dataclasses.replace(
-        run_of(args, length),
+        run_of(args, length, dtype),
         micro_batch_size=args.micro_batch_size,
         num_microbatches=max(1, args.global_batch_size // (args.micro_batch_size * layout.dp)),
         recompute=recompute_of(args),

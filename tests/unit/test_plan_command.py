@@ -202,8 +202,13 @@ def test_a_run_that_is_about_to_need_too_much_is_told_so() -> None:
     assert small is not None and "estimated to need" in small and "estimated to fit" in small
     args = dataclasses.replace(args, tensor_model_parallel_size=4, sequence_parallel=True)
     assert memory_notice(args, shape, 8, gpu) is None
+    args = dataclasses.replace(args, tensor_model_parallel_size=2, max_length=12288)
+    assert memory_notice(args, shape, 8, gpu, "bfloat16") is None
+    assert memory_notice(args, shape, 8, gpu, "float32") is not None  # activations are twice as large
     heavy = {"pipeline_model_parallel_size": 4, "pipeline_model_parallel_layout": "Et*26|tt|tt|ttL"}
-    args = dataclasses.replace(args, tensor_model_parallel_size=1, sequence_parallel=False, **heavy)
+    args = dataclasses.replace(
+        args, tensor_model_parallel_size=1, sequence_parallel=False, max_length=8192, **heavy
+    )
     assert memory_notice(args, shape, 8, gpu) is not None
     even = dataclasses.replace(args, pipeline_model_parallel_layout=None, recompute_granularity="full")
     assert memory_notice(even, shape, 8, gpu) is None
