@@ -30,13 +30,13 @@ _SIZES = (
     "tokens",
 )
 ROWS: dict[str, dict[str, Any]] = {
-    "mostly activations": dict(zip(_SIZES, (512, 1536, 4, 8, 2048, 2048), strict=True)),
-    "the same, full recomputation": dict(zip(_SIZES, (512, 1536, 4, 8, 2048, 2048), strict=True))
+    "mostly activations": dict(zip(_SIZES, (512, 1536, 8, 8, 4096, 4096), strict=True)),
+    "the same, full recomputation": dict(zip(_SIZES, (512, 1536, 8, 8, 4096, 4096), strict=True))
     | {"recompute_granularity": "full"},
-    "the same in bf16": dict(zip(_SIZES, (512, 1536, 4, 8, 2048, 2048), strict=True))
+    "the same in bf16": dict(zip(_SIZES, (512, 1536, 8, 8, 4096, 4096), strict=True))
     | {"torch_dtype": "bfloat16"},
-    "mostly weights and optimizer": dict(zip(_SIZES, (768, 2304, 4, 12, 8192, 128), strict=True)),
-    "mostly logits": dict(zip(_SIZES, (256, 768, 2, 4, 32768, 1024), strict=True)),
+    "mostly weights and optimizer": dict(zip(_SIZES, (768, 2304, 8, 12, 16384, 256), strict=True)),
+    "mostly logits": dict(zip(_SIZES, (256, 768, 2, 4, 65536, 2048), strict=True)),
 }
 
 
