@@ -76,7 +76,7 @@ class RecomputeArguments(Arguments):
     )
     recompute_modules: list[str] = arg(
         ["core_attn"],
-        "parts that selective recomputes",
+        "parts that selective recomputes (core_attn: not with Transformer Engine, which keeps no scores)",
         choices=("core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts", "mla_up_proj"),
     )
     recompute_method: str | None = arg(

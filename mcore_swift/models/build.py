@@ -59,8 +59,11 @@ def transformer_config(
         "cross_entropy_loss_fusion": False,
     }
     fields |= plan.family.config(plan.hf) | _windows(plan) | _unturned(plan)
-    config = TransformerConfig(**(fields | (options or {})))
+    fields |= {"transformer_impl": choose_implementation("auto", plan)} | (options or {})
     kinds = plan.family.rotary(plan.hf)
+    if fields.get("rotary_interleaved") or any(kind.attention_factor != 1.0 for kind in kinds):
+        fields["apply_rope_fusion"] = False  # the fused kernels of packed rows know neither
+    config = TransformerConfig(**fields)
     if len(kinds) == 1 and kinds[0].attention_factor != 1.0:
         set_attention_factor(config, kinds[0].attention_factor)
     return config

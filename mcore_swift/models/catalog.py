@@ -1,19 +1,29 @@
 """Which Hugging Face architectures we know, as plain data: readable without torch, before any process starts."""
 
 SUPPORTED_ARCHITECTURES: dict[str, str] = {
-    "CohereForCausalLM": "cohere",
+    "ArceeForCausalLM": "arcee",
     "Cohere2ForCausalLM": "cohere2",
+    "CohereForCausalLM": "cohere",
+    "CwmForCausalLM": "cwm",
     "Ernie4_5ForCausalLM": "ernie4_5",
-    "GemmaForCausalLM": "gemma",
+    "Exaone4ForCausalLM": "exaone4",
     "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3",
-    "GlmForCausalLM": "glm",
+    "GemmaForCausalLM": "gemma",
     "Glm4ForCausalLM": "glm4",
     "Glm4MoeForCausalLM": "glm4_moe",
+    "GlmForCausalLM": "glm",
+    "GPTNeoXForCausalLM": "gpt_neox",
     "GraniteForCausalLM": "granite",
+    "HeliumForCausalLM": "helium",
+    "HunYuanDenseV1ForCausalLM": "hunyuan_v1_dense",
+    "HyperCLOVAXForCausalLM": "hyperclovax",
+    "Jais2ForCausalLM": "jais2",
     "LlamaForCausalLM": "llama",
+    "MinistralForCausalLM": "ministral",
     "MistralForCausalLM": "mistral",
     "MixtralForCausalLM": "mixtral",
+    "NemotronForCausalLM": "nemotron",
     "Olmo2ForCausalLM": "olmo2",
     "Olmo3ForCausalLM": "olmo3",
     "OlmoeForCausalLM": "olmoe",
@@ -26,13 +36,22 @@ SUPPORTED_ARCHITECTURES: dict[str, str] = {
     "SmolLM3ForCausalLM": "smollm3",
     "StableLmForCausalLM": "stablelm",
     "Starcoder2ForCausalLM": "starcoder2",
+    "VaultGemmaForCausalLM": "vaultgemma",
 }
 """Architecture named in a config.json -> our family, a module of `mcore_swift.models.families`."""
 
 FEATURES: dict[str, tuple[str, ...]] = {
+    "arcee": ("MLP without gate",),
     "cohere": ("attention beside MLP", "logit scale", "norms on query and key heads"),
     "cohere2": ("attention beside MLP", "sliding window", "layers without rotary embedding", "logit scale"),
+    "cwm": ("sliding window",),
     "ernie4_5": ("biases",),
+    "exaone4": (
+        "norms behind",
+        "norms on query and key heads",
+        "sliding window",
+        "layers without rotary embedding",
+    ),
     "gemma": ("embedding scale",),
     "gemma2": ("sliding window", "norms on both sides", "soft caps", "embedding scale"),
     "gemma3": (
@@ -44,10 +63,23 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "glm": ("partial rotary embedding",),
     "glm4": ("partial rotary embedding", "norms on both sides"),
     "glm4_moe": ("experts", "shared experts", "router with a bias", "partial rotary embedding"),
+    "gpt_neox": (
+        "LayerNorm",
+        "attention beside MLP",
+        "MLP without gate",
+        "biases",
+        "partial rotary embedding",
+    ),
     "granite": ("embedding, attention, residual and logit scales",),
+    "helium": ("biases",),
+    "hunyuan_v1_dense": ("norms on query and key heads",),
+    "hyperclovax": ("norms on both sides", "embedding, attention, residual and logit scales"),
+    "jais2": ("LayerNorm", "MLP without gate", "biases"),
     "llama": ("rope scaling: linear, dynamic, llama3, yarn", "biases"),
+    "ministral": ("sliding window",),
     "mistral": ("sliding window",),
     "mixtral": ("experts", "sliding window"),
+    "nemotron": ("LayerNorm", "MLP without gate", "partial rotary embedding"),
     "olmo2": ("norms behind", "norms on queries and keys"),
     "olmo3": ("norms behind", "norms on queries and keys", "sliding window", "two rotary embeddings"),
     "olmoe": ("experts", "norms on queries and keys"),
@@ -60,6 +92,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "smollm3": ("layers without rotary embedding",),
     "stablelm": ("LayerNorm", "partial rotary embedding", "attention beside MLP"),
     "starcoder2": ("LayerNorm", "MLP without gate", "biases", "sliding window"),
+    "vaultgemma": ("sliding window", "soft caps", "embedding scale"),
 }
 """Family -> what its models have beyond Llama's layers."""
 

@@ -70,12 +70,17 @@ class FamilyAttention(SelfAttention):
     def __init__(
         self, config: Any, submodules: Any, *, traits: LayerTraits, attention_factor: float, **kwargs: Any
     ) -> None:
+        if attention_factor != 1.0:  # layers may differ in it, and megatron-core reads it from the config
+            config = copy.copy(config)
+            set_attention_factor(config, attention_factor)
         super().__init__(config, submodules, **kwargs)
         self.rotary = traits.rotary
-        if attention_factor != 1.0:  # layers may differ in it, and megatron-core reads it from the config
-            self.config = copy.copy(config)
-            set_attention_factor(self.config, attention_factor)
-        if traits.qk_norm:
+        if traits.qk_norm == "turned":
+            self.core_attention = NormsThenAttention(
+                config, self.core_attention, self.q_layernorm, self.k_layernorm
+            )
+            self.q_layernorm = self.k_layernorm = None
+        elif traits.qk_norm:
             kind = {"full": FullNorm, "each": EachHeadNorm}[traits.qk_norm]
             sizes = {"head_dim": config.kv_channels, "eps": config.layernorm_epsilon}
             self.q_layernorm = kind(config, heads=config.num_attention_heads, **sizes)
@@ -88,6 +93,18 @@ class FamilyAttention(SelfAttention):
         elif rotary_pos_emb is not None and rotary_pos_emb.size(2) > 1:
             rotary_pos_emb = rotary_pos_emb[:, :, self.rotary : self.rotary + 1]
         return super().forward(*args, rotary_pos_emb=rotary_pos_emb, **kwargs)
+
+
+class NormsThenAttention(MegatronModule):
+    """Core attention that normalises queries and keys itself, which is after the rotary embedding."""
+
+    def __init__(self, config: Any, core: MegatronModule, query_norm: Any, key_norm: Any) -> None:
+        super().__init__(config=config)
+        self.core = core
+        self.q_layernorm, self.k_layernorm = query_norm, key_norm
+
+    def forward(self, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.core(self.q_layernorm(query), self.k_layernorm(key), *args, **kwargs)
 
 
 class ColumnLinearWithBias(ColumnParallelLinear):

@@ -21,6 +21,8 @@ class Family:
     """
 
     name: ClassVar[str]
+    hf_layers: ClassVar[str] = "model.layers"
+    """What Hugging Face names of decoder layers begin with, before the layer's number."""
 
     def config(self, hf: HFConfig) -> dict[str, Any]:
         """Keyword arguments for megatron-core's TransformerConfig."""
@@ -65,7 +67,7 @@ class Family:
         layers = [
             rule
             for layer in range(hf.num_hidden_layers)
-            for rule in self.layer_rules(hf, f"decoder.layers.{layer}", f"model.layers.{layer}")
+            for rule in self.layer_rules(hf, f"decoder.layers.{layer}", f"{self.hf_layers}.{layer}")
         ]
         embedding, *outer = self.outer_rules(hf)
         return RuleTable([embedding, *layers, *outer], self.optional_hf(hf))

@@ -62,14 +62,22 @@ class Frequencies:
     def _compute(self, length: int | None) -> tuple[Tensor, float]:
         if self.kind == "default":
             return self._default(), 1.0
+        if (
+            self.kind == "dynamic"
+            and self.settings.get("alpha")
+            and (length or 0) <= self.hf.max_position_embeddings
+        ):
+            return self._default(self.settings["alpha"]), 1.0
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
         named = {} if self.layer_type is None else {"layer_type": self.layer_type}
         return ROPE_INIT_FUNCTIONS[self.kind](self.hf, torch.device("cpu"), seq_len=length, **named)
 
-    def _default(self) -> Tensor:
+    def _default(self, alpha: float = 1.0) -> Tensor:
+        """alpha: Hunyuan's stretch of the base, where texts are no longer than the model knows."""
         head_dim = getattr(self.hf, "head_dim", None) or self.hf.hidden_size // self.hf.num_attention_heads
         share = self.settings.get("partial_rotary_factor") or getattr(self.hf, "partial_rotary_factor", None)
         dim = math.floor(head_dim * (share or 1.0))
         base = self.settings.get("rope_theta") or getattr(self.hf, "rope_theta", None) or 10000.0
+        base = base * alpha ** (dim / (dim - 2)) if alpha != 1.0 else base
         return 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim))

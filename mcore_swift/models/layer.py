@@ -24,7 +24,8 @@ class LayerTraits:
         attention's ('one_norm'); None: one after the other.
     residual_scale: what attention and MLP add is multiplied by this.
     qk_norm: None: as `qk_layernorm` of the config says (one norm that every head shares, or none); 'full': over
-        all heads together; 'each': a norm of its own for each head.
+        all heads together; 'each': a norm of its own for each head; 'turned': the one that every head shares, after
+        the rotary embedding.
     output_bias, mlp_bias: whether the attention's output projection, and both linear layers of the MLP, have a bias.
     """
 
@@ -36,7 +37,7 @@ class LayerTraits:
     norms: Literal["pre", "post", "sandwich"] = "pre"
     parallel: Literal["one_norm", "two_norms"] | None = None
     residual_scale: float = 1.0
-    qk_norm: Literal["full", "each"] | None = None
+    qk_norm: Literal["full", "each", "turned"] | None = None
     output_bias: bool = False
     mlp_bias: bool = False
 

@@ -17,9 +17,10 @@ class Architecture:
     """A family as `ModelShape.from_config_dict` reads it.
 
     defaults: keys that a config.json may leave out. qkv_bias, output_bias, mlp_bias: of linear layers.
-    norms_per_layer: RMS norms of hidden size in a layer. qk_norm: of each head's queries and keys, or what a
-    key says; qk_norm_full: over all heads together. windows: 'none'; 'all' layers have `sliding_window`, or
-    'types': those that layer_types (or its default, every layer but each `full_every`-th) calls sliding.
+    norms_per_layer: norms of hidden size in a layer; norm_bias: they have a bias. gated: the MLP has a gate.
+    qk_norm: of each head's queries and keys, or what a key says; qk_norm_full: with a weight for every head.
+    windows: 'none'; 'all' layers have `sliding_window`, or 'types': those that layer_types (or its default, every
+    layer but each `full_every`-th) calls sliding.
     experts: 'none', 'mixtral' (every layer, of intermediate_size), 'qwen' (decoder_sparse_step and
     mlp_only_layers), 'deepseek' (first_k_dense_replace, shared experts). mla: multi-head latent attention.
     """
@@ -32,6 +33,8 @@ class Architecture:
     norms_per_layer: int = 2
     qk_norm: Bias = False
     qk_norm_full: bool = False
+    gated: bool = True
+    norm_bias: bool = False
     sinks: bool = False
     windows: str = "none"
     full_every: int = 0
@@ -44,6 +47,7 @@ def _family(name: str, facts: Mapping[str, Any] | None = None, **defaults: Any) 
     return Architecture(name, {"max_position_embeddings": 2048} | defaults, **(facts or {}))
 
 
+_NO_ATTENTION_BIAS = {"qkv_bias": False, "output_bias": False}
 _GEMMA = {"tie_word_embeddings": True, "head_dim": 256}
 _DEEPSEEK = {
     "kv_lora_rank": 512,
@@ -144,6 +148,92 @@ ARCHITECTURES: dict[str, Architecture] = {
         "internlm3",
         {"qkv_bias": "qkv_bias", "output_bias": "bias", "mlp_bias": "bias"},
         max_position_embeddings=32768,
+    ),
+    "ArceeForCausalLM": _family("arcee", {"mlp_bias": "mlp_bias", "gated": False}),
+    "CohereForCausalLM": _family(
+        "cohere",
+        {"norms_per_layer": 1, "qk_norm": "use_qk_norm", "qk_norm_full": True},
+        tie_word_embeddings=True,
+        max_position_embeddings=8192,
+    ),
+    "Cohere2ForCausalLM": _family(
+        "cohere2",
+        {"norms_per_layer": 1, "windows": "types", "full_every": 4},
+        tie_word_embeddings=True,
+        max_position_embeddings=8192,
+        sliding_window=4096,
+    ),
+    "CwmForCausalLM": _family(
+        "cwm",
+        {**_NO_ATTENTION_BIAS, "windows": "types"},
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=131072,
+        sliding_window=8192,
+    ),
+    "Exaone4ForCausalLM": _family(
+        "exaone4",
+        {**_NO_ATTENTION_BIAS, "qk_norm": True, "windows": "types", "full_every": 4},
+        num_key_value_heads=32,
+        sliding_window=4096,
+    ),
+    "GPTNeoXForCausalLM": _family(
+        "gpt_neox", {"mlp_bias": True, "gated": False, "norm_bias": True}, attention_bias=True
+    ),
+    "HeliumForCausalLM": _family(
+        "helium",
+        {"output_bias": False, "mlp_bias": "mlp_bias"},
+        num_key_value_heads=20,
+        head_dim=128,
+        max_position_embeddings=4096,
+    ),
+    "HunYuanDenseV1ForCausalLM": _family("hunyuan_v1_dense", {"qk_norm": True}),
+    "HyperCLOVAXForCausalLM": _family("hyperclovax", {"mlp_bias": "mlp_bias", "norms_per_layer": 4}),
+    "Jais2ForCausalLM": _family(
+        "jais2",
+        {"mlp_bias": "mlp_bias", "gated": False, "norm_bias": True},
+        attention_bias=True,
+        mlp_bias=True,
+        max_position_embeddings=8192,
+    ),
+    "MinistralForCausalLM": _family(
+        "ministral",
+        {**_NO_ATTENTION_BIAS, "windows": "types"},
+        num_key_value_heads=8,
+        max_position_embeddings=131072,
+        sliding_window=4096,
+    ),
+    "NemotronForCausalLM": _family(
+        "nemotron", {"mlp_bias": "mlp_bias", "gated": False, "norm_bias": True}, max_position_embeddings=4096
+    ),
+    "StableLmForCausalLM": _family(
+        "stablelm",
+        {"qkv_bias": "use_qkv_bias", "output_bias": False, "norm_bias": True},
+        num_key_value_heads=32,
+        max_position_embeddings=4096,
+    ),
+    "Starcoder2ForCausalLM": _family(
+        "starcoder2",
+        {
+            "qkv_bias": "use_bias",
+            "output_bias": "use_bias",
+            "mlp_bias": "use_bias",
+            "gated": False,
+            "norm_bias": True,
+            "windows": "all",
+        },
+        num_key_value_heads=2,
+        use_bias=True,
+        tie_word_embeddings=True,
+        max_position_embeddings=4096,
+    ),
+    "VaultGemmaForCausalLM": _family(
+        "vaultgemma",
+        {"windows": "types", "full_every": 2},
+        **_GEMMA,
+        num_key_value_heads=4,
+        max_position_embeddings=8192,
+        sliding_window=4096,
     ),
     "MixtralForCausalLM": _family(
         "mixtral",

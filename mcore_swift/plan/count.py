@@ -69,7 +69,8 @@ def mlp_sizes(shape: ModelShape, index: int) -> Sizes:
     h = shape.hidden_size
     if not shape.is_moe_layer(index):
         width = shape.ffn_hidden_size
-        return Sizes(split=3 * h * width + shape.mlp_bias * 2 * width, whole=shape.mlp_bias * h)
+        first = (1 + shape.gated) * width
+        return Sizes(split=(first + width) * h + shape.mlp_bias * first, whole=shape.mlp_bias * h)
     router = shape.num_experts * (h + shape.expert_bias)
     return Sizes(
         split=3 * h * shape.shared_ffn_hidden_size,
@@ -78,9 +79,14 @@ def mlp_sizes(shape: ModelShape, index: int) -> Sizes:
     )
 
 
+def norm_parameters(shape: ModelShape) -> int:
+    """Of one norm of hidden size."""
+    return (1 + shape.norm_bias) * shape.hidden_size
+
+
 def layer_sizes(shape: ModelShape, index: int) -> Sizes:
     """All parameters of layer `index` (from 0)."""
-    norms = Sizes(whole=shape.norms_per_layer * shape.hidden_size)
+    norms = Sizes(whole=shape.norms_per_layer * norm_parameters(shape))
     return attention_sizes(shape) + mlp_sizes(shape, index) + norms
 
 
@@ -99,7 +105,7 @@ def embedding_parameters(shape: ModelShape) -> int:
 def parameters(shape: ModelShape) -> int:
     """Number of parameters, as transformers counts them: a tied embedding once, no padding, no MTP layers."""
     layers = sum(layer_sizes(shape, index).total for index in range(shape.num_layers))
-    return embedding_parameters(shape) * (1 if shape.tied else 2) + layers + shape.hidden_size
+    return embedding_parameters(shape) * (1 if shape.tied else 2) + layers + norm_parameters(shape)
 
 
 def active_parameters(shape: ModelShape) -> int:
@@ -120,7 +126,7 @@ def layer_matmuls(shape: ModelShape, index: int) -> int:
         attention = h * (shape.query_size + 2 * shape.kv_size)
     attention += h * shape.num_heads * shape.value_dim
     if not shape.is_moe_layer(index):
-        return attention + 3 * h * shape.ffn_hidden_size
+        return attention + (2 + shape.gated) * h * shape.ffn_hidden_size
     widths = shape.num_experts_per_token * shape.moe_ffn_hidden_size + shape.shared_ffn_hidden_size
     return attention + 3 * h * widths + (shape.num_experts + shape.shared_expert_gate) * h
 

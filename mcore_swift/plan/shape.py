@@ -15,13 +15,14 @@ _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a decoder with gated MLPs or experts, RMS norms and rotary positions.
+    """Sizes of a decoder with MLPs or experts, norms and rotary positions.
 
     num_query_groups: key/value heads; ffn_hidden_size: width inside the dense MLP; tied: input and output
     embedding are one tensor; qkv_bias, output_bias, mlp_bias: which linear layers have a bias;
-    qk_norm: queries and keys of each head are normalised (qk_norm_full: of all heads together);
+    qk_norm: queries and keys of each head are normalised (qk_norm_full: with a weight for every head);
+    gated: the MLP has a gate beside its first matrix; norm_bias: norms of hidden size have a bias;
     max_position_embeddings: longest sequence the checkpoint was trained for; rope_type: 'default', 'llama3' ...
-    norms_per_layer: RMS norms of hidden size. sinks: a learnt attention sink for each head.
+    norms_per_layer: norms of hidden size. sinks: a learnt attention sink for each head.
     sliding_layers: for each layer whether its attention sees `sliding_window` tokens only; empty: none does.
 
     Experts: num_experts routed ones (0: a dense model), of which a token sees num_experts_per_token, each
@@ -50,6 +51,8 @@ class ModelShape:
     rope_theta: float = 10000.0
     rope_type: str = "default"
     qk_norm_full: bool = False
+    gated: bool = True
+    norm_bias: bool = False
     norms_per_layer: int = 2
     sinks: bool = False
     sliding_window: int | None = None
@@ -90,7 +93,9 @@ class ModelShape:
             output_bias=_switch(facts.output_bias, given),
             mlp_bias=_switch(facts.mlp_bias, given),
             qk_norm=_switch(facts.qk_norm, given),
-            qk_norm_full=facts.qk_norm_full,
+            qk_norm_full=facts.qk_norm_full and _switch(facts.qk_norm, given),
+            gated=facts.gated,
+            norm_bias=facts.norm_bias,
             norms_per_layer=facts.norms_per_layer,
             sinks=facts.sinks,
             max_position_embeddings=given["max_position_embeddings"] or 2048,
@@ -235,7 +240,8 @@ def _windows(given: Mapping[str, Any], facts: Architecture) -> dict[str, Any]:
     sliding = [True] * layers
     if facts.windows == "types":
         every = given.get("sliding_window_pattern") or facts.full_every
-        sliding = [(index + 1) % every != 0 for index in range(layers)]
+        if every:
+            sliding = [(index + 1) % every != 0 for index in range(layers)]
         types = given.get("layer_types")
         if types and len(types) == layers:
             sliding = [kind == "sliding_attention" for kind in types]

@@ -155,6 +155,29 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"head_dim": 10, "attention_out_bias": True, "attention_dropout": 0.0, "residual_dropout": 0.0},
     ),
     "ernie4_5": ("Ernie4_5", {"head_dim": 10, "use_bias": True}),
+    "arcee": ("Arcee", {}),
+    "helium": ("Helium", {"head_dim": 6, "attention_bias": True, "mlp_bias": True}),
+    "exaone4": ("Exaone4", {"sliding_window": 7, "layer_types": MIXED_LAYERS}),
+    "nemotron": ("Nemotron", {"rope_parameters": PARTIAL}),
+    "jais2": ("Jais2", {}),
+    "ministral": ("Ministral", {"head_dim": 6, "sliding_window": 7, "layer_types": MIXED_LAYERS}),
+    "cwm": ("Cwm", {"sliding_window": 7, "head_dim": 6, "rope_parameters": LLAMA3_ROPE}),
+    "hyperclovax": (
+        "HyperCLOVAX",
+        {
+            "embedding_multiplier": 3.0,
+            "logits_scaling": 0.5,
+            "residual_multiplier": 0.3,
+            "attention_multiplier": 0.2,
+        },
+    ),
+    "vaultgemma": ("VaultGemma", {"head_dim": 10, "sliding_window": 7, "attn_logit_softcapping": 0.5}),
+    "gpt-neox": ("GPTNeoX", {"num_key_value_heads": 4, "rope_parameters": PARTIAL}),
+    "gpt-neox-serial": (
+        "GPTNeoX",
+        {"num_key_value_heads": 4, "rope_parameters": PARTIAL, "use_parallel_residual": False},
+    ),
+    "hunyuan": ("HunYuanDenseV1", {"head_dim": 6, "rope_parameters": DYNAMIC | {"alpha": 7.0}}),
 }
 THOROUGH = ("llama3-rope-tied", "qwen3", "qwen3-moe")
 """Variants that go through every layout, packed and unpacked; the others through a few that mix the axes."""

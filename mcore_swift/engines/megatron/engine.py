@@ -51,7 +51,9 @@ class MegatronEngine:
         self.args = args
         self.dtype = dtype
         self.implementation = choose_implementation(args.transformer_impl, plan)
-        options = model_options(args) | pipeline_options(plan, layout, args)
+        options = model_options(args, self.implementation, experts=plan.is_moe) | pipeline_options(
+            plan, layout, args
+        )
         if plan.is_moe:
             options |= moe_options(args)
         if layout.cp > 1:
@@ -173,19 +175,27 @@ class MegatronEngine:
         return to_device(batch, get_accelerator().device, thd=self.implementation == "transformer_engine")
 
 
-def model_options(args: Any) -> dict[str, Any]:
+def model_options(args: Any, implementation: str, *, experts: bool) -> dict[str, Any]:
     """Fields of TransformerConfig that come from the user's flags rather than from the model."""
+    recompute, parts = args.recompute_granularity, list(args.recompute_modules)
+    if experts and getattr(args, "moe_layer_recompute", False) and "moe" not in parts:
+        parts.append("moe")
+    if implementation == "transformer_engine" and recompute == "selective" and "core_attn" in parts:
+        # Its attention keeps no scores: to run it twice would save nothing.
+        parts.remove("core_attn")
+        recompute = "selective" if parts else "none"
     options: dict[str, Any] = {
         "calculate_per_token_loss": args.calculate_per_token_loss is not False,
         "attention_softmax_in_fp32": args.attention_softmax_in_fp32,
+        "transformer_impl": implementation,
     }
-    if args.recompute_granularity != "none":
-        options["recompute_granularity"] = args.recompute_granularity
-    if args.recompute_granularity == "full":
+    if recompute != "none":
+        options["recompute_granularity"] = recompute
+    if recompute == "full":
         options["recompute_method"] = args.recompute_method or "uniform"
         options["recompute_num_layers"] = args.recompute_num_layers or 1
-    if args.recompute_granularity == "selective":
-        options["recompute_modules"] = list(args.recompute_modules)
+    if recompute == "selective":
+        options["recompute_modules"] = parts
     if get_accelerator().is_cuda:
         options |= {name: getattr(args, name) for name in _FUSIONS}
         # Kernels that come with other packages; without them the plain operations give the same result.

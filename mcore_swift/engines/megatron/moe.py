@@ -33,8 +33,6 @@ def moe_options(args: Any) -> dict[str, Any]:
             "serve here",
             remedy="use --recompute_modules moe, which recomputes whole expert layers",
         )
-    if args.moe_layer_recompute and args.recompute_granularity == "selective":
-        options["recompute_modules"] = list(dict.fromkeys([*args.recompute_modules, "moe"]))
     return options
 
 

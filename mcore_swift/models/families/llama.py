@@ -175,7 +175,7 @@ class Llama(Family):
         return rules
 
     def optional_hf(self, hf: HFConfig) -> list[str]:
-        buffers = [f"model.layers.{n}.self_attn.rotary_emb.inv_freq" for n in range(hf.num_hidden_layers)]
+        buffers = [f"{self.hf_layers}.{n}.self_attn.rotary_emb.inv_freq" for n in range(hf.num_hidden_layers)]
         return buffers + ([f"{self.outer_names['output']}.weight"] if tied(hf) else [])
 
 
