@@ -15,6 +15,8 @@ SIZES = {
 }
 
 FAMILIES = ("llama", "llama-tied", "mistral", "qwen2", "qwen3", "qwen3-tied", "qwen3moe")
+OTHER_KINDS = ("phi3", "cohere-tied", "starcoder2-tied")
+"""Families with rules of other kinds; tests/parallel/test_parity.py takes every family through a live model."""
 
 
 def hf_config(name):
@@ -27,10 +29,17 @@ def hf_config(name):
         "qwen2": "Qwen2",
         "qwen3": "Qwen3",
         "qwen3moe": "Qwen3Moe",
+        "phi3": "Phi3",
+        "cohere": "Cohere",
+        "starcoder2": "Starcoder2",
     }[family]
     sizes = dict(SIZES)
     if family.startswith("qwen3"):
         sizes["head_dim"] = 10  # not hidden_size / heads, as in real ones
+    if family in ("phi3", "cohere"):
+        sizes["pad_token_id"] = 0  # theirs is outside of this vocabulary
+    if family == "cohere":
+        sizes["use_qk_norm"] = True
     if family == "qwen3moe":
         sizes |= {"num_experts": 4, "moe_intermediate_size": 12, "mlp_only_layers": [1]}
     config = getattr(transformers, f"{architecture}Config")(**sizes, tie_word_embeddings=bool(tied))

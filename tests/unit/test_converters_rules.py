@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from converter_cases import FAMILIES, hf_config, rule_table
+from converter_cases import FAMILIES, OTHER_KINDS, hf_config, rule_table
 
 from converters.regions import clip, numel, relative, slabs
 from mcore_swift.models.rules import as_slices, full_region, region_shape
@@ -39,7 +39,7 @@ def random_partition(shape, rng):
     return list(itertools.product(*axes))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", (*FAMILIES, *OTHER_KINDS))
 def test_the_table_names_exactly_the_tensors_of_transformers_model(name):
     shapes = hf_shapes_of(name)
     table = rule_table(name).as_held(shapes)  # in memory, transformers fuses the experts of a layer
@@ -48,7 +48,7 @@ def test_the_table_names_exactly_the_tensors_of_transformers_model(name):
         assert rule.hf_shapes(rule.shape(shapes)) == {key: shapes[key] for key in rule.hf}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", (*FAMILIES, *OTHER_KINDS))
 @pytest.mark.parametrize("seed", range(3))
 def test_load_then_export_is_identity_for_any_partition(name, seed):
     rng, shapes = random.Random(seed), shapes_on_disk(name)

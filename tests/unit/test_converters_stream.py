@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from converter_cases import FAMILIES, make_checkpoint, rule_table
+from converter_cases import FAMILIES, OTHER_KINDS, make_checkpoint, rule_table
 from safetensors.torch import load_file, save_file
 
 from converters import stream, torch_dist_writer
@@ -40,7 +40,7 @@ def weights(folder):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", (*FAMILIES, *OTHER_KINDS))
 def test_round_trip_is_bit_identical(name, dtype, tmp_path, small_parts):
     import transformers
 
