@@ -108,6 +108,8 @@ class Model(GPTModel):
         super().__init__(*args, **kwargs)
         self.real_vocab_size = real_vocab_size
         self.traits = traits
+        if self.pre_process:  # megatron-core drops embeddings as it drops what layers add
+            self.embedding.embedding_dropout.p = traits.embedding_dropout
         if self.pre_process and traits.embedding_scale != 1.0:
             self.embedding.register_forward_hook(self._scale_embedding)
 

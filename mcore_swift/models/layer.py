@@ -50,12 +50,14 @@ class OuterTraits:
     """What surrounds the layers.
 
     norm: class of every norm over the hidden dimension, one of `mcore_swift.models.norm`.
-    embedding_scale: token embeddings are multiplied by this. logit_scale: and logits by this.
+    embedding_scale: token embeddings are multiplied by this; embedding_dropout: and dropped with this probability.
+    logit_scale: logits are multiplied by this.
     logit_softcap: then logits are squashed into (-cap, cap) by cap * tanh(logit / cap); None: they are not.
     """
 
     norm: type[Norm] = RMSNorm
     embedding_scale: float = 1.0
+    embedding_dropout: float = 0.0
     logit_scale: float = 1.0
     logit_softcap: float | None = None
 

@@ -31,7 +31,7 @@ class GptNeoX(Llama):
         return replace(super().layer(hf, number), parallel="two_norms" if hf.use_parallel_residual else None)
 
     def outer(self, hf: HFConfig) -> OuterTraits:
-        return OuterTraits(norm=LayerNorm)
+        return OuterTraits(norm=LayerNorm, embedding_dropout=hf.hidden_dropout)
 
     def norm_epsilon(self, hf: HFConfig) -> float:
         return hf.layer_norm_eps

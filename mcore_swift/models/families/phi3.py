@@ -3,6 +3,7 @@ up in another; LongRoPE for long texts (arXiv:2404.14219, arXiv:2402.13753).
 """
 
 from dataclasses import replace
+from typing import Any
 
 from mcore_swift.models.families.llama import Llama
 from mcore_swift.models.family import HFConfig
@@ -14,12 +15,11 @@ class Phi3(Llama):
     attention_names = {"qkv": "self_attn.qkv_proj", "output": "self_attn.o_proj"}
     mlp_names = {"up": "mlp.gate_up_proj", "down": "mlp.down_proj"}
 
+    def config(self, hf: HFConfig) -> dict[str, Any]:
+        return super().config(hf) | {"hidden_dropout": hf.resid_pdrop}
+
     def layer(self, hf: HFConfig, number: int) -> LayerTraits:
         return replace(super().layer(hf, number), window=getattr(hf, "sliding_window", None))
-
-    def unsupported(self, hf: HFConfig) -> list[str]:
-        dropouts = [name for name in ("resid_pdrop", "embd_pdrop") if getattr(hf, name, 0.0)]
-        return super().unsupported(hf) + [f"{name} {getattr(hf, name)} (only 0)" for name in dropouts]
 
 
 FAMILY = Phi3()

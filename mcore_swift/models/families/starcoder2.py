@@ -21,7 +21,7 @@ class Starcoder2(Llama):
         return replace(super().layer(hf, number), window=getattr(hf, "sliding_window", None))
 
     def outer(self, hf: HFConfig) -> OuterTraits:
-        return OuterTraits(norm=LayerNorm)
+        return OuterTraits(norm=LayerNorm, embedding_dropout=hf.embedding_dropout)
 
     def norm_epsilon(self, hf: HFConfig) -> float:
         return hf.norm_epsilon
@@ -34,13 +34,6 @@ class Starcoder2(Llama):
 
     def mlp_bias(self, hf: HFConfig) -> bool:
         return hf.use_bias
-
-    def unsupported(self, hf: HFConfig) -> list[str]:
-        # megatron-core drops embeddings and residual branches at one rate
-        differs = hf.embedding_dropout != hf.residual_dropout
-        return super().unsupported(hf) + (
-            ["embedding_dropout other than residual_dropout"] if differs else []
-        )
 
 
 FAMILY = Starcoder2()
