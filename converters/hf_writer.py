@@ -11,7 +11,8 @@ from typing import BinaryIO
 import torch
 
 from converters.hf_reader import INDEX_FILE, SINGLE_FILE
-from converters.journal import Checksum, Entry, Journal, open_at
+from converters.journal import Checksum, Entry, Journal
+from converters.output import open_at, write_all
 from converters.pending import disk_errors
 from converters.safetensors_format import TensorSpec, serialize_header
 
@@ -104,10 +105,7 @@ class HFWriter:
         with disk_errors(self._folder / file.name):
             stream, start, checksum = self._stream(file)
             data = memoryview(part.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
-            if checksum:
-                checksum.update(data)
-            while data:
-                data = data[stream.write(data) :]
+            write_all(stream, data, checksum)
             if self._journal and checksum:
                 self._journal.add(Entry(file.name, start, stream.tell(), checksum.value))
         self._advance(part.nbytes)
@@ -160,11 +158,7 @@ class HFWriter:
         stream = open_at(self._folder / file.name, kept)
         self._open = file, stream
         if not kept:
-            header = memoryview(serialize_header(file.specs))
-            if checksum:
-                checksum.update(header)
-            while header:
-                header = header[stream.write(header) :]
+            write_all(stream, memoryview(serialize_header(file.specs)), checksum)
         return stream, kept, checksum
 
     def _close_file(self) -> None:

@@ -106,16 +106,6 @@ class Journal:
         return entry.start == (last.stop if same_file else 0) and entry.stop > entry.start
 
 
-def open_at(path: Path, size: int) -> BinaryIO:
-    """A file to append to, unbuffered, of which the first `size` bytes are kept."""
-    if not size:
-        return path.open("wb", buffering=0)
-    stream = path.open("r+b", buffering=0)
-    stream.truncate(size)
-    stream.seek(size)
-    return stream
-
-
 def _entries(path: Path) -> Iterator[Entry]:
     """The lines of a journal up to the first that is cut short."""
     if not path.is_file():

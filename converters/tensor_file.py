@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from converters.journal import Checksum, Entry, Journal, open_at
+from converters.journal import Checksum, Entry, Journal
+from converters.output import open_at, write_all
 from converters.pending import disk_errors
 
 
@@ -65,11 +66,8 @@ class TensorFile(io.RawIOBase):
     def write(self, data: Any) -> int:
         rest = memoryview(data).cast("B")
         size = len(rest)
-        if self._checksum:
-            self._checksum.update(rest)
         try:
-            while rest:
-                rest = rest[self._raw.write(rest) :]
+            write_all(self._raw, rest, self._checksum)
         except OSError as error:
             self._error = error
             raise
