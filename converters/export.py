@@ -86,9 +86,16 @@ def export_hf(
 
 def check_budget(model_chunks: Chunks, table: RuleTable, budget: Budget, ranks: Ranks) -> None:
     """Raise UserError, on every rank, if `write_hf` could not keep to the budget. Collective."""
+    check_budget_of_shards(live_shards(model_chunks), table, budget, ranks)
+
+
+def check_budget_of_shards(
+    shards: Sequence[LiveShard], table: RuleTable, budget: Budget, ranks: Ranks
+) -> None:
+    """The same for `write_shards_as_hf`."""
     error = None
     try:
-        for shard in live_shards(model_chunks):
+        for shard in shards:
             rule = table.by_mcore[shard.key]
             shapes = rule.hf_shapes(shard.global_shape)
             budget.check(TensorSpec(name, shapes[name], shard.data.dtype) for name in rule.hf)
@@ -108,8 +115,22 @@ def write_hf(
     budget: Budget = UNBOUNDED,
 ) -> None:
     """What `export_hf` does, straight into an existing folder: for a caller that makes the folder atomic itself."""
-    ranks, folder = ranks or Ranks(), Path(folder)
     shards = live_shards(model_chunks)
+    write_shards_as_hf(shards, table, source_dir, folder, max_shard_bytes, dtype, ranks, budget)
+
+
+def write_shards_as_hf(
+    shards: Sequence[LiveShard],
+    table: RuleTable,
+    source_dir: str | Path,
+    folder: str | Path,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    dtype: torch.dtype | None = None,
+    ranks: Ranks | None = None,
+    budget: Budget = UNBOUNDED,
+) -> None:
+    """The same for any engine: `shards` are what this rank holds of the tensors that the table names. Collective."""
+    ranks, folder = ranks or Ranks(), Path(folder)
     bucket_bytes = budget.piece(BUCKET_BYTES)
     plans = _plan(shards, table, bucket_bytes, dtype, ranks, part_bytes=bucket_bytes)
     budget.check(plan.spec for plan in plans)

@@ -18,10 +18,11 @@ class Manifest:
 
     holds: any of 'weights', 'optimizer', 'rng', 'data'. step: optimizer steps done; consumed_samples: samples
     trained on so far. layout: sizes of the parallelism it was written under (any other can read it).
-    dtype: of the weights, as 'bfloat16'. family: of the model. versions: of the packages that wrote it.
-    args: file name of the arguments of the run, beside the manifest, or None. optimizer_step: steps as the
-    optimizer counts them. train_state: the training loop's `TrainState`. written: Unix time in seconds at which it was
-    complete; a run that went back to an earlier step has newer checkpoints with smaller numbers.
+    dtype: of the weights, as 'bfloat16'. family: of the model. engine: whose names its tensors have.
+    versions: of the packages that wrote it. args: file name of the arguments of the run, beside the manifest, or
+    None. optimizer_step: steps as the optimizer counts them. train_state: the training loop's `TrainState`.
+    written: Unix time in seconds at which it was complete; a run that went back to an earlier step has newer
+    checkpoints with smaller numbers.
     """
 
     format: int = FORMAT
@@ -31,6 +32,7 @@ class Manifest:
     layout: dict[str, Any] = field(default_factory=dict)
     dtype: str | None = None
     family: str | None = None
+    engine: str = "megatron"
     versions: dict[str, str] = field(default_factory=dict)
     args: str | None = None
     optimizer_step: int = 0

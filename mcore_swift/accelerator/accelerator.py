@@ -28,8 +28,12 @@ class Accelerator:
     def name(self) -> str:
         raise NotImplementedError
 
+    def prepare(self) -> None:
+        """Make the device ready. Called once a process, before a model is built."""
+
     def install(self) -> None:
-        """Make megatron-core ready for this device. Called once a process, before a model is built."""
+        """`prepare`, and make megatron-core ready for the device, before it is imported."""
+        self.prepare()
 
     def memory_peak_bytes(self) -> int:
         """The most memory this process has used on the device."""
@@ -49,7 +53,7 @@ class CudaAccelerator(Accelerator):
     def name(self) -> str:
         return torch.cuda.get_device_name(self.device)
 
-    def install(self) -> None:
+    def prepare(self) -> None:
         torch.cuda.set_device(self.device)
 
     def memory_peak_bytes(self) -> int:
@@ -66,8 +70,11 @@ class CpuAccelerator(Accelerator):
     def name(self) -> str:
         return "cpu"
 
-    def install(self) -> None:
+    def prepare(self) -> None:
         _keep_freed_memory()
+
+    def install(self) -> None:
+        self.prepare()
         install_cpu_seam()
 
     def memory_peak_bytes(self) -> int:

@@ -32,6 +32,8 @@ class Program:
 
 _SFT = Route("mcore_swift.cli.sft", "fine-tune on conversations")
 _PT = Route("mcore_swift.cli.pt", "pre-train on plain text")
+_SWIFT_SFT = Route("mcore_swift.cli.swift_sft", "fine-tune any model of transformers, on one device or many")
+_SWIFT_PT = Route("mcore_swift.cli.swift_pt", "pre-train it on plain text")
 _EXPORT = Route("mcore_swift.cli.export", "convert checkpoints: Hugging Face to megatron-core and back")
 _PLAN = Route(
     "mcore_swift.cli.plan", "which layouts of a model fit on so many GPUs, and how fast they should be"
@@ -42,7 +44,6 @@ _LIST_MODELS = Route("mcore_swift.cli.list_models", "list the model families tha
 _RLHF = Refusal(
     "preference learning and RL are not supported yet", "fine-tune on chosen answers with `megatron sft`"
 )
-_ON_MEGATRON = "the HF trainer is not supported yet"
 _EXPORTED = "export with `megatron export --to_hf true` and load the folder with transformers or vLLM"
 
 
@@ -61,6 +62,8 @@ SWIFT = Program(
     "swift",
     "The commands that users of ms-swift type, as far as they are there.",
     {
+        "sft": _SWIFT_SFT,
+        "pt": _SWIFT_PT,
         "export": Route(
             "mcore_swift.cli.swift_export", "--to_mcore and --to_hf, the same as `megatron export`"
         ),
@@ -68,8 +71,6 @@ SWIFT = Program(
         "doctor": _DOCTOR,
     },
     {
-        "sft": Refusal(_ON_MEGATRON, "use `megatron sft`, also on one process or a CPU"),
-        "pt": Refusal(_ON_MEGATRON, "use `megatron pt`, also on one process or a CPU"),
         "rlhf": _RLHF,
         "infer": _not_there("inference", _EXPORTED),
         "deploy": _not_there("serving", _EXPORTED),

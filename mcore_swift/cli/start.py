@@ -7,7 +7,7 @@ from pathlib import Path
 import launch
 from launch.run import call
 
-from ..config import COMMANDS, Arguments, parse, print_notice, read
+from ..config import COMMANDS, SWIFT_COMMANDS, Arguments, parse, print_notice, read
 from ..config.help import help_text
 from ..errors import UserError, raise_together
 
@@ -27,7 +27,8 @@ def start(
     """
     argv = list(argv)
     if wants_help(argv):
-        print(help_text(COMMANDS[command], f"megatron {command}", examples), end="")
+        cls = class_of(command)
+        print(help_text(cls, f"{cls.PROGRAM} {cls.COMMAND}", examples), end="")
         return 0
     if launch.read_place().mode != "joined":
         check(command, argv)
@@ -48,9 +49,15 @@ def wants_help(argv: Sequence[str]) -> bool:
     return not argv or "--help" in argv or "-h" in argv or argv[0] == "help"
 
 
+def class_of(command: str) -> type[Arguments]:
+    """The arguments of a command: a name of `COMMANDS`, or of `SWIFT_COMMANDS` after 'swift-'."""
+    name = command.removeprefix("swift-")
+    return COMMANDS[name] if name == command else SWIFT_COMMANDS[name]
+
+
 def arguments(command: str, argv: Sequence[str]) -> Arguments:
     """The arguments of a command whose line `start` has checked, without telling its notices again."""
-    return parse(COMMANDS[command], argv, notify=lambda notice: None)
+    return parse(class_of(command), argv, notify=lambda notice: None)
 
 
 def check(command: str, argv: Sequence[str]) -> None:
@@ -58,13 +65,13 @@ def check(command: str, argv: Sequence[str]) -> None:
 
     Raises UserError with everything that is wrong with it, with the files it names and with the layout.
     """
-    from ..plan.preflight import preflight, preflight_notices
+    from ..plan.preflight import preflight, preflight_notices, preflight_swift
 
-    reading = read(COMMANDS[command], argv)
+    reading = read(class_of(command), argv)
     args = reading.args
     world_size = launch.world_size_from_env()  # now, since the file's ENV section may have a say in it
     reading.add(folder_problems(args))
-    reading.add(preflight(args, world_size))
+    reading.add(preflight_swift(args) if args.PROGRAM == "swift" else preflight(args, world_size))
     reading.add(family_problems(args))
     if getattr(args, "dataset", None):
         from ..data import check_sources
@@ -73,7 +80,8 @@ def check(command: str, argv: Sequence[str]) -> None:
     for notice in reading.notices:
         print_notice(notice)
     raise_together(reading.errors)
-    for notice in [*preflight_notices(args), *memory_notices(args, world_size)]:
+    notices = [*preflight_notices(args), *memory_notices(args, world_size)] if args.PROGRAM == "megatron" else []
+    for notice in notices:
         print_notice(notice)
 
 
@@ -99,7 +107,7 @@ def memory_notices(args: Arguments, world_size: int) -> list[str]:
 def folder_problems(args: Arguments) -> list[UserError]:
     """Folders that the arguments name and that are missing, or are in the way."""
     problems = []
-    for name in ("mcore_model", "resume"):
+    for name in ("mcore_model", "resume", "resume_from_checkpoint"):
         value = getattr(args, name, None)
         if value not in (None, "none", "auto") and not Path(value).is_dir():
             problems.append(UserError(f"--{name} {value}: no such folder", "give the folder of a checkpoint"))

@@ -10,15 +10,19 @@ from .arguments import COMMANDS, MegatronExportArguments, MegatronPretrainArgume
 from .base import ARGS_FILE, Arguments
 from .checkpoint import size_bytes
 from .parser import Reading, parse, parse_command, print_notice, read
+from .swift import SWIFT_COMMANDS, SwiftPretrainArguments, SwiftSftArguments
 
 __all__ = [
     "ARGS_FILE",
     "COMMANDS",
+    "SWIFT_COMMANDS",
     "Arguments",
     "MegatronExportArguments",
     "MegatronPretrainArguments",
     "MegatronSftArguments",
     "Reading",
+    "SwiftPretrainArguments",
+    "SwiftSftArguments",
     "parse",
     "parse_command",
     "print_notice",

@@ -23,6 +23,10 @@ def _minutes_in_seconds(value: Any) -> int:
         raise BadValue(f"takes a number of minutes, not '{value}'") from None
 
 
+def _flash_attention(value: Any) -> str | None:
+    return "flash_attention_2" if as_bool(value) else None
+
+
 @dataclasses.dataclass(frozen=True)
 class Alias:
     """name: the flag of today. convert: the old value as the new one, None: the same. how: what that did."""
@@ -65,6 +69,12 @@ _SWITCHED_OFF = {
 ALIASES: Mapping[str, Alias] = (
     {old: Alias(new) for old, new in _RENAMED.items()}
     | {old: Alias(new, _inverted, "inverted") for old, new in _SWITCHED_OFF.items()}
+    | {
+        "use_flash_attn": Alias("attn_impl", _flash_attention, "as"),
+        "sft_type": Alias("tuner_type"),
+        "model_id_or_path": Alias("model"),
+        "dtype": Alias("torch_dtype"),
+    }
     | {"distributed_timeout_minutes": Alias("ddp_timeout", _minutes_in_seconds, "in seconds")}
 )
 

@@ -12,7 +12,7 @@ _FP16 = "its narrow exponent needs loss scaling, which is not there yet; bfloat1
 
 
 @dataclasses.dataclass(kw_only=True)
-class ModelArguments(Arguments):
+class HFModelArguments(Arguments):
     TITLE: ClassVar[str] = "Model"
 
     model: str | None = arg(
@@ -32,12 +32,6 @@ class ModelArguments(Arguments):
         refused={"float16": _FP16},
         default_text="that of config.json",
     )
-    transformer_impl: str = arg(
-        "auto",
-        "layers to build the model from: megatron-core's own (local, runs everywhere) or Transformer "
-        "Engine's; auto takes the latter where it and CUDA are present",
-        choices=("auto", "local", "transformer_engine"),
-    )
     check_model: bool = arg(
         True,
         "before anything starts, check that the checkpoint's files are all there and whole (headers only; "
@@ -47,6 +41,18 @@ class ModelArguments(Arguments):
         True,
         "take what describes the model and its text (model, torch_dtype, system, max_length ...) from the "
         "args.json of --resume or --mcore_model where the command does not give it",
+    )
+
+
+@dataclasses.dataclass(kw_only=True)
+class ModelArguments(HFModelArguments):
+    TITLE: ClassVar[str] = "Model"
+
+    transformer_impl: str = arg(
+        "auto",
+        "layers to build the model from: megatron-core's own (local, runs everywhere) or Transformer "
+        "Engine's; auto takes the latter where it and CUDA are present",
+        choices=("auto", "local", "transformer_engine"),
     )
 
 

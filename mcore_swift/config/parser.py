@@ -15,6 +15,7 @@ from .fields import Flag, flags_of
 from .files import SUFFIXES, apply_env, read_config
 from .known import NotYet
 from .not_yet import EXPORT_HARMLESS, NOT_YET
+from .not_yet_trainer import NOT_YET_TRAINER
 from .values import BadValue, convert, same_value
 
 # what describes the model and its text: taken from a checkpoint's args.json where the command is silent
@@ -107,6 +108,7 @@ class _Reader:
 
     def __init__(self, cls: type[Arguments]) -> None:
         self.cls = cls
+        self.command = f"{cls.PROGRAM} {cls.COMMAND}"
         self.flags = flags_of(cls)
         self.given: dict[str, Given] = {}
         self.unknown: list[UserError] = []
@@ -210,19 +212,16 @@ class _Reader:
     def _not_a_flag(self, one: Given) -> None:
         """Judge a flag this command does not have: harmless, refused, another command's, or unknown."""
         known = EXPORT_HARMLESS.get(one.name) if self.cls.COMMAND == "export" else None
-        known = known or NOT_YET.get(one.name)
+        known = known or (NOT_YET_TRAINER if self.cls.PROGRAM == "swift" else NOT_YET).get(one.name)
         if known is not None:
             self._judge(one, known)
             return
         others = [f"megatron {name}" for name, cls in COMMANDS.items() if one.name in flags_of(cls)]
         if others:
-            self._fail(
-                one.name,
-                f"{one.label} is a flag of `{others[0]}`, not of `{self.cls.PROGRAM} {self.cls.COMMAND}`",
-            )
+            self._fail(one.name, f"{one.label} is a flag of `{others[0]}`, not of `{self.command}`")
             return
         near = nearest(one.name, self.flags)
-        remedy = f"did you mean --{near}?" if near else f"see `{self.cls.PROGRAM} {self.cls.COMMAND} --help`"
+        remedy = f"did you mean --{near}?" if near else f"see `{self.command} --help`"
         self.bad |= {one.name, near or ""}
         self.unknown.append(UserError(f"{one.label}: no such flag", remedy))
 
@@ -241,7 +240,7 @@ class _Reader:
 
     def _load_args(self, typed: dict[str, Any]) -> None:
         """Complete `typed` from the args.json of the checkpoint that is resumed, started from or exported."""
-        resume = typed.get("resume")
+        resume = typed.get("resume") or typed.get("resume_from_checkpoint")
         folder = resume if resume not in (None, "none", "auto") else typed.get("mcore_model")
         path = find_args_file(folder) if folder and typed.get("load_args", True) else None
         if path is None:

@@ -10,8 +10,8 @@ from .fields import arg
 
 
 @dataclasses.dataclass(kw_only=True)
-class LoggingArguments(Arguments):
-    TITLE: ClassVar[str] = "Logging and evaluation"
+class ReportArguments(Arguments):
+    TITLE: ClassVar[str] = "Logging"
 
     logging_steps: int = arg(5, "steps between log lines", at_least=1)
     report_to: list[str] = arg(
@@ -19,12 +19,6 @@ class LoggingArguments(Arguments):
         "where metrics go beside the terminal and logging.jsonl",
         choices=("tensorboard", "none"),
         refused=dict.fromkeys(("wandb", "swanlab", "all"), "only tensorboard is supported yet"),
-    )
-    eval_steps: int | None = arg(
-        None, "steps between evaluations on the validation set", at_least=1, default_text="--save_steps"
-    )
-    eval_iters: int = arg(
-        -1, "batches of --global_batch_size an evaluation takes; -1 takes them all", at_least=-1
     )
     device_peak_tflops: float | None = arg(
         None,
@@ -34,11 +28,25 @@ class LoggingArguments(Arguments):
     )
 
     def fill(self) -> None:
-        if self.eval_steps is None:
-            self.eval_steps = getattr(self, "save_steps", None)
         if self.report_to == ["none"]:
             self.report_to = []
 
     def check(self) -> Iterator[UserError]:
         if "none" in self.report_to:
             yield UserError("--report_to names none beside others", "give none alone, or leave it out")
+
+
+@dataclasses.dataclass(kw_only=True)
+class LoggingArguments(ReportArguments):
+    TITLE: ClassVar[str] = "Evaluation"
+
+    eval_steps: int | None = arg(
+        None, "steps between evaluations on the validation set", at_least=1, default_text="--save_steps"
+    )
+    eval_iters: int = arg(
+        -1, "batches of --global_batch_size an evaluation takes; -1 takes them all", at_least=-1
+    )
+
+    def fill(self) -> None:
+        if self.eval_steps is None:
+            self.eval_steps = getattr(self, "save_steps", None)

@@ -2,9 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    import torch
+
+    from converters.budget import Budget
+    from converters.ranks import Ranks
     from mcore_swift.data.batch import Batch
     from mcore_swift.models.shards import LiveShard
     from mcore_swift.objectives.base import Objective
@@ -27,10 +32,41 @@ class StepResult:
     phases_s: dict[str, float] = field(default_factory=dict)
 
 
+class Backend(Protocol):
+    """A module `engines.<name>.backend`: from arguments to an engine."""
+
+    def start(self, args: Any, layout: "Layout") -> None:
+        """Join the processes of the run."""
+        ...
+
+    def stop(self) -> None:
+        """Leave them."""
+        ...
+
+    def read(self, args: Any) -> Any:
+        """What is known of the model before it is built; `hf` is its transformers config. Raises UserError."""
+        ...
+
+    def build(self, plan: Any, layout: "Layout", args: Any, dtype: "torch.dtype") -> "Engine":
+        """The model and its optimizer, the weights still to come. Collective."""
+        ...
+
+
 class Engine(Protocol):
-    """A model laid out over processes, and its optimizer."""
+    """A model laid out over processes, and its optimizer.
+
+    name: of the engine, whose tensor names a checkpoint has. family: of the model. description: of how it is built,
+    for people. dp_rank: which part of each global batch this process takes.
+    """
 
     layout: "Layout"
+    dtype: "torch.dtype"
+    name: str
+    family: str
+    description: str
+    dp_rank: int
+    is_first_replica: bool
+    generators_name: str
 
     def train_step(
         self, microbatches: "Sequence[Batch]", objective: "Objective", *, lr: float, weight_decay: float
@@ -52,6 +88,34 @@ class Engine(Protocol):
 
     def optimizer_step(self) -> int:
         """Steps as the optimizer counts them."""
+        ...
+
+    def load_hf(self, model_dir: str, ranks: "Ranks", budget: "Budget") -> str:
+        """Fill the model from a Hugging Face folder; returns a line that tells how. Collective."""
+        ...
+
+    def initialize(self) -> None:
+        """Fill the model with random weights, by the seed of the arguments and the same under every layout."""
+        ...
+
+    def export_hf(self, folder: Path, max_shard_bytes: int, ranks: "Ranks", budget: "Budget") -> None:
+        """Write the weights, and what makes them a Hugging Face checkpoint, into an existing folder. Collective."""
+        ...
+
+    def check_budget(self, budget: "Budget", ranks: "Ranks") -> None:
+        """Raise UserError, on every rank, if `export_hf` could not keep to the budget. Collective."""
+        ...
+
+    def training_flops(self, tokens: float, squares: float) -> float:
+        """FLOPs of a step over `tokens` tokens, `squares` being the sum of the samples' squared lengths."""
+        ...
+
+    def random_state(self) -> dict[str, Any]:
+        """This rank's random generators, to be kept under `generators_name` if `is_first_replica`."""
+        ...
+
+    def set_random_state(self, state: dict[str, Any]) -> None:
+        """Put them back."""
         ...
 
     def after_load(self, parts: Sequence[str], *, optimizer_step: int) -> None:

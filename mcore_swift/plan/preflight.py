@@ -39,6 +39,27 @@ def preflight(args: Any, world_size: int) -> list[UserError]:
     return problems
 
 
+def preflight_swift(args: Any) -> list[UserError]:
+    """Everything wrong with `args.model` for a run on transformers' model, found together.
+
+    Any architecture may be there; with `args.backend` megatron only what `preflight` lets pass.
+    """
+    if not args.model:
+        return []
+    try:
+        folder = model_folder(args.model)
+        read_config(folder)
+        if args.backend == "megatron":
+            read_shape(folder)
+    except UserErrors as error:
+        return list(error.errors)
+    except UserError as error:
+        return [error]
+    if not args.check_model or args.perform_initialization or args.resume_from_checkpoint:
+        return []
+    return weight_problems(folder) + _quantization(folder)
+
+
 def _quantization(folder: Path) -> list[UserError]:
     try:
         config = read_config(folder)

@@ -7,11 +7,14 @@ def train_main(args: Any) -> int:
     """Train as the arguments say; called in every process of the run. Returns the exit code.
 
     The device is made ready before megatron-core is imported: without CUDA that spares the import of a compiler,
-    which takes seconds and compiles nothing there.
+    which takes seconds and compiles nothing there. Runs on transformers' model do without megatron-core.
     """
     from mcore_swift.accelerator import get_accelerator
 
-    get_accelerator().install()
+    if getattr(args, "backend", "megatron") == "megatron":
+        get_accelerator().install()
+    else:
+        get_accelerator().prepare()
     from mcore_swift.training.main import train_main
 
     return train_main(args)

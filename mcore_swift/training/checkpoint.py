@@ -196,7 +196,8 @@ class Checkpoints:
                 consumed_samples=writing.state.consumed_samples,
                 layout=asdict(self.engine.layout),
                 dtype=str(self.engine.dtype).removeprefix("torch."),
-                family=self.engine.plan.family.name,
+                family=self.engine.family,
+                engine=self.engine.name,
                 versions=versions(),
                 args="args.json",
                 optimizer_step=writing.optimizer_step,
@@ -308,6 +309,12 @@ def load_checkpoint(
     Raises UserError if the checkpoint does not hold a part, or only some of its tensors.
     """
     manifest = Manifest.read(folder)
+    if manifest.engine != engine.name:
+        raise UserError(
+            f"{folder} was written by the {manifest.engine} engine; the {engine.name} engine cannot continue it",
+            remedy=f"start from its weights with --model {folder}, if --save_safetensors was on, or go on with "
+            f"{'`megatron sft`' if manifest.engine == 'megatron' else '`swift sft --backend fsdp`'}",
+        )
     absent = [part for part in parts if part not in manifest.holds]
     if absent:
         raise UserError(

@@ -16,8 +16,6 @@ from mcore_swift.engines.base import Engine, StepResult
 from mcore_swift.errors import TrainingStopped
 from mcore_swift.objectives.base import Objective
 from mcore_swift.observability import Limit, RunLog, StepReport
-from mcore_swift.plan.flops import training_flops_of_sums
-from mcore_swift.plan.shape import ModelShape
 from mcore_swift.training.checkpoint import Checkpoints
 from mcore_swift.training.schedule import Schedule
 from mcore_swift.training.state import TrainState
@@ -25,7 +23,7 @@ from mcore_swift.training.state import TrainState
 
 @dataclass
 class Run:
-    """Everything a training run consists of. dp_rank: which part of each global batch this process takes."""
+    """Everything a training run consists of."""
 
     args: Any
     engine: Engine
@@ -35,9 +33,7 @@ class Run:
     schedule: Schedule
     checkpoints: Checkpoints
     log: RunLog
-    shape: ModelShape
     state: TrainState
-    dp_rank: int
 
 
 def train(run: Run) -> TrainState:
@@ -131,7 +127,7 @@ def _save_is_due(run: Run) -> bool:
 
 def _prefetch(run: Run, data: Any, start: int, stop: int) -> Prefetcher:
     def make(step: int) -> list[Any]:
-        return data.step(step, run.dp_rank, run.engine.layout.dp)
+        return data.step(step, run.engine.dp_rank, run.engine.layout.dp)
 
     args = run.args
     workers, ahead = args.dataloader_num_workers, args.dataloader_prefetch_factor
@@ -154,7 +150,7 @@ def _report(run: Run, result: StepResult, lr: float, *, seconds: float, data_wai
             loss_count=result.count,
             padded_tokens=round(info.num_tokens * padding / (1 - padding)),
             samples=info.num_samples,
-            flops=training_flops_of_sums(run.shape, info.num_tokens, info.sum_of_squares),
+            flops=run.engine.training_flops(info.num_tokens, info.sum_of_squares),
             step_time_s=seconds,
             data_wait_s=data_wait,
             phases_s=result.phases_s,

@@ -6,33 +6,25 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 
 from converters.budget import Budget
-from converters.export import check_budget, write_hf
-from converters.hf_reader import HFReader
-from converters.load import load_hf
 from converters.pending import disk_errors
 from converters.ranks import Ranks
 from mcore_swift.accelerator import get_accelerator
 from mcore_swift.config.checkpoint import size_bytes
 from mcore_swift.data import PreparedData, prepare
-from mcore_swift.engines.megatron import process_groups
-from mcore_swift.engines.megatron.engine import MegatronEngine
+from mcore_swift.engines.base import Backend, Engine
 from mcore_swift.errors import UserError, raise_together
-from mcore_swift.models.initialization import initialize
-from mcore_swift.models.reading import ModelPlan, read_model
 from mcore_swift.objectives.sft import NextToken
 from mcore_swift.observability import Meter, RunLog, configure_logging
 from mcore_swift.plan.axes import length_multiple
 from mcore_swift.plan.layout import Layout
 from mcore_swift.plan.peaks import peak_tflops
-from mcore_swift.plan.preflight import read_shape
-from mcore_swift.plan.stages import is_uneven, render_stages, stage_letters
 from mcore_swift.training.checkpoint import Checkpoints, find_checkpoint, load_checkpoint, version_of
 from mcore_swift.training.loop import Run, train
 from mcore_swift.training.schedule import Schedule
@@ -45,16 +37,26 @@ def train_main(args: Any) -> int:
     """Train as the arguments say. Called in every process of the run; returns the exit code."""
     configure_logging()
     layout = Layout.from_args(args, int(os.environ.get("WORLD_SIZE", "1")))
-    backend = None if args.ddp_backend == "auto" else args.ddp_backend
-    process_groups.start(layout, seed=args.seed, timeout_s=args.ddp_timeout, backend=backend)
+    backend = backend_of(args)
+    backend.start(args, layout)
     try:
         run = build_run(args, layout, Ranks())
         _say_what_starts(run)
         state = train(run)
         _say_what_ended(run, state)
     finally:
-        process_groups.stop()
+        backend.stop()
     return 0
+
+
+def backend_of(args: Any) -> Backend:
+    """The module that builds the engine `args` ask for: megatron-core's unless they say otherwise."""
+    name = getattr(args, "backend", "megatron")
+    return import_module(f"mcore_swift.engines.{_ENGINES.get(name, name)}.backend")
+
+
+_ENGINES = {"ddp": "fsdp"}
+"""Engines that go by another name too."""
 
 
 def build_run(args: Any, layout: Layout, ranks: Ranks) -> Run:
@@ -66,25 +68,17 @@ def build_run(args: Any, layout: Layout, ranks: Ranks) -> Run:
 
 
 def _build_run(args: Any, layout: Layout, ranks: Ranks, resume: Path | None, run_dir: Path) -> Run:
-    plan = read_model(args.model)
+    backend = backend_of(args)
+    plan = backend.read(args)
     data = _prepare_data(args, layout, plan, run_dir, ranks)
-    engine = MegatronEngine(plan, layout, args, model_dtype(args, plan))
+    engine = backend.build(plan, layout, args, model_dtype(args, plan))
     state = _fill(engine, args, data, resume, ranks)
     ranks.agree(_args_saved(args, run_dir) if ranks.is_first else None)
     budget = Budget.of(args.memory_budget)
-    check_budget(engine.chunks, plan.table, budget, ranks)
+    engine.check_budget(budget, ranks)
 
     def export(folder: Path) -> None:
-        write_hf(
-            engine.chunks,
-            plan.table,
-            args.model,
-            folder,
-            size_bytes(args.max_shard_size),
-            engine.dtype,
-            ranks,
-            budget,
-        )
+        engine.export_hf(folder, size_bytes(args.max_shard_size), ranks, budget)
 
     checkpoints = Checkpoints(
         run_dir,
@@ -104,9 +98,7 @@ def _build_run(args: Any, layout: Layout, ranks: Ranks, resume: Path | None, run
         schedule=Schedule.from_args(args, data.train.total_steps),
         checkpoints=checkpoints,
         log=_open_log(args, run_dir, data, state, ranks),
-        shape=read_shape(Path(args.model)),
         state=state,
-        dp_rank=parallel_state.get_data_parallel_rank(),
     )
 
 
@@ -119,7 +111,7 @@ def _args_saved(args: Any, run_dir: Path) -> UserError | None:
     return None
 
 
-def model_dtype(args: Any, plan: ModelPlan) -> torch.dtype:
+def model_dtype(args: Any, plan: Any) -> torch.dtype:
     """Precision of the parameters: the one asked for, else the checkpoint's."""
     if args.torch_dtype:
         return getattr(torch, args.torch_dtype)
@@ -182,7 +174,7 @@ def _made_folder(run_dir: Path, ranks: Ranks) -> Iterator[None]:
         raise
 
 
-def _prepare_data(args: Any, layout: Layout, plan: ModelPlan, run_dir: Path, ranks: Ranks) -> PreparedData:
+def _prepare_data(args: Any, layout: Layout, plan: Any, run_dir: Path, ranks: Ranks) -> PreparedData:
     from transformers import AutoTokenizer
 
     is_builder = (
@@ -199,8 +191,8 @@ def _prepare_data(args: Any, layout: Layout, plan: ModelPlan, run_dir: Path, ran
             padding_multiple=length_multiple(layout),
             segment_multiple=layout.segment_multiple,
             uniform_shapes=layout.pp > 1,  # stages agree on the size of their messages beforehand
-            model_max_length=plan.hf.max_position_embeddings,
-            vocab_size=plan.hf.vocab_size,
+            model_max_length=getattr(plan.hf, "max_position_embeddings", None),
+            vocab_size=getattr(plan.hf.get_text_config(), "vocab_size", None),
         )
     except UserError as raised:
         error = raised
@@ -214,9 +206,7 @@ def _prepare_data(args: Any, layout: Layout, plan: ModelPlan, run_dir: Path, ran
     return data
 
 
-def _fill(
-    engine: MegatronEngine, args: Any, data: PreparedData, resume: Path | None, ranks: Ranks
-) -> TrainState:
+def _fill(engine: Engine, args: Any, data: PreparedData, resume: Path | None, ranks: Ranks) -> TrainState:
     """Give the engine its first weights, or all that a checkpoint holds; returns the state to go on from."""
     if resume is not None:
         wanted = {"weights": True, "optimizer": not args.no_load_optim, "rng": not args.no_load_rng}
@@ -232,14 +222,12 @@ def _fill(
             find_checkpoint(Path(args.mcore_model)), engine, parts=["weights"], notify=logger.info
         )
     elif args.perform_initialization:
-        std = engine.plan.hf.initializer_range
-        initialize(engine.chunks, engine.plan.table, std=std, seed=args.seed)
+        engine.initialize()
         engine.after_load(["weights"], optimizer_step=0)
     else:
-        with HFReader(args.model, Budget.of(args.memory_budget).staging) as reader:
-            stats = load_hf(engine.chunks, reader, engine.plan.table, ranks)
+        told = engine.load_hf(args.model, ranks, Budget.of(args.memory_budget))
         engine.after_load(["weights"], optimizer_step=0)
-        logger.info(f"read {stats.bytes_read / 1e6:.0f} MB of weights in {stats.seconds:.1f} s")
+        logger.info(told)
     return TrainState()
 
 
@@ -266,17 +254,10 @@ def _open_log(args: Any, run_dir: Path, data: PreparedData, state: TrainState, r
 def _say_what_starts(run: Run) -> None:
     accelerator, engine = get_accelerator(), run.engine
     logger.info(
-        f"{engine.plan.family.name} in {str(engine.dtype).removeprefix('torch.')} on {engine.layout} "
-        f"({accelerator.name}, {accelerator.backend}, layers: {engine.implementation}{_uneven_stages(run)}), "
+        f"{engine.family} in {str(engine.dtype).removeprefix('torch.')} on {engine.layout} "
+        f"({accelerator.name}, {accelerator.backend}, {engine.description}), "
         f"{run.data.total_steps} steps, output in {run.checkpoints.run_dir}"
     )
-
-
-def _uneven_stages(run: Run) -> str:
-    if run.engine.layout.pp == 1 or not is_uneven(run.args):
-        return ""
-    letters = stage_letters(run.engine.layout, run.shape.num_layers, run.args)
-    return f", stages: {render_stages(letters)}"
 
 
 def _say_what_ended(run: Run, state: TrainState) -> None:

@@ -4,12 +4,19 @@ import importlib.util
 import math
 import zlib
 from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+from converters.budget import Budget
+from converters.export import check_budget, write_hf
+from converters.hf_reader import HFReader
+from converters.load import load_hf
+from converters.ranks import Ranks
 from mcore_swift.accelerator import get_accelerator
 from mcore_swift.data.batch import Batch
 from mcore_swift.engines.base import StepResult
@@ -25,6 +32,7 @@ from mcore_swift.engines.megatron.optimizer import build_optimizer, set_hyperpar
 from mcore_swift.engines.megatron.optimizer_state import optimizer_shards, optimizer_step, set_optimizer_step
 from mcore_swift.engines.megatron.random_state import random_state, set_random_state
 from mcore_swift.models.build import build_model, pipeline_options, transformer_config
+from mcore_swift.models.initialization import initialize
 from mcore_swift.models.reading import ModelPlan
 from mcore_swift.models.shards import LiveShard, is_expert, live_shards
 from mcore_swift.models.specs import (
@@ -34,7 +42,11 @@ from mcore_swift.models.specs import (
 )
 from mcore_swift.objectives.base import Objective
 from mcore_swift.observability.phases import PhaseTimer
+from mcore_swift.plan.flops import training_flops_of_sums
 from mcore_swift.plan.layout import Layout
+from mcore_swift.plan.preflight import read_shape
+from mcore_swift.plan.shape import ModelShape
+from mcore_swift.plan.stages import is_uneven, render_stages, stage_letters
 
 
 class MegatronEngine:
@@ -42,6 +54,8 @@ class MegatronEngine:
 
     chunks: the bare GPTModels of this rank, one for each virtual pipeline stage.
     """
+
+    name = "megatron"
 
     def __init__(
         self, plan: ModelPlan, layout: Layout, args: Any, dtype: torch.dtype, *, train: bool = True
@@ -142,6 +156,49 @@ class MegatronEngine:
             set_optimizer_step(self.optimizer, optimizer_step)
         else:
             self.optimizer.reload_model_params()
+
+    def load_hf(self, model_dir: str, ranks: Ranks, budget: Budget) -> str:
+        """Fill the model from a Hugging Face folder; returns a line that tells how. Collective."""
+        with HFReader(model_dir, budget.staging) as reader:
+            stats = load_hf(self.chunks, reader, self.plan.table, ranks)
+        return f"read {stats.bytes_read / 1e6:.0f} MB of weights in {stats.seconds:.1f} s"
+
+    def initialize(self) -> None:
+        """Fill the model with random weights, the same under every layout."""
+        std = self.plan.hf.initializer_range
+        initialize(self.chunks, self.plan.table, std=std, seed=self.args.seed)
+
+    def export_hf(self, folder: Path, max_shard_bytes: int, ranks: Ranks, budget: Budget) -> None:
+        """Write the model in Hugging Face form into an existing folder. Collective."""
+        write_hf(self.chunks, self.plan.table, self.args.model, folder, max_shard_bytes, self.dtype, ranks, budget)
+
+    def check_budget(self, budget: Budget, ranks: Ranks) -> None:
+        """Raise UserError, on every rank, if `export_hf` could not keep to the budget. Collective."""
+        check_budget(self.chunks, self.plan.table, budget, ranks)
+
+    def training_flops(self, tokens: float, squares: float) -> float:
+        """FLOPs of forward and backward pass over `tokens` tokens, from the model's shape."""
+        return training_flops_of_sums(self._shape, tokens, squares)
+
+    @cached_property
+    def _shape(self) -> ModelShape:
+        return read_shape(Path(self.args.model))
+
+    @property
+    def family(self) -> str:
+        return self.plan.family.name
+
+    @property
+    def description(self) -> str:
+        told = f"layers: {self.implementation}"
+        if self.layout.pp == 1 or not is_uneven(self.args):
+            return told
+        letters = stage_letters(self.layout, self._shape.num_layers, self.args)
+        return f"{told}, stages: {render_stages(letters)}"
+
+    @property
+    def dp_rank(self) -> int:
+        return parallel_state.get_data_parallel_rank()
 
     @property
     def generators_name(self) -> str:

@@ -1,0 +1,95 @@
+"""Arguments of `swift sft` and `swift pt`, and what the training loop reads of them."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+from ..errors import UserError
+from .arguments import CommonArguments, MegatronPretrainArguments, MegatronSftArguments
+from .data import DataArguments, PackingArguments
+from .fields import arg, flags_of, with_default
+from .model import HFModelArguments, TemplateArguments
+from .reporting import ReportArguments
+from .trainer import BackendArguments, TrainerArguments, TrainerSaveArguments
+from .tuner import TunerArguments
+
+
+class LoopArguments(SimpleNamespace):
+    """The arguments under the names that the training loop and the engines know.
+
+    source: as the user gave them; they are what args.json keeps.
+    """
+
+    source: "SwiftSftArguments"
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `folder`/args.json; returns its path."""
+        return self.source.save(folder)
+
+
+@dataclasses.dataclass(kw_only=True)
+class SwiftSftArguments(
+    HFModelArguments,
+    DataArguments,
+    TemplateArguments,
+    PackingArguments,
+    TrainerArguments,
+    TunerArguments,
+    TrainerSaveArguments,
+    ReportArguments,
+    BackendArguments,
+    CommonArguments,
+):
+    """Supervised fine-tuning: of transformers' models on any number of processes, or on Megatron-core."""
+
+    PROGRAM: ClassVar[str] = "swift"
+    COMMAND: ClassVar[str] = "sft"
+    REQUIRED: ClassVar[tuple[str, ...]] = ("model", "dataset")
+
+    model: str | None = arg(
+        None, "folder of the Hugging Face checkpoint to train: config.json, safetensors, tokenizer"
+    )
+    padding_free: bool = with_default(PackingArguments, "padding_free", False)
+
+    def fill(self) -> None:
+        if self.packing:
+            self.padding_free = True  # ms-swift's rule: packed rows are end to end
+
+    def check(self) -> Iterator[UserError]:
+        if self.backend == "megatron" and self.num_train_epochs != int(self.num_train_epochs):
+            yield UserError(
+                f"--num_train_epochs {self.num_train_epochs:g}: the Megatron engine takes whole epochs",
+                "give whole epochs, or --max_steps",
+            )
+
+    def for_loop(self, world_size: int, backend: str) -> Any:
+        """The same for the training loop on `world_size` processes.
+
+        backend: megatron, fsdp or ddp: what 'auto' has become.
+        """
+        values = dict(vars(self)) | self.loop_settings(world_size) | self.save_settings()
+        if backend != "megatron":
+            single = dict.fromkeys(("tensor_model_parallel_size", "pipeline_model_parallel_size"), 1)
+            return LoopArguments(**(values | single | {"backend": backend, "source": self}))
+        if values["num_train_epochs"] is not None:
+            values["num_train_epochs"] = int(values["num_train_epochs"])
+        granularity = "full" if self.gradient_checkpointing else "none"
+        values |= {"recompute_granularity": granularity, "use_distributed_optimizer": self.optim != "sgd"}
+        cls = _MEGATRON[self.COMMAND]
+        return cls(**{name: value for name, value in values.items() if name in flags_of(cls)})
+
+
+@dataclasses.dataclass(kw_only=True)
+class SwiftPretrainArguments(SwiftSftArguments):
+    """Pre-training: the same, on plain text with a loss on every token."""
+
+    COMMAND: ClassVar[str] = "pt"
+
+    use_chat_template: bool = with_default(SwiftSftArguments, "use_chat_template", False)
+    loss_scale: str = with_default(SwiftSftArguments, "loss_scale", "all")
+
+
+_MEGATRON = {"sft": MegatronSftArguments, "pt": MegatronPretrainArguments}
+SWIFT_COMMANDS = {cls.COMMAND: cls for cls in (SwiftSftArguments, SwiftPretrainArguments)}

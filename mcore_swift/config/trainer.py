@@ -1,0 +1,219 @@
+"""Flags of `swift`'s training commands that have the names of transformers' Trainer."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar
+
+from ..errors import UserError
+from .base import Arguments
+from .checkpoint import HFSaveArguments
+from .fields import arg
+
+LORA_LR, FULL_LR = 1e-4, 1e-5
+WORLD_BATCH = 16
+"""Samples of a step that --gradient_accumulation_steps is chosen for where it is not given."""
+
+_OPTIMIZERS = {"adamw_torch": "adam", "adamw_torch_fused": "adam", "adamw_hf": "adam", "sgd": "sgd"}
+_SCHEDULES = {
+    "cosine": "cosine",
+    "cosine_with_min_lr": "cosine",
+    "linear": "linear",
+    "constant": "constant",
+    "constant_with_warmup": "constant",
+    "inverse_sqrt": "inverse-square-root",
+}
+
+
+@dataclasses.dataclass(kw_only=True)
+class BackendArguments(Arguments):
+    TITLE: ClassVar[str] = "Processes and memory"
+
+    backend: str = arg(
+        "auto",
+        "what trains: transformers' model with its weights sharded over the processes (fsdp) or whole on each "
+        "(ddp), or megatron-core's (megatron); auto chooses and says why",
+        choices=("auto", "megatron", "fsdp", "ddp"),
+    )
+    attn_impl: str | None = arg(
+        None,
+        "attention of transformers' model",
+        choices=("sdpa", "eager", "flash_attention_2", "flash_attention_3"),
+        refused={"flex_attention": "it has not been tried yet"},
+        default_text="flash_attention_2 for packed rows where it is installed, else transformers' choice",
+    )
+    gradient_checkpointing: bool = arg(
+        True, "keep only the input of each layer, and compute the rest again in the backward pass"
+    )
+    fsdp_cpu_offload: bool = arg(False, "keep weights and optimizer state in host memory, on a GPU machine")
+    ddp_backend: str = arg(
+        "auto",
+        "communication library; auto is nccl with CUDA and gloo without",
+        choices=("auto", "nccl", "gloo"),
+    )
+    ddp_timeout: int = arg(
+        600, "seconds a process waits for the others before the run stops and names what hung", above=0
+    )
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrainerArguments(Arguments):
+    TITLE: ClassVar[str] = "Training"
+
+    per_device_train_batch_size: int = arg(1, "samples one process takes at a time", at_least=1)
+    gradient_accumulation_steps: int | None = arg(
+        None,
+        "times it does so in a step",
+        at_least=1,
+        default_text=f"as many as make a step of {WORLD_BATCH} samples or more",
+    )
+    num_train_epochs: float = arg(3.0, "passes over the training data", above=0)
+    max_steps: int = arg(-1, "steps to train, in place of epochs; -1: as epochs say", at_least=-1)
+    seed: int = arg(42, "seed of initial weights and dropout", at_least=0)
+    perform_initialization: bool = arg(
+        False, "start from random weights of the shape config.json gives; --model then needs no weights"
+    )
+    learning_rate: float | None = arg(
+        None,
+        "highest learning rate",
+        at_least=0,
+        default_text=f"{FULL_LR:g} for all parameters, else {LORA_LR:g}",
+    )
+    lr_scheduler_type: str = arg("cosine", "how it falls after the warm-up", choices=tuple(_SCHEDULES))
+    min_lr: float = arg(0.0, "learning rate at the end of the decay", at_least=0)
+    warmup_ratio: float = arg(0.0, "share of the steps that warm up", at_least=0, at_most=1)
+    warmup_steps: int = arg(0, "steps that warm up, in place of --warmup_ratio", at_least=0)
+    optim: str = arg(
+        "adamw_torch",
+        "update rule",
+        choices=tuple(_OPTIMIZERS),
+        refused=dict.fromkeys(("muon", "galore_adamw", "paged_adamw_8bit"), "it is not there yet"),
+    )
+    weight_decay: float = arg(0.1, "weight decay of matrices (biases and norms have none)", at_least=0)
+    adam_beta1: float = arg(0.9, "decay of Adam's mean", at_least=0, below=1)
+    adam_beta2: float = arg(0.95, "decay of Adam's mean square", at_least=0, below=1)
+    adam_epsilon: float = arg(1e-8, "Adam's epsilon", above=0)
+    sgd_momentum: float = arg(0.9, "momentum of sgd", at_least=0, below=1)
+    max_grad_norm: float = arg(1.0, "largest norm of the whole gradient; 0 does not clip", at_least=0)
+
+    def check(self) -> Iterator[UserError]:
+        if self.max_steps == 0:
+            yield UserError("--max_steps 0 trains nothing", "give the number of steps, or -1")
+        if self.warmup_ratio and self.warmup_steps:
+            yield UserError("--warmup_ratio and --warmup_steps both set the warm-up", "give one of them")
+        if self.learning_rate is not None and self.min_lr > self.learning_rate:
+            yield UserError(
+                f"--min_lr {self.min_lr:g} is above --learning_rate {self.learning_rate:g}", "lower --min_lr"
+            )
+        if self.lr_scheduler_type.startswith("constant") and self.min_lr:
+            yield UserError("--min_lr: a constant learning rate does not fall", "drop --min_lr")
+
+    def loop_settings(self, world_size: int) -> dict[str, object]:
+        """What these flags are called by the training loop and the engines."""
+        full = getattr(self, "tuner_type", "full") == "full"
+        lr = self.learning_rate if self.learning_rate is not None else FULL_LR if full else LORA_LR
+        a_round = self.per_device_train_batch_size * world_size
+        rounds = self.gradient_accumulation_steps or -(-WORLD_BATCH // a_round)
+        return {
+            "micro_batch_size": self.per_device_train_batch_size,
+            "global_batch_size": a_round * rounds,
+            "train_iters": self.max_steps if self.max_steps > 0 else None,
+            "num_train_epochs": None if self.max_steps > 0 else self.num_train_epochs,
+            "lr": lr,
+            "lr_decay_style": _SCHEDULES[self.lr_scheduler_type],
+            "lr_decay_iters": None,
+            "lr_warmup_iters": self.warmup_steps,
+            "lr_warmup_fraction": self.warmup_ratio or None,
+            "lr_warmup_init": 0.0,
+            "lr_wsd_decay_style": "exponential",
+            "lr_wsd_decay_iters": None,
+            "optimizer": _OPTIMIZERS[self.optim],
+            "adam_eps": self.adam_epsilon,
+            "clip_grad": self.max_grad_norm,
+            "weight_decay_incr_style": "constant",
+            "start_weight_decay": self.weight_decay,
+            "end_weight_decay": self.weight_decay,
+            "calculate_per_token_loss": True,
+            "manual_gc": False,
+        }
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrainerSaveArguments(HFSaveArguments):
+    TITLE: ClassVar[str] = "Output, checkpoints and evaluation"
+
+    output_dir: str | None = arg(
+        None,
+        "folder of the run: logs and checkpoints",
+        default_text="output/<name of the model>, or the run that is resumed",
+    )
+    add_version: bool = arg(True, "write into a new sub-folder vN-<time>, so that runs never mix")
+    save_strategy: str = arg(
+        "steps",
+        "save every --save_steps steps, after every epoch, or only after the last step (no)",
+        choices=("steps", "epoch", "no"),
+    )
+    save_steps: int = arg(500, "steps between checkpoints; the last step is saved in any case", at_least=1)
+    save_total_limit: int | None = arg(
+        None, "checkpoints to keep, the newest and the best among them", at_least=1, default_text="all"
+    )
+    save_only_model: bool = arg(False, "leave out the optimizer's state; such a checkpoint cannot be resumed")
+    save_safetensors: bool = arg(True, "write the weights in Hugging Face's form too, each time")
+    async_save: bool = arg(False, "write checkpoints in the background while training goes on")
+    resume_from_checkpoint: str | None = arg(
+        None,
+        "a checkpoint or run folder: continue it with its weights, optimizer, step and place in the data, on any "
+        "number of processes. auto: the newest in --output_dir, or start when there is none",
+    )
+    resume_only_model: bool = arg(False, "continue with the weights and the step, and a fresh optimizer")
+    eval_strategy: str | None = arg(
+        None,
+        "when to evaluate: every --eval_steps steps, after every epoch, never (no)",
+        choices=("steps", "epoch", "no"),
+        default_text="as --save_strategy where there is validation data",
+    )
+    eval_steps: int | None = arg(
+        None, "steps between evaluations on the validation set", at_least=1, default_text="--save_steps"
+    )
+
+    def fill(self) -> None:
+        resume = self.resume_from_checkpoint
+        if resume in ("true", "True"):
+            self.resume_from_checkpoint = resume = "auto"
+        if self.output_dir is None and resume not in (None, "auto"):
+            self.output_dir = resume  # the run goes on in its own folder
+        elif self.output_dir is None and getattr(self, "model", None):
+            self.output_dir = str(Path("output") / Path(self.model).resolve().name)
+        if resume == "auto":
+            self.add_version = False
+
+    def check(self) -> Iterator[UserError]:
+        if self.eval_strategy == "epoch" and self.save_strategy != "epoch":
+            yield UserError(
+                f"--eval_strategy epoch with --save_strategy {self.save_strategy}: a checkpoint is judged by the "
+                "evaluation at its step",
+                "add --save_strategy epoch, or give --eval_steps",
+            )
+        if self.resume_only_model and not self.resume_from_checkpoint:
+            yield UserError(
+                "--resume_only_model says how to resume, and nothing is resumed",
+                "add --resume_from_checkpoint <folder>, or start from weights with --model",
+            )
+
+    def save_settings(self) -> dict[str, object]:
+        """What these flags are called by the training loop."""
+        every = self.save_steps if self.save_strategy != "no" else 1 << 62
+        by_epoch = (self.eval_strategy or self.save_strategy) == "epoch" and self.eval_steps is None
+        return {
+            "save_strategy": "epoch" if self.save_strategy == "epoch" else "steps",
+            "save_steps": every,
+            "eval_steps": None if by_epoch else self.eval_steps or self.save_steps,
+            "eval_iters": 0 if self.eval_strategy == "no" else -1,
+            "resume": self.resume_from_checkpoint or "none",
+            "mcore_model": None,
+            "finetune": True,
+            "no_save_optim": self.save_only_model,
+            "no_save_rng": False,
+            "no_load_optim": self.resume_only_model,
+            "no_load_rng": self.resume_only_model,
+        }

@@ -1,0 +1,235 @@
+"""The engine for transformers models: any causal language model, on one process, with DDP or with FSDP2.
+
+All three are `fully_shard` over another mesh: the weights are sharded over all processes (fsdp), or held whole by each
+(ddp). Main weights and gradients are fp32; with bfloat16 the forward and backward pass run on rounded copies.
+"""
+
+import math
+import zlib
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from converters.ranks import Ranks
+from mcore_swift.accelerator import get_accelerator
+from mcore_swift.data.batch import Batch
+from mcore_swift.engines.base import StepResult
+from mcore_swift.engines.fsdp import processes, weights
+from mcore_swift.engines.fsdp.forward import Forward, on_device
+from mcore_swift.engines.fsdp.model import (
+    Spread,
+    TransformersPlan,
+    attention_implementation,
+    build_on_meta,
+    fsdp_modules,
+    make_real,
+    reshard,
+)
+from mcore_swift.engines.fsdp.optimizer import build_optimizer, scale_and_clip, set_hyperparameters
+from mcore_swift.engines.fsdp.shards import (
+    optimizer_shards,
+    optimizer_step,
+    persistent_buffers,
+    set_optimizer_step,
+    weight_shards,
+)
+from mcore_swift.engines.random_state import random_state, set_random_state
+from mcore_swift.errors import UserError
+from mcore_swift.models.shards import LiveShard
+from mcore_swift.objectives.base import Loss, Objective
+from mcore_swift.observability.phases import PhaseTimer
+from mcore_swift.plan.flops import training_flops_of_sums
+from mcore_swift.plan.layout import Layout
+from mcore_swift.plan.preflight import read_shape
+from mcore_swift.plan.shape import ModelShape
+
+
+class TransformersEngine:
+    """A transformers model spread over the processes of the run; implements `engines.base.Engine`."""
+
+    name = "fsdp"
+
+    def __init__(
+        self, plan: TransformersPlan, layout: Layout, args: Any, dtype: torch.dtype, *, random: bool = False
+    ) -> None:
+        """random: start from random weights; else they are undefined until they are loaded."""
+        self.plan = plan
+        self.layout = layout
+        self.args = args
+        self.dtype = dtype
+        self.is_sharded = args.backend == "fsdp" and layout.dp > 1
+        end_to_end = args.packing or args.padding_free
+        attention = attention_implementation(args.attn_impl, end_to_end=end_to_end)
+        self.model = build_on_meta(plan, attention)
+        self.attention: str = self.model.config._attn_implementation
+        if args.gradient_checkpointing and self.model.supports_gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        spread = Spread(
+            processes.mesh(sharded=self.is_sharded),
+            compute=dtype,
+            offload=args.fsdp_cpu_offload and get_accelerator().is_cuda,
+            keep_gathered=not self.is_sharded,
+        )
+        make_real(self.model, spread, seed=args.seed if random else None)
+        self.forward = Forward(self.model, self.attention)
+        self.optimizer = build_optimizer(self.model, args)
+
+    @property
+    def family(self) -> str:
+        return self.plan.family
+
+    @property
+    def description(self) -> str:
+        how = "FSDP2" if self.is_sharded else "DDP" if self.layout.dp > 1 else "one process"
+        return f"transformers, {how}, attention: {self.attention}"
+
+    @property
+    def dp_rank(self) -> int:
+        return dist.get_rank()
+
+    def train_step(
+        self, microbatches: Sequence[Batch], objective: Objective, *, lr: float, weight_decay: float
+    ) -> StepResult:
+        """One optimizer step.
+
+        Raises FloatingPointError, before any weight changes, if the loss or the gradient is not finite.
+        """
+        self._settle(microbatches)
+        timer = PhaseTimer()  # each phase ends with a number the host waits for, on any device
+        with timer("forward_backward"):
+            self.model.train()
+            self.optimizer.zero_grad(set_to_none=True)
+            result = self._run(microbatches, objective, backward=True)
+        if not math.isfinite(result.loss):
+            raise FloatingPointError(f"the loss is {result.loss}; the weights are as they were")
+        with timer("optimizer"):
+            parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            result.grad_norm = scale_and_clip(parameters, max(result.count, 1), self.args.clip_grad)
+            if not math.isfinite(result.grad_norm):
+                raise FloatingPointError(
+                    f"the gradient norm is {result.grad_norm}; the weights are as they were"
+                )
+            set_hyperparameters(self.optimizer, lr=lr, weight_decay=weight_decay)
+            self.optimizer.step()
+        result.phases_s = timer.take()
+        return result
+
+    @torch.no_grad()
+    def evaluate_step(self, microbatches: Sequence[Batch], objective: Objective) -> StepResult:
+        """Mean loss of the microbatches of all ranks, without dropout."""
+        self._settle(microbatches)
+        self.model.eval()
+        result = self._run(microbatches, objective, backward=False)
+        reshard(self.model)
+        return result
+
+    @torch.no_grad()
+    def checkpoint_shards(self, holds: Sequence[str], *, for_loading: bool = False) -> list[LiveShard]:
+        """What a checkpoint that holds 'weights' and / or 'optimizer' keeps of this rank: views, not copies."""
+        shards = weight_shards(self.model, dist.get_rank()) if "weights" in holds else []
+        if "optimizer" in holds:
+            shards += optimizer_shards(self.model, self.optimizer, for_loading=for_loading)
+        return shards
+
+    def writes(self, shard: LiveShard) -> bool:
+        """Whether this rank, of those that hold the same values, is the one to save them."""
+        everywhere = not self.is_sharded or shard.key in persistent_buffers(self.model)
+        copies = self.layout.dp if everywhere else 1
+        return shard.replica[-1] == zlib.crc32(shard.key.encode()) % copies
+
+    def optimizer_step(self) -> int:
+        """Steps the optimizer has taken, as it counts them itself."""
+        return optimizer_step(self.optimizer)
+
+    def after_load(self, parts: Sequence[str], *, optimizer_step: int) -> None:
+        """The weights are the optimizer's own; only its count of steps has to follow."""
+        if "optimizer" in parts:
+            set_optimizer_step(self.optimizer, optimizer_step)
+
+    def load_hf(self, model_dir: str, ranks: Ranks) -> str:
+        """Fill the model from a Hugging Face folder; returns a line that tells how. Collective."""
+        return weights.load(model_dir, self.model, weight_shards(self.model, dist.get_rank()), ranks)
+
+    def export_hf(self, folder: Path, max_shard_bytes: int, ranks: Ranks) -> None:
+        """Write the model in Hugging Face form. Collective."""
+        shards = weight_shards(self.model, dist.get_rank())
+        weights.export(folder, self.model, shards, self.args.model, max_shard_bytes, self.dtype, ranks)
+
+    def initialize(self) -> None:
+        """Nothing to do: with `random`, weights were drawn block by block as the model was spread."""
+
+    def training_flops(self, tokens: float, squares: float) -> float:
+        """FLOPs of forward and backward pass over `tokens` tokens.
+
+        By the model's shape where its family is known; else 6 a parameter that is multiplied with and token, and
+        12 * layers * hidden size for each pair of positions (arXiv:2204.02311, appendix B).
+        """
+        if self._shape is not None:
+            return training_flops_of_sums(self._shape, tokens, squares)
+        hf = self.plan.hf.get_text_config()
+        return 6.0 * self._multiplied * tokens + 12.0 * hf.num_hidden_layers * hf.hidden_size * squares
+
+    @cached_property
+    def _shape(self) -> ModelShape | None:
+        try:
+            return read_shape(Path(self.args.model))
+        except UserError:
+            return None
+
+    @cached_property
+    def _multiplied(self) -> int:
+        """Parameters less the table that tokens look themselves up in; a tied one is the output layer too."""
+        total = sum(parameter.numel() for parameter in self.model.parameters())
+        table, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        is_tied = head is not None and head.weight is table.weight
+        return total if is_tied else total - table.weight.numel()
+
+    @property
+    def is_first_replica(self) -> bool:
+        return True  # every rank has random numbers of its own
+
+    @property
+    def generators_name(self) -> str:
+        """File name of this rank's random state."""
+        return f"rank{dist.get_rank()}of{dist.get_world_size()}.pt"
+
+    def random_state(self) -> dict[str, Any]:
+        return random_state()
+
+    def set_random_state(self, state: dict[str, Any]) -> None:
+        set_random_state(state)
+
+    def _settle(self, microbatches: Sequence[Batch]) -> None:
+        if self.forward.is_unsettled and any(batch.cu_seqlens is not None for batch in microbatches):
+            self.forward.settle()
+            reshard(self.model)
+
+    def _run(self, microbatches: Sequence[Batch], objective: Objective, *, backward: bool) -> StepResult:
+        device = get_accelerator().device
+        sums = torch.zeros(2 + len(objective.metrics), dtype=torch.float64, device=device)
+        for number, batch in enumerate(microbatches, start=1):
+            self._reduce_gradients(last=number == len(microbatches))
+            loss = objective(self.forward.token_nll(batch), on_device(batch, device))
+            if backward:
+                loss.sum.backward()
+            sums += _report(loss, objective)
+        dist.all_reduce(sums)
+        total, count, *metrics = sums.tolist()
+        divisor = max(count, 1)
+        named = {name: value / divisor for name, value in zip(objective.metrics, metrics, strict=True)}
+        return StepResult(total / divisor, int(count), metrics=named)
+
+    def _reduce_gradients(self, *, last: bool) -> None:
+        """Copies of the model add up gradients once a step, after the last microbatch."""
+        for module in fsdp_modules(self.model):
+            module.set_requires_all_reduce(last, recurse=False)
+
+
+def _report(loss: Loss, objective: Objective) -> Tensor:
+    values = [loss.sum, loss.count, *(loss.metrics[name] for name in objective.metrics)]
+    return torch.stack([value.detach().double() for value in values])

@@ -1,0 +1,191 @@
+"""A transformers model built without memory, then given it block by block and spread over the processes.
+
+No rank ever holds more of the whole model than one block: parameters are declared on the meta device, and a block is
+made real (and random, where no checkpoint fills it) only to be sharded at once.
+"""
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from mcore_swift.accelerator import get_accelerator
+from mcore_swift.errors import UserError
+
+
+@dataclass(frozen=True)
+class TransformersPlan:
+    """What is known of a model before it is built. hf: its transformers config. family: its model_type."""
+
+    hf: Any
+    family: str
+
+
+def read_plan(model: str) -> TransformersPlan:
+    """Read config.json. Raises UserError for a model that transformers has no causal language model of."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (ValueError, OSError, KeyError) as error:
+        raise UserError(
+            f"{model}/config.json: {_first_line(error)}", "give a checkpoint that transformers reads"
+        ) from None
+    if type(config) not in AutoModelForCausalLM._model_mapping and not hasattr(config, "auto_map"):
+        raise UserError(
+            f"{model}/config.json: transformers has no causal language model of type {config.model_type}",
+            "give a text-generating model",
+        )
+    return TransformersPlan(config, config.model_type)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def attention_implementation(asked: str | None, *, end_to_end: bool) -> str | None:
+    """What transformers is told of attention: what was asked for, or varlen flash attention where rows are packed.
+
+    None leaves the choice to transformers. Raises UserError if what was asked for is not installed.
+    """
+    installed = importlib.util.find_spec("flash_attn") is not None
+    if asked and asked.startswith("flash") and not (installed and get_accelerator().is_cuda):
+        raise UserError(
+            f"--attn_impl {asked} needs CUDA and the package flash-attn",
+            "use --attn_impl sdpa: packing works with it too",
+        )
+    if asked is None and end_to_end and installed and get_accelerator().is_cuda:
+        return "flash_attention_2"
+    return asked
+
+
+def build_on_meta(
+    plan: TransformersPlan, attention: str | None, dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """The model with parameters on the meta device and its buffers real. dtype: of the parameters."""
+    from transformers import AutoModelForCausalLM
+
+    options = {"attn_implementation": attention} if attention else {}
+    try:
+        with parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(plan.hf, dtype=dtype, **options)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"this model cannot be built: {_first_line(error)}") from None
+    model.config.use_cache = False
+    return model
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Parameters that modules register inside have no memory; buffers, which no checkpoint holds, are computed."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How a model is spread over processes, and in which precision it computes.
+
+    compute: of activations and of the copies of the weights they meet; the weights kept are what they were built
+    as. offload: weights and optimizer state wait in host memory. keep_gathered: a block's weights stay gathered
+    between forward and backward pass.
+    """
+
+    mesh: DeviceMesh
+    compute: torch.dtype
+    offload: bool = False
+    keep_gathered: bool = False
+
+    @property
+    def is_trivial(self) -> bool:
+        """One process that computes in the precision it keeps: nothing to gather, reduce or convert."""
+        return self.mesh.size() == 1 and self.compute is torch.float32 and not self.offload
+
+
+def make_real(model: nn.Module, spread: Spread, *, seed: int | None = None) -> nn.Module:
+    """Give every parameter of a model on the meta device its memory, spread over the processes.
+
+    seed: draw random weights, as transformers initializes the model and equal under every spread; None leaves the
+    memory as it is, to be filled from a checkpoint.
+    """
+    device = get_accelerator().device
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = buffer.to(device) if buffer is not None else None
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    units = [*reversed(blocks_of(model)), model]
+    for number, unit in enumerate(units):
+        _give_memory(unit, device, made)
+        if seed is not None:
+            _initialize(model, unit, seed + number, skip=units[:number])
+        if not spread.is_trivial:
+            _shard(unit, spread, is_root=unit is model)
+    for module in fsdp_modules(model):
+        module.set_gradient_divide_factor(1.0)  # sums: they are divided by the global count of tokens
+        module.set_force_sum_reduction_for_comms(True)
+    return model
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The modules that transformers says belong together on a device: decoder layers. Outer ones first."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def reshard(model: nn.Module) -> None:
+    """Drop gathered weights that a forward pass without a backward pass has left behind."""
+    for module in fsdp_modules(model):
+        module.reshard()
+
+
+def _give_memory(unit: nn.Module, device: torch.device, made: dict[nn.Parameter, nn.Parameter]) -> None:
+    for module in unit.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                if parameter not in made:
+                    empty = torch.empty_like(parameter, device=device)
+                    made[parameter] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                module._parameters[name] = made[parameter]  # tied modules get one and the same
+
+
+@torch.no_grad()
+def _initialize(model: Any, unit: nn.Module, seed: int, *, skip: list[nn.Module]) -> None:
+    done = {module for block in skip for module in block.modules()}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for module in unit.modules():
+            if module not in done:
+                model._init_weights(module)
+
+
+def _shard(unit: nn.Module, spread: Spread, *, is_root: bool) -> None:
+    low = spread.compute is not torch.float32
+    policy = MixedPrecisionPolicy(spread.compute, torch.float32) if low else MixedPrecisionPolicy()
+    offload = {"offload_policy": CPUOffloadPolicy()} if spread.offload else {}
+    fully_shard(
+        unit,
+        mesh=spread.mesh,
+        mp_policy=policy,
+        reshard_after_forward=not (is_root or spread.keep_gathered),
+        **offload,
+    )

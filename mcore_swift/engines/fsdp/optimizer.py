@@ -1,0 +1,75 @@
+"""The optimizer of a transformers model: groups by weight decay, the norm of sharded gradients."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from mcore_swift.accelerator import get_accelerator
+
+
+def build_optimizer(model: nn.Module, args: Any) -> torch.optim.Optimizer:
+    """AdamW or SGD over the parameters that train; norms and biases are not decayed."""
+    decayed, others = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (decayed if parameter.dim() > 1 and not name.endswith("bias") else others).append(parameter)
+    groups = [
+        {"params": parameters, "weight_decay": args.weight_decay * factor, "wd_mult": factor}
+        for parameters, factor in ((decayed, 1.0), (others, 0.0))
+        if parameters
+    ]
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=args.lr, momentum=args.sgd_momentum)
+    betas = (args.adam_beta1, args.adam_beta2)
+    return torch.optim.AdamW(groups, lr=args.lr, betas=betas, eps=args.adam_eps)
+
+
+def set_hyperparameters(optimizer: torch.optim.Optimizer, *, lr: float, weight_decay: float) -> None:
+    """Set this step's learning rate and weight decay in every group, by the group's own factors."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_mult", 1.0)
+        group["weight_decay"] = weight_decay * group["wd_mult"]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor: a view of its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def scale_and_clip(parameters: Iterable[nn.Parameter], divisor: float, limit: float) -> float:
+    """Turn summed gradients into means, no longer than `limit` (0: as long as they are).
+
+    Returns the norm of the mean gradient before clipping. Collective.
+    """
+    parameters = list(parameters)
+    gradients = [local(p.grad) for p in parameters if p.grad is not None]
+    norms = torch._foreach_norm([gradient.float() for gradient in gradients]) if gradients else []
+    device = get_accelerator().device
+    square = torch.zeros((), device=device)
+    if norms:
+        square = torch.stack([norm.to(device) for norm in norms]).square().sum()
+    group = _shard_group(parameters)
+    if group is not None:
+        dist.all_reduce(square, group=group)
+    norm = float(square.sqrt()) / divisor
+    scale = 1.0 / divisor
+    if limit > 0 and norm > limit:
+        scale *= limit / (norm + 1e-6)
+    if gradients:
+        torch._foreach_mul_(gradients, scale)
+    return norm
+
+
+def _shard_group(parameters: list[nn.Parameter]) -> dist.ProcessGroup | None:
+    """The ranks that hold the other parts of this rank's parameters; None if it holds whole ones."""
+    for parameter in parameters:
+        if isinstance(parameter, DTensor):
+            mesh = parameter.device_mesh
+            group = mesh.get_group(mesh.mesh_dim_names[-1])
+            return group if group.size() > 1 else None
+    return None

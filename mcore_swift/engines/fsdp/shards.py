@@ -1,0 +1,105 @@
+"""What a rank holds of a transformers model and of its optimizer, as regions of whole tensors.
+
+So the checkpoint files of the Megatron engine serve here too, and any number of processes reads what any other wrote.
+Tensors have the names that transformers gives its parameters.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from mcore_swift.engines.fsdp.optimizer import local
+from mcore_swift.models.rules import full_region
+from mcore_swift.models.shards import LiveShard
+
+STATE_NAMES = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+
+
+def weight_shards(model: nn.Module, rank: int, *, only_trained: bool = False) -> list[LiveShard]:
+    """Parameters (tied ones once) and buffers that belong to the checkpoint."""
+    shards = [
+        shard
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad or not only_trained
+        for shard in _shards(name, parameter)
+    ]
+    return shards if only_trained else shards + list(_buffer_shards(model, rank))
+
+
+def optimizer_shards(
+    model: nn.Module, optimizer: torch.optim.Optimizer, *, for_loading: bool = False
+) -> list[LiveShard]:
+    """Moments of every parameter that trains, named `optimizer.<state>.<parameter>`.
+
+    for_loading: make them first (zero) where no step has been taken yet.
+    """
+    shards = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        state: dict[str, Any] = optimizer.state[parameter]
+        if for_loading:
+            _make_moments(optimizer, parameter)
+        for key in STATE_NAMES:
+            if isinstance(state.get(key), Tensor):
+                shards += _shards(f"optimizer.{key}.{name}", state[key])
+    return shards
+
+
+def optimizer_step(optimizer: torch.optim.Optimizer) -> int:
+    """Steps taken so far, as Adam counts them for its bias correction."""
+    for state in optimizer.state.values():
+        if "step" in state:
+            return int(state["step"])
+    return 0
+
+
+def set_optimizer_step(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """The inverse of `optimizer_step`."""
+    for state in optimizer.state.values():
+        if "exp_avg" in state:
+            state["step"] = torch.tensor(float(step))
+
+
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers that a checkpoint holds: not those that the model computes from its config."""
+    return {
+        f"{prefix}.{name}".lstrip("."): buffer
+        for prefix, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    }
+
+
+def _make_moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
+    state = optimizer.state[parameter]
+    if "betas" in optimizer.defaults:
+        for name in ("exp_avg", "exp_avg_sq"):
+            state.setdefault(name, torch.zeros_like(parameter.data))
+        state.setdefault("step", torch.tensor(0.0))
+    elif optimizer.defaults.get("momentum") and state.get("momentum_buffer") is None:
+        state["momentum_buffer"] = torch.zeros_like(parameter.data)
+
+
+def _shards(key: str, tensor: Tensor) -> Iterator[LiveShard]:
+    data, shape = local(tensor).detach(), tuple(tensor.shape)
+    if not isinstance(tensor, DTensor):
+        yield LiveShard(key, data, full_region(shape), shape)
+        return
+    if data.numel() == 0:  # fewer rows than ranks
+        return
+    mesh = tensor.device_mesh
+    size, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, tensor.placements)
+    region = tuple((start, start + extent) for start, extent in zip(offset, size, strict=True))
+    copy = mesh.get_local_rank("replicate") if "replicate" in mesh.mesh_dim_names else 0
+    yield LiveShard(key, data, region, shape, (0, 0, copy))
+
+
+def _buffer_shards(model: nn.Module, rank: int) -> Iterator[LiveShard]:
+    for name, buffer in persistent_buffers(model).items():
+        shape = tuple(buffer.shape)
+        yield LiveShard(name, buffer.detach(), full_region(shape), shape, (0, 0, rank))

@@ -1,0 +1,176 @@
+"""Weights of a transformers model from a Hugging Face folder and back, a slice at a time where names agree.
+
+transformers renames or joins tensors of some architectures as it loads them (experts of one layer become one
+tensor, for example). Where it does not, each rank reads its own slices and writes its share of the files; where it
+does, its own `from_pretrained` and `save_pretrained` run on the first rank.
+"""
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from converters.export import write_shards_as_hf
+from converters.hf_reader import HFReader
+from converters.pending import disk_errors
+from converters.ranks import Ranks
+from mcore_swift.accelerator import get_accelerator
+from mcore_swift.errors import UserError
+from mcore_swift.models.rules import RuleTable, Same, Shape, as_slices
+from mcore_swift.models.shards import LiveShard
+
+logger = logging.getLogger(__name__)
+
+
+def load(model_dir: str, model: nn.Module, shards: Sequence[LiveShard], ranks: Ranks) -> str:
+    """Fill the shards from the checkpoint in `model_dir`; returns a line that tells how. Collective.
+
+    shards: all of this rank's. Raises UserError on every rank if a tensor is missing or of another shape.
+    """
+    started = time.monotonic()
+    shapes = {shard.key: shard.global_shape for shard in shards}
+    for held in ranks.gather(shapes):  # a rank may hold no part of a small tensor
+        shapes |= held
+    reader, error = None, None
+    try:
+        reader = HFReader(model_dir)
+    except UserError as raised:
+        error = raised
+    ranks.agree(error)
+    with reader:
+        names = names_on_disk(shapes, reader.shapes, model)
+        if names is not None:
+            for shard in shards:
+                reader.copy_into(names[shard.key], shard.region, shard.data)
+            seconds = time.monotonic() - started
+            return f"read {reader.bytes_read / 1e6:.0f} MB of weights in {seconds:.1f} s"
+    _load_by_transformers(model_dir, model, shapes, shards, ranks)
+    return f"transformers read the weights, converting them, in {time.monotonic() - started:.1f} s"
+
+
+def names_on_disk(
+    wanted: Mapping[str, Shape], stored: Mapping[str, Shape], model: Any
+) -> dict[str, str] | None:
+    """Parameter -> its name in the files; None if they do not all stand there in their shapes.
+
+    Checkpoints of a bare model lack the prefix under which a causal language model holds it ("transformer.").
+    """
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    names = {}
+    for name, shape in wanted.items():
+        found = next((n for n in (name, name.removeprefix(prefix)) if stored.get(n) == shape), None)
+        if found is None:
+            return None
+        names[name] = found
+    return names
+
+
+def _load_by_transformers(
+    model_dir: str, model: nn.Module, shapes: Mapping[str, Shape], shards: Sequence[LiveShard], ranks: Ranks
+) -> None:
+    """The first rank loads the whole model in host memory, and hands out tensor by tensor."""
+    whole: dict[str, Tensor] = {}
+    error = None
+    if ranks.is_first:
+        try:
+            whole = _from_pretrained(model_dir, shapes)
+        except UserError as raised:
+            error = raised
+    ranks.agree(error)
+    device = get_accelerator().device
+    mine: dict[str, list[LiveShard]] = {}
+    for shard in shards:
+        mine.setdefault(shard.key, []).append(shard)
+    for name in sorted(shapes):
+        tensor = whole[name].to(device, torch.float32) if ranks.is_first else None
+        if ranks.size > 1:
+            tensor = torch.empty(shapes[name], device=device) if tensor is None else tensor.contiguous()
+            dist.broadcast(tensor, 0)
+        for shard in mine.get(name, ()):
+            shard.data.copy_(tensor[as_slices(shard.region)])
+
+
+def _from_pretrained(model_dir: str, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto", output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as raised:
+        raise UserError(
+            f"{model_dir}: {str(raised).strip().splitlines()[0]}", "look at the checkpoint"
+        ) from None
+    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys", ()))
+    whole = model.state_dict()
+    missing += [name for name, shape in shapes.items() if tuple(whole[name].shape) != shape]
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise UserError(
+            f"{model_dir} does not hold {', '.join(missing[:5])}{more}",
+            "copy or download the checkpoint again",
+        )
+    return whole
+
+
+def export(
+    folder: Path,
+    model: Any,
+    shards: Sequence[LiveShard],
+    source_dir: str,
+    max_shard_bytes: int,
+    dtype: torch.dtype,
+    ranks: Ranks,
+) -> None:
+    """Write the weights into `folder` as Hugging Face files. Collective."""
+    shapes: dict[str, Shape] = {}
+    for held in ranks.gather({shard.key: shard.global_shape for shard in shards}):
+        shapes |= held
+    order = [name for name in model.state_dict() if name in shapes]  # the same on every rank
+    if _is_stored_as_named(model, shapes):
+        table = RuleTable(Same(name, (name,)) for name in order)
+        write_shards_as_hf(shards, table, source_dir, folder, max_shard_bytes, dtype, ranks)
+        return
+    whole = _gather(shards, order, shapes, dtype, ranks)
+    error = None
+    try:
+        if ranks.is_first:
+            with disk_errors(folder):
+                model.save_pretrained(folder, state_dict=whole, max_shard_size=max_shard_bytes)
+    except Exception as raised:
+        error = raised
+    ranks.agree(error)
+
+
+def _is_stored_as_named(model: Any, shapes: Mapping[str, Shape]) -> bool:
+    """Whether `save_pretrained` would write the tensors as they are called and shaped in the model."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    written = revert_weight_conversion(model, dict(tensors))
+    return {name: tuple(tensor.shape) for name, tensor in written.items()} == dict(shapes)
+
+
+def _gather(
+    shards: Sequence[LiveShard],
+    order: Sequence[str],
+    shapes: Mapping[str, Shape],
+    dtype: torch.dtype,
+    ranks: Ranks,
+) -> dict[str, Tensor]:
+    """Every tensor whole in the first rank's host memory, by one sum a tensor over zeros elsewhere; {} on others."""
+    device = get_accelerator().device
+    mine = {shard.key: shard for shard in shards if shard.replica[-1] == 0}
+    whole = {}
+    for name in order:
+        tensor = torch.zeros(shapes[name], dtype=dtype, device=device)
+        if name in mine:
+            tensor[as_slices(mine[name].region)] = mine[name].data.to(device, dtype)
+        if ranks.size > 1:
+            dist.reduce(tensor, 0)
+        if ranks.is_first:
+            whole[name] = tensor.cpu()
+    return whole
