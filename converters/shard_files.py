@@ -17,7 +17,7 @@ import torch
 from converters.pending import disk_errors
 from converters.regions import intersection, numel, relative
 from converters.tensor_file import TensorFile
-from converters.torch_dist_reader import MODEL_ROOTS, MCoreReader
+from converters.torch_dist_reader import MCoreReader
 from mcore_swift.models.rules import Region, Shape, as_slices
 from mcore_swift.models.shards import LiveShard
 
@@ -28,8 +28,6 @@ MEGATRON_METADATA = {
     "common_backend_version": 1,
 }
 """What megatron-core's `CheckpointingConfig` writes (its import takes seconds)."""
-
-ALL_ROOTS = MODEL_ROOTS | {"optimizer", "rng"}
 
 
 @dataclass(frozen=True)
@@ -120,7 +118,9 @@ def read_shards(
     hold at all. Raises UserError if it holds only a part of a tensor.
     """
     missing: dict[str, None] = {}
-    with MCoreReader(folder, ALL_ROOTS) as reader, torch.no_grad():
+    shards = list(shards)
+    roots = frozenset(shard.key.split(".")[0] for shard in shards)
+    with MCoreReader(folder, roots) as reader, torch.no_grad():
         for shard in shards:
             name = next((name for name in names(shard.key) if name in reader.specs), None)
             if name is None:

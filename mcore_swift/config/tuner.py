@@ -9,6 +9,8 @@ from .base import Arguments
 from .fields import arg
 
 _NOT_IN_PEFT = "peft has no such tuner"
+LORA_STARTS = ("true", "gaussian", "pissa", "pissa_niter_4", "pissa_niter_16", "olora", "orthogonal")
+"""Values of --init_weights: 'true' is peft's own, A random and B zero."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -18,12 +20,82 @@ class TunerArguments(Arguments):
     tuner_type: str = arg(
         "lora",
         "adapters of this kind, or all parameters (full)",
-        choices=("full", "lora"),
-        refused=dict.fromkeys(("lora_llm", "longlora", "llamapro", "adapter", "reft", "bone"), _NOT_IN_PEFT),
+        choices=("full", "lora", "loha", "lokr", "oft", "boft", "vera", "ia3"),
+        refused={
+            **dict.fromkeys(("lora_llm", "longlora", "llamapro", "adapter", "reft", "bone"), _NOT_IN_PEFT),
+            "adalora": "its ranks change while it trains, which checkpoints here cannot follow yet",
+            "fourierft": "it is not supported yet",
+        },
     )
+    adapters: list[str] = arg(
+        [], "PEFT adapter folder to go on training; its own settings win over those of the command"
+    )
+    target_modules: list[str] = arg(
+        ["all-linear"],
+        "modules that get an adapter: the ends of their names, or all-linear (all but the output layer)",
+    )
+    target_regex: str | None = arg(
+        None, "modules that get an adapter, by a regular expression of whole names"
+    )
+    target_parameters: list[str] = arg(
+        [], "parameters that get an adapter (lora), such as experts.gate_up_proj, of experts in one tensor"
+    )
+    modules_to_save: list[str] = arg(
+        [], "modules that train whole beside the adapters, as embed_tokens lm_head"
+    )
+    lora_rank: int = arg(8, "rank of the adapters (lora, loha, lokr)", at_least=1)
+    lora_alpha: int = arg(32, "their scale is this over the rank (with rsLoRA, over its root)", above=0)
+    lora_dropout: float = arg(0.05, "dropout on the adapters' input", at_least=0, below=1)
+    lora_bias: str = arg("none", "biases that train too", choices=("none", "all", "lora_only"))
+    use_dora: bool = arg(False, "DoRA: direction by the adapter, magnitude trained apart (arXiv:2402.09353)")
+    use_rslora: bool = arg(False, "rank-stabilized scale (arXiv:2312.03732)")
+    lorap_lr_ratio: float | None = arg(
+        None, "LoRA+: learning rate of B as a multiple of that of A (arXiv:2402.12354)", above=0
+    )
+    init_weights: str = arg("true", "how lora starts", choices=LORA_STARTS)
+    oft_block_size: int = arg(32, "block of oft's rotations", at_least=1)
+    boft_block_size: int = arg(4, "block of boft's rotations", at_least=1)
+    boft_block_num: int = arg(0, "blocks of boft's rotations, in place of their size", at_least=0)
+    boft_n_butterfly_factor: int = arg(1, "butterfly factors of boft", at_least=1)
+    boft_dropout: float = arg(0.0, "dropout of boft's blocks", at_least=0, below=1)
+    vera_rank: int = arg(256, "rank of vera's shared projections", at_least=1)
+    vera_projection_prng_key: int = arg(0, "seed of those projections", at_least=0)
+    vera_dropout: float = arg(0.0, "dropout on vera's input", at_least=0, below=1)
+    vera_d_initial: float = arg(0.1, "start of vera's vector d")
+    freeze_parameters: list[str] = arg(
+        [], "with full: parameters that stay, by the beginnings of their names"
+    )
+    freeze_parameters_regex: str | None = arg(
+        None, "with full: parameters that stay, by a regular expression"
+    )
+    freeze_parameters_ratio: float = arg(
+        0.0, "with full: share of the parameters that stays, counted from the input", at_least=0, at_most=1
+    )
+    trainable_parameters: list[str] = arg(
+        [], "with full: parameters that train all the same, by the beginnings of their names"
+    )
+    trainable_parameters_regex: str | None = arg(None, "the same by a regular expression")
 
     def check(self) -> Iterator[UserError]:
-        if self.tuner_type != "full":
+        lora_only = ("use_dora", "use_rslora", "lorap_lr_ratio", "target_parameters")
+        for name in lora_only if self.tuner_type != "lora" else ():
+            if getattr(self, name):
+                yield UserError(f"--{name} is for --tuner_type lora, not {self.tuner_type}", f"drop --{name}")
+        frozen = ("freeze_parameters", "freeze_parameters_regex", "freeze_parameters_ratio")
+        for name in (*frozen, "trainable_parameters", "trainable_parameters_regex"):
+            if getattr(self, name) and self.tuner_type != "full":
+                yield UserError(
+                    f"--{name} is for --tuner_type full; with {self.tuner_type} all but the adapters is frozen",
+                    "name whole modules to train with --modules_to_save",
+                )
+        if len(self.adapters) > 1:
+            yield UserError("--adapters names several: one can be trained", "give one folder")
+        if self.adapters and self.tuner_type == "full":
             yield UserError(
-                f"--tuner_type {self.tuner_type}: adapters are not supported yet", "add --tuner_type full"
+                "--adapters goes on with an adapter, and --tuner_type full trains all parameters",
+                "drop one, or merge first with `swift export --merge_lora true`",
+            )
+        if self.target_regex and self.target_modules != ["all-linear"]:
+            yield UserError(
+                "--target_modules and --target_regex both say what gets adapters", "give one of them"
             )

@@ -56,7 +56,8 @@ class Engine(Protocol):
     """A model laid out over processes, and its optimizer.
 
     name: of the engine, whose tensor names a checkpoint has. family: of the model. description: of how it is built,
-    for people. dp_rank: which part of each global batch this process takes.
+    for people. dp_rank: which part of each global batch this process takes. saves_adapter: what it exports is an
+    adapter, not a model.
     """
 
     layout: "Layout"
@@ -65,6 +66,7 @@ class Engine(Protocol):
     family: str
     description: str
     dp_rank: int
+    saves_adapter: bool
     is_first_replica: bool
     generators_name: str
 

@@ -173,7 +173,8 @@ class Checkpoints:
     def _write_description(self, folder: Path, state: TrainState) -> None:
         if not self.ranks.is_first:
             return
-        copy_side_files(self.source_dir, folder, self.engine.dtype)
+        if not self.engine.saves_adapter:
+            copy_side_files(self.source_dir, folder, self.engine.dtype)
         with disk_errors(folder):
             self.args.save(folder)
 

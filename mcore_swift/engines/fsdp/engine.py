@@ -7,13 +7,14 @@ All three are `fully_shard` over another mesh: the weights are sharded over all 
 import math
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from converters.ranks import Ranks
 from mcore_swift.accelerator import get_accelerator
@@ -27,6 +28,8 @@ from mcore_swift.engines.fsdp.model import (
     attention_implementation,
     build_on_meta,
     fsdp_modules,
+    give_memory,
+    initialize_modules,
     make_real,
     reshard,
 )
@@ -47,6 +50,12 @@ from mcore_swift.plan.flops import training_flops_of_sums
 from mcore_swift.plan.layout import Layout
 from mcore_swift.plan.preflight import read_shape
 from mcore_swift.plan.shape import ModelShape
+from mcore_swift.tuners.transformers_adapters import (
+    base_names,
+    choose_parameters,
+    learning_rate_factors,
+    needs_weights,
+)
 
 
 class TransformersEngine:
@@ -63,12 +72,16 @@ class TransformersEngine:
         self.args = args
         self.dtype = dtype
         self.is_sharded = args.backend == "fsdp" and layout.dp > 1
+        self.saves_adapter = args.tuner_type != "full"
         end_to_end = args.packing or args.padding_free
         attention = attention_implementation(args.attn_impl, end_to_end=end_to_end)
-        self.model = build_on_meta(plan, attention)
-        self.attention: str = self.model.config._attn_implementation
-        if args.gradient_checkpointing and self.model.supports_gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        # Weights that stay as they are wait in the precision they are used in.
+        self.base = build_on_meta(plan, attention, dtype if self.saves_adapter else torch.float32)
+        self.attention: str = self.base.config._attn_implementation
+        if args.gradient_checkpointing and self.base.supports_gradient_checkpointing:
+            self.base.gradient_checkpointing_enable({"use_reentrant": False})
+        self._told = ""
+        self.model = self._choose_parameters(random=random)
         spread = Spread(
             processes.mesh(sharded=self.is_sharded),
             compute=dtype,
@@ -76,8 +89,43 @@ class TransformersEngine:
             keep_gathered=not self.is_sharded,
         )
         make_real(self.model, spread, seed=args.seed if random else None)
+        if self.saves_adapter and not random:
+            self._load_base()
         self.forward = Forward(self.model, self.attention)
-        self.optimizer = build_optimizer(self.model, args)
+        self.optimizer = build_optimizer(self.model, args, learning_rate_factors(self.model, args))
+
+    def _choose_parameters(self, *, random: bool) -> nn.Module:
+        """The model with what trains and what does not; adapters that start from weights get those first."""
+        if self.saves_adapter:
+            # Memory that nobody has written to takes no room yet; spreading the model lets go of it block by block.
+            filled = give_memory(self.base, torch.device("cpu"))
+            if random:
+                initialize_modules(self.base, filled, self.args.seed)
+        if needs_weights(self.args) and not self.args.adapters and not random:
+            with torch.no_grad():
+                shards = weight_shards(self.base, dist.get_rank())
+                self._told = weights.load(self.args.model, self.base, shards, Ranks())
+        tensors = (*self.base.named_parameters(), *self.base.named_buffers())
+        base = {id(tensor): name for name, tensor in tensors}
+        model = choose_parameters(self.base, self.args)
+        self._base_names = base_names(base, model) if self.saves_adapter else {}
+        return model
+
+    @torch.no_grad()
+    def _load_base(self) -> None:
+        """Fill what adapters stand beside, unless it had to be there before them."""
+        if self._told:
+            return
+        shards = [
+            replace(shard, key=self._base_names[shard.key])
+            for shard in weight_shards(self.model, dist.get_rank())
+            if shard.key in self._base_names
+        ]
+        self._told = weights.load(self.args.model, self.base, shards, Ranks())
+
+    @torch.no_grad()
+    def _saved_weights(self) -> list[LiveShard]:
+        return weight_shards(self.model, dist.get_rank(), only_trained=self.saves_adapter)
 
     @property
     def family(self) -> str:
@@ -86,7 +134,11 @@ class TransformersEngine:
     @property
     def description(self) -> str:
         how = "FSDP2" if self.is_sharded else "DDP" if self.layout.dp > 1 else "one process"
-        return f"transformers, {how}, attention: {self.attention}"
+        parameters = list(self.model.parameters())
+        trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+        share = trained / max(1, sum(parameter.numel() for parameter in parameters))
+        what = "" if share == 1 else f", {self.args.tuner_type}: {trained:,} parameters train ({share:.2%})"
+        return f"transformers, {how}, attention: {self.attention}{what}"
 
     @property
     def dp_rank(self) -> int:
@@ -131,7 +183,7 @@ class TransformersEngine:
     @torch.no_grad()
     def checkpoint_shards(self, holds: Sequence[str], *, for_loading: bool = False) -> list[LiveShard]:
         """What a checkpoint that holds 'weights' and / or 'optimizer' keeps of this rank: views, not copies."""
-        shards = weight_shards(self.model, dist.get_rank()) if "weights" in holds else []
+        shards = self._saved_weights() if "weights" in holds else []
         if "optimizer" in holds:
             shards += optimizer_shards(self.model, self.optimizer, for_loading=for_loading)
         return shards
@@ -152,13 +204,24 @@ class TransformersEngine:
             set_optimizer_step(self.optimizer, optimizer_step)
 
     def load_hf(self, model_dir: str, ranks: Ranks) -> str:
-        """Fill the model from a Hugging Face folder; returns a line that tells how. Collective."""
-        return weights.load(model_dir, self.model, weight_shards(self.model, dist.get_rank()), ranks)
+        """Fill the model from a Hugging Face folder; returns a line that tells how. Collective.
+
+        Frozen weights beside adapters are there already; adapters are filled from `--adapters`, if it is given.
+        """
+        if not self.saves_adapter:
+            return weights.load(model_dir, self.model, self._saved_weights(), ranks)
+        if self.args.adapters:
+            with torch.no_grad():
+                weights.load_adapter(self.args.adapters[0], self.model, self._saved_weights(), ranks)
+        return self._told
 
     def export_hf(self, folder: Path, max_shard_bytes: int, ranks: Ranks) -> None:
-        """Write the model in Hugging Face form. Collective."""
-        shards = weight_shards(self.model, dist.get_rank())
-        weights.export(folder, self.model, shards, self.args.model, max_shard_bytes, self.dtype, ranks)
+        """Write the model in Hugging Face form, or its adapters in PEFT's. Collective."""
+        shards = self._saved_weights()
+        if self.saves_adapter:
+            weights.export_adapter(folder, self.model, shards, ranks)
+        else:
+            weights.export(folder, self.model, shards, self.args.model, max_shard_bytes, self.dtype, ranks)
 
     def initialize(self) -> None:
         """Nothing to do: with `random`, weights were drawn block by block as the model was spread."""
@@ -167,12 +230,15 @@ class TransformersEngine:
         """FLOPs of forward and backward pass over `tokens` tokens.
 
         By the model's shape where its family is known; else 6 a parameter that is multiplied with and token, and
-        12 * layers * hidden size for each pair of positions (arXiv:2204.02311, appendix B).
+        12 * layers * hidden size for each pair of positions (arXiv:2204.02311, appendix B). Beside adapters a
+        third less: frozen weights have no gradients.
         """
+        share = 2 / 3 if self.saves_adapter else 1.0
         if self._shape is not None:
-            return training_flops_of_sums(self._shape, tokens, squares)
+            return share * training_flops_of_sums(self._shape, tokens, squares)
         hf = self.plan.hf.get_text_config()
-        return 6.0 * self._multiplied * tokens + 12.0 * hf.num_hidden_layers * hf.hidden_size * squares
+        pairs = 12.0 * hf.num_hidden_layers * hf.hidden_size * squares
+        return share * (6.0 * self._multiplied * tokens + pairs)
 
     @cached_property
     def _shape(self) -> ModelShape | None:
@@ -184,8 +250,8 @@ class TransformersEngine:
     @cached_property
     def _multiplied(self) -> int:
         """Parameters less the table that tokens look themselves up in; a tied one is the output layer too."""
-        total = sum(parameter.numel() for parameter in self.model.parameters())
-        table, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        total = sum(parameter.numel() for parameter in self.base.parameters())
+        table, head = self.base.get_input_embeddings(), self.base.get_output_embeddings()
         is_tied = head is not None and head.weight is table.weight
         return total if is_tied else total - table.weight.numel()
 

@@ -77,8 +77,9 @@ class Forward:
             extra = {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges}
             extra |= {"max_length_q": batch.max_seqlen, "max_length_k": batch.max_seqlen}
             return Rows(batch.input_ids, batch.position_ids, learnt, learnt, extra)
-        count, total = len(batch.cu_seqlens) - 1, batch.input_ids.numel()
-        if self._masks_follow_positions and count * batch.max_seqlen > _WORTH_UNPACKING * total:
+        count, total = _samples(batch), batch.input_ids.numel()
+        longest = int(batch.cu_seqlens[: count + 1].diff().max())
+        if self._masks_follow_positions and count * longest > _WORTH_UNPACKING * total:
             return Rows(batch.input_ids, batch.position_ids, learnt, learnt, {})
         return unpacked(batch, learnt)
 
@@ -129,7 +130,7 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
 
 def unpacked(batch: Batch, learnt: Tensor) -> Rows:
     """The samples of a row `[1, s]` as rows of their own, `[n, longest]`, padded with token 0 on the right."""
-    edges = batch.cu_seqlens.long()
+    edges = batch.cu_seqlens[: _samples(batch) + 1].long()
     starts, lengths = edges[:-1], edges.diff()
     count, longest = len(lengths), int(lengths.max())
     offsets = torch.arange(longest).expand(count, longest)
@@ -137,6 +138,11 @@ def unpacked(batch: Batch, learnt: Tensor) -> Rows:
     input_ids = batch.input_ids[0][sources].masked_fill(offsets >= lengths[:, None], 0)
     sample = torch.searchsorted(edges, learnt, right=True) - 1
     return Rows(input_ids, offsets, sample * longest + learnt - starts[sample], learnt, {})
+
+
+def _samples(batch: Batch) -> int:
+    """Segments of a row that are samples; padding at its end is one more, and needs no forward pass."""
+    return max(1, batch.num_samples)
 
 
 def _causal_lm(model: nn.Module) -> Any:

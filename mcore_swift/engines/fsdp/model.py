@@ -131,9 +131,9 @@ def make_real(model: nn.Module, spread: Spread, *, seed: int | None = None) -> n
     made: dict[nn.Parameter, nn.Parameter] = {}
     units = [*reversed(blocks_of(model)), model]
     for number, unit in enumerate(units):
-        _give_memory(unit, device, made)
+        filled = give_memory(unit, device, made)
         if seed is not None:
-            _initialize(model, unit, seed + number, skip=units[:number])
+            initialize_modules(model, filled, seed + number)
         if not spread.is_trivial:
             _shard(unit, spread, is_root=unit is model)
     for module in fsdp_modules(model):
@@ -158,24 +158,38 @@ def reshard(model: nn.Module) -> None:
         module.reshard()
 
 
-def _give_memory(unit: nn.Module, device: torch.device, made: dict[nn.Parameter, nn.Parameter]) -> None:
+def give_memory(
+    unit: nn.Module, device: torch.device, made: dict[nn.Parameter, nn.Parameter] | None = None
+) -> list[nn.Module]:
+    """Put the parameters of `unit` on the device; those without memory get some, whatever is in it.
+
+    made: what was moved before, so that tied modules get one and the same. Returns the modules that got memory.
+    """
+    made, filled = {} if made is None else made, []
     for module in unit.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.is_meta:
+        own = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
+        if any(parameter.is_meta for parameter in own.values()):
+            filled.append(module)
+        for name, parameter in own.items():
+            if parameter.device != device:
                 if parameter not in made:
-                    empty = torch.empty_like(parameter, device=device)
-                    made[parameter] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-                module._parameters[name] = made[parameter]  # tied modules get one and the same
+                    data = (
+                        torch.empty_like(parameter, device=device)
+                        if parameter.is_meta
+                        else parameter.to(device)
+                    )
+                    made[parameter] = nn.Parameter(data.detach(), requires_grad=parameter.requires_grad)
+                module._parameters[name] = made[parameter]
+    return filled
 
 
 @torch.no_grad()
-def _initialize(model: Any, unit: nn.Module, seed: int, *, skip: list[nn.Module]) -> None:
-    done = {module for block in skip for module in block.modules()}
+def initialize_modules(model: Any, modules: list[nn.Module], seed: int) -> None:
+    """Draw random values for the parameters of these modules, as transformers initializes the model."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for module in unit.modules():
-            if module not in done:
-                model._init_weights(module)
+        for module in modules:
+            model._init_weights(module)
 
 
 def _shard(unit: nn.Module, spread: Spread, *, is_root: bool) -> None:

@@ -1,6 +1,6 @@
 """The optimizer of a transformers model: groups by weight decay, the norm of sharded gradients."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,16 +11,21 @@ from torch.distributed.tensor import DTensor
 from mcore_swift.accelerator import get_accelerator
 
 
-def build_optimizer(model: nn.Module, args: Any) -> torch.optim.Optimizer:
-    """AdamW or SGD over the parameters that train; norms and biases are not decayed."""
-    decayed, others = [], []
+def build_optimizer(
+    model: nn.Module, args: Any, lr_factors: Mapping[str, float] | None = None
+) -> torch.optim.Optimizer:
+    """AdamW or SGD over the parameters that train; norms and biases are not decayed.
+
+    lr_factors: parameters whose learning rate is a multiple of that of the others.
+    """
+    members: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (decayed if parameter.dim() > 1 and not name.endswith("bias") else others).append(parameter)
+            decay = 1.0 if parameter.dim() > 1 and not name.endswith("bias") else 0.0
+            members.setdefault((decay, (lr_factors or {}).get(name, 1.0)), []).append(parameter)
     groups = [
-        {"params": parameters, "weight_decay": args.weight_decay * factor, "wd_mult": factor}
-        for parameters, factor in ((decayed, 1.0), (others, 0.0))
-        if parameters
+        {"params": parameters, "weight_decay": args.weight_decay * decay, "wd_mult": decay, "lr_mult": lr}
+        for (decay, lr), parameters in members.items()
     ]
     if args.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=args.lr, momentum=args.sgd_momentum)
@@ -31,7 +36,7 @@ def build_optimizer(model: nn.Module, args: Any) -> torch.optim.Optimizer:
 def set_hyperparameters(optimizer: torch.optim.Optimizer, *, lr: float, weight_decay: float) -> None:
     """Set this step's learning rate and weight decay in every group, by the group's own factors."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_mult", 1.0)
+        group["lr"] = lr * group["lr_mult"]
         group["weight_decay"] = weight_decay * group["wd_mult"]
 
 

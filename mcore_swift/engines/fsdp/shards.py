@@ -20,7 +20,7 @@ STATE_NAMES = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
 def weight_shards(model: nn.Module, rank: int, *, only_trained: bool = False) -> list[LiveShard]:
-    """Parameters (tied ones once) and buffers that belong to the checkpoint."""
+    """Parameters (tied ones once) and buffers that belong to the checkpoint, or only what is trained."""
     shards = [
         shard
         for name, parameter in model.named_parameters()

@@ -23,6 +23,7 @@ from mcore_swift.accelerator import get_accelerator
 from mcore_swift.errors import UserError
 from mcore_swift.models.rules import RuleTable, Same, Shape, as_slices
 from mcore_swift.models.shards import LiveShard
+from mcore_swift.tuners.transformers_adapters import adapter_tensors, save_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -141,6 +142,34 @@ def export(
             with disk_errors(folder):
                 model.save_pretrained(folder, state_dict=whole, max_shard_size=max_shard_bytes)
     except Exception as raised:
+        error = raised
+    ranks.agree(error)
+
+
+def export_adapter(folder: Path, model: Any, shards: Sequence[LiveShard], ranks: Ranks) -> None:
+    """Write the trained parameters as a PEFT folder. Collective."""
+    shapes: dict[str, Shape] = {}
+    for held in ranks.gather({shard.key: shard.global_shape for shard in shards}):
+        shapes |= held
+    whole = _gather(shards, sorted(shapes), shapes, torch.float32, ranks)
+    error = None
+    try:
+        if ranks.is_first:
+            save_adapter(model, folder, whole)
+    except Exception as raised:
+        error = raised
+    ranks.agree(error)
+
+
+def load_adapter(folder: str, model: Any, shards: Sequence[LiveShard], ranks: Ranks) -> None:
+    """Fill the trained parameters from a PEFT folder. Collective."""
+    shapes = {shard.key: shard.global_shape for shard in shards}
+    error = None
+    try:
+        tensors = adapter_tensors(folder, model, shapes)
+        for shard in shards:
+            shard.data.copy_(tensors[shard.key][as_slices(shard.region)])
+    except UserError as raised:
         error = raised
     ranks.agree(error)
 

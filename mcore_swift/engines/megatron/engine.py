@@ -56,6 +56,7 @@ class MegatronEngine:
     """
 
     name = "megatron"
+    saves_adapter = False
 
     def __init__(
         self, plan: ModelPlan, layout: Layout, args: Any, dtype: torch.dtype, *, train: bool = True

@@ -1,0 +1,237 @@
+"""peft's tuners on a transformers model, and adapters as PEFT files."""
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from converters.pending import disk_errors
+from mcore_swift.errors import UserError
+
+ADAPTER = "default"
+WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+
+
+def needs_weights(args: Any) -> bool:
+    """Whether adapters start from the values of the weights beside them, which must then be there first."""
+    return args.tuner_type == "lora" and (args.use_dora or args.init_weights not in ("true", "gaussian"))
+
+
+def choose_parameters(model: nn.Module, args: Any) -> nn.Module:
+    """Freeze what the arguments freeze, or put adapters into the model; returns the model to train.
+
+    For adapters the model must have memory (peft puts them where its weights are); they have the same random values
+    on every rank, by `args.seed`.
+    Raises UserError, with the nearest names, if a target is no part of the model.
+    """
+    if args.tuner_type == "full":
+        _freeze(model, args)
+        return model
+    config = read_adapter_config(args.adapters[0]) if args.adapters else adapter_config(args)
+    from peft import get_peft_model
+
+    model.requires_grad_(False)
+    with torch.random.fork_rng():
+        torch.manual_seed(args.seed)
+        try:
+            model = get_peft_model(model, config, adapter_name=ADAPTER)
+        except ValueError as error:
+            raise UserError(
+                f"--target_modules {' '.join(args.target_modules)}: {str(error).splitlines()[0]}",
+                _nearest_modules(model, args.target_modules),
+            ) from None
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.requires_grad and parameter.dtype is not torch.float32:
+                module._parameters[name] = nn.Parameter(parameter.float())
+    return model
+
+
+def adapter_config(args: Any) -> Any:
+    """peft's config of the adapters that the arguments describe."""
+    import peft
+
+    targets: Any = args.target_regex or args.target_modules
+    if targets == ["all-linear"]:
+        targets = "all-linear"
+    common = {
+        "task_type": "CAUSAL_LM",
+        "target_modules": targets,
+        "modules_to_save": args.modules_to_save or None,
+        "base_model_name_or_path": args.model,
+    }
+    scaled = {"r": args.lora_rank, "alpha": args.lora_alpha, "module_dropout": args.lora_dropout}
+    if args.tuner_type == "lora":
+        return peft.LoraConfig(
+            **common,
+            r=args.lora_rank,
+            lora_alpha=args.lora_alpha,
+            lora_dropout=args.lora_dropout,
+            bias=args.lora_bias,
+            use_dora=args.use_dora,
+            use_rslora=args.use_rslora,
+            target_parameters=args.target_parameters or None,
+            init_lora_weights=True if args.init_weights == "true" else args.init_weights,
+        )
+    if args.tuner_type == "loha":
+        return peft.LoHaConfig(**common, **scaled)
+    if args.tuner_type == "lokr":
+        return peft.LoKrConfig(**common, **scaled)
+    if args.tuner_type == "oft":
+        return peft.OFTConfig(**common, oft_block_size=args.oft_block_size, module_dropout=args.lora_dropout)
+    if args.tuner_type == "boft":
+        by_number = args.boft_block_num > 0
+        return peft.BOFTConfig(
+            **common,
+            boft_block_size=0 if by_number else args.boft_block_size,
+            boft_block_num=args.boft_block_num,
+            boft_n_butterfly_factor=args.boft_n_butterfly_factor,
+            boft_dropout=args.boft_dropout,
+        )
+    if args.tuner_type == "vera":
+        return peft.VeraConfig(
+            **common,
+            r=args.vera_rank,
+            projection_prng_key=args.vera_projection_prng_key,
+            vera_dropout=args.vera_dropout,
+            d_initial=args.vera_d_initial,
+        )
+    return peft.IA3Config(**common, feedforward_modules=[])
+
+
+def read_adapter_config(folder: str) -> Any:
+    """adapter_config.json of a PEFT folder. Raises UserError if it is none."""
+    from peft import PeftConfig
+
+    if not (Path(folder) / CONFIG_FILE).is_file():
+        raise UserError(f"{folder} holds no {CONFIG_FILE}", "give the folder of a PEFT adapter")
+    try:
+        config = PeftConfig.from_pretrained(folder)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{folder}/{CONFIG_FILE}: {str(error).splitlines()[0]}", "copy the file again"
+        ) from None
+    config.inference_mode = False
+    return config
+
+
+def names_in_file(model: Any, names: list[str]) -> dict[str, str]:
+    """Parameter of the model -> its name in adapter_model.safetensors."""
+    from peft import get_peft_model_state_dict
+
+    tensors = {name: torch.empty(1, device="meta") for name in names}
+    by_tensor = {id(tensor): name for name, tensor in tensors.items()}
+    written = get_peft_model_state_dict(
+        model, state_dict=tensors, adapter_name=ADAPTER, save_embedding_layers=False
+    )
+    return {by_tensor[id(tensor)]: key for key, tensor in written.items() if id(tensor) in by_tensor}
+
+
+def save_adapter(model: Any, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a PEFT adapter folder. tensors: every trained parameter, whole, by its name in the model."""
+    from safetensors.torch import save_file
+
+    names = names_in_file(model, list(tensors))
+    with disk_errors(folder):
+        save_file(
+            {names[name]: tensor.contiguous() for name, tensor in tensors.items() if name in names},
+            folder / WEIGHTS_FILE,
+            metadata={"format": "pt"},
+        )
+        config = model.peft_config[ADAPTER]
+        training, config.inference_mode = config.inference_mode, True
+        config.save_pretrained(str(folder))
+        config.inference_mode = training
+
+
+def adapter_tensors(folder: str, model: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Every trained parameter as a PEFT folder holds it, by its name in the model. shapes: what they must have.
+
+    Raises UserError if one is missing or of another shape.
+    """
+    from safetensors.torch import load_file
+
+    path = Path(folder) / WEIGHTS_FILE
+    if not path.is_file():
+        raise UserError(f"{folder} holds no {WEIGHTS_FILE}", "give the folder of a PEFT adapter")
+    stored, found = load_file(path), {}
+    for name, key in names_in_file(model, list(shapes)).items():
+        if key not in stored:
+            raise UserError(f"{path} does not hold {key}", "is it an adapter of another model or kind?")
+        if tuple(stored[key].shape) != tuple(shapes[name]):
+            raise UserError(
+                f"{path}: {key} is {list(stored[key].shape)}, the model needs {list(shapes[name])}",
+                "is it an adapter of another model?",
+            )
+        found[name] = stored[key]
+    return found
+
+
+def base_names(base: Mapping[int, str], model: nn.Module) -> dict[str, str]:
+    """Tensor of a model with adapters -> its name in the model without. base: id of each of those tensors -> name.
+
+    Copies that peft makes of modules that train whole begin as what they are copies of.
+    """
+    names = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if id(tensor) in base:
+            names[name] = base[id(tensor)]
+        elif f".modules_to_save.{ADAPTER}." in name:
+            plain = name.replace(f".modules_to_save.{ADAPTER}.", ".")
+            names[name] = plain.removeprefix("base_model.model.")
+    return names
+
+
+def learning_rate_factors(model: nn.Module, args: Any) -> dict[str, float]:
+    """LoRA+ (arXiv:2402.12354): parameters whose learning rate is a multiple of that of the others."""
+    if args.tuner_type != "lora" or not args.lorap_lr_ratio:
+        return {}
+    named = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return {name: args.lorap_lr_ratio for name in named if "lora_B" in name or "lora_embedding_B" in name}
+
+
+def _freeze(model: nn.Module, args: Any) -> None:
+    parameters = dict(model.named_parameters())
+    stays = set(_named(parameters, args.freeze_parameters, "freeze_parameters"))
+    stays |= set(_matching(parameters, args.freeze_parameters_regex))
+    budget = args.freeze_parameters_ratio * sum(parameter.numel() for parameter in parameters.values())
+    for name, parameter in parameters.items():
+        budget -= parameter.numel()
+        if budget < 0:
+            break
+        stays.add(name)
+    stays -= set(_named(parameters, args.trainable_parameters, "trainable_parameters"))
+    stays -= set(_matching(parameters, args.trainable_parameters_regex))
+    if len(stays) == len(parameters):
+        raise UserError("every parameter is frozen: nothing trains", "name some in --trainable_parameters")
+    for name in stays:
+        parameters[name].requires_grad_(False)
+
+
+def _named(parameters: Mapping[str, Any], starts: list[str], flag: str) -> Iterator[str]:
+    for start in starts:
+        found = [name for name in parameters if name.startswith(start)]
+        if not found:
+            near = difflib.get_close_matches(start, parameters, n=3, cutoff=0.3)
+            raise UserError(
+                f"--{flag} {start}: no parameter begins so", f"the nearest are: {', '.join(near)}"
+            )
+        yield from found
+
+
+def _matching(parameters: Mapping[str, Any], pattern: str | None) -> list[str]:
+    return [name for name in parameters if re.search(pattern, name)] if pattern else []
+
+
+def _nearest_modules(model: nn.Module, targets: list[str]) -> str:
+    names = sorted(
+        {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    )
+    near = [n for target in targets for n in difflib.get_close_matches(target, names, n=2, cutoff=0.3)]
+    return (
+        f"the nearest are: {', '.join(dict.fromkeys(near))}" if near else f"choose from: {', '.join(names)}"
+    )

@@ -1,0 +1,117 @@
+"""The engine for transformers' models gives the Megatron engine's numbers, spread in any way, for any architecture."""
+
+import json
+from pathlib import Path
+
+import pytest
+import transformers_plan
+from jobs import run_job
+from tiny import curve, eval_losses, make_tiny
+from transformers_plan import SAVED, STEPS
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Output folder of a run by its name; asking for a run that failed fails the test."""
+    from arithmetic_demo import make_tokenizer
+
+    folder = tmp_path_factory.mktemp("transformers")
+    tiny = make_tiny(folder)
+    transformers_plan.make_models(folder / "models", make_tokenizer())
+    results: dict[str, str] = {}
+    for world_size in transformers_plan.WORLD_SIZES:
+        job = folder / f"job-{world_size}"
+        job.mkdir()
+        (job / "plan.json").write_text(json.dumps(transformers_plan.plan(world_size, tiny, folder)))
+        results |= run_job(Path(__file__).with_name("transformers_job.py"), world_size, job)
+
+    def run(name: str) -> Path:
+        assert results[name] == "", f"{name}: {results[name]}"
+        return folder / name
+
+    return run
+
+
+def assert_same_curve(one: Path, other: Path, *, steps: list[int], rel: float = 1e-5) -> None:
+    # fp32 sums in another order, grown over the steps of Adam
+    expected, found = curve(one), curve(other)
+    assert sorted(found) == steps
+    for step in steps:
+        assert found[step][0] == pytest.approx(expected[step][0], rel=rel), step
+        assert found[step][1] == pytest.approx(expected[step][1], rel=10 * rel), step
+
+
+ALL = list(range(1, STEPS + 1))
+REST = list(range(SAVED + 1, STEPS + 1))
+
+
+@pytest.mark.parametrize("name", ["one", "fsdp2", "ddp2"])
+def test_the_curve_is_that_of_the_megatron_engine(runs, name):
+    """One objective, two models of the same weights: losses and gradient norms of every step agree."""
+    assert_same_curve(runs("megatron"), runs(name), steps=ALL)
+
+
+@pytest.mark.parametrize("name", ["fsdp2-again", "ddp2-to-fsdp2", "fsdp2-to-one"])
+def test_a_run_goes_on_under_any_number_of_processes(runs, name):
+    assert_same_curve(runs("one"), runs(name), steps=REST)
+
+
+def test_evaluation_does_not_depend_on_the_processes(runs):
+    one, two = eval_losses(runs("one")), eval_losses(runs("fsdp2"))
+    assert one.keys() == two.keys() == {SAVED, STEPS}
+    assert [two[step] for step in one] == pytest.approx(list(one.values()), rel=1e-5)
+
+
+def test_a_run_goes_on_on_megatron_and_back_by_the_exported_weights(runs):
+    """Both have taken the first steps; the first loss after them is that of the weights, before Adam has a say."""
+    expected = curve(runs("one"))[1], curve(runs("fsdp2-to-megatron"))[1], curve(runs("megatron-to-one"))[1]
+    start, to_megatron, back = (loss for loss, _ in expected)
+    assert to_megatron == pytest.approx(back, rel=1e-5)
+    assert to_megatron < 0.95 * start, "three steps have taught something"
+
+
+def test_bf16_is_near_fp32_and_the_same_however_it_is_spread(runs):
+    exact, sharded, whole = (curve(runs(name)) for name in ("one", "fsdp2-bf16", "ddp2-bf16"))
+    for step in ALL:
+        assert sharded[step][0] == pytest.approx(whole[step][0], rel=1e-4), "sums in another order"
+        assert sharded[step][0] == pytest.approx(exact[step][0], rel=1e-2), "8 bits of mantissa"
+        assert sharded[step][0] != exact[step][0]
+
+
+def test_random_weights_are_the_same_under_every_spread(runs):
+    assert_same_curve(runs("random"), runs("random-fsdp2"), steps=[1])
+
+
+@pytest.mark.parametrize(
+    "packed,padded",
+    [
+        ("eight-packed", "eight-padded"),
+        ("eight-eager", "eight-padded"),
+        ("opt-packed", "opt-padded"),
+        ("gpt2-packed-fsdp2", "gpt2-padded"),
+    ],
+)
+def test_samples_have_one_loss_however_they_are_laid_out(runs, packed, padded):
+    """Also in architectures that the Megatron engine does not have, and whose masks know nothing of packing."""
+    assert_same_curve(runs(padded), runs(packed), steps=[1])
+
+
+def test_weights_that_transformers_joins_are_loaded_and_saved_in_their_own_form(runs):
+    """Experts are one tensor a layer in the model, and one each in the files."""
+    from safetensors.torch import load_file
+
+    folder = runs("moe-still")
+    source = load_file(folder.parent / "models" / "moe" / "model.safetensors")
+    saved = load_file(folder / "checkpoint-1" / "model.safetensors")
+    assert source.keys() == saved.keys()
+    assert any("experts.3.gate_proj" in name for name in saved)
+    assert [name for name in source if not source[name].equal(saved[name])] == [], "learning rate 0"
+
+
+def test_an_export_is_a_model_of_transformers(runs):
+    from transformers import AutoModelForCausalLM
+
+    folder = runs("gpt2-padded") / "checkpoint-1"
+    model, told = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert type(model).__name__ == "GPT2LMHeadModel"
+    assert not told["missing_keys"] and not told["unexpected_keys"]

@@ -1,0 +1,61 @@
+"""One process of a job that trains several `swift sft` command lines one after the other.
+
+python transformers_job.py <folder>: reads `<folder>/plan.json`, a list of {"name", "do", "argv"}.
+"""
+
+import json
+import sys
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from jobs import run_cases
+
+from converters.ranks import Ranks
+from mcore_swift.accelerator import get_accelerator
+from mcore_swift.cli.backend import loop_arguments
+from mcore_swift.config import MegatronSftArguments, SwiftSftArguments, parse
+from mcore_swift.engines.fsdp import processes
+from mcore_swift.plan.layout import Layout
+from mcore_swift.training.loop import train
+from mcore_swift.training.main import build_run
+
+
+def on_transformers(argv: list[str]) -> None:
+    args = loop_arguments(parse(SwiftSftArguments, argv, notify=lambda notice: None))
+    processes.seed_everything(args.seed + dist.get_rank())
+    train(build_run(args, Layout.from_args(args, dist.get_world_size()), Ranks()))
+    if "megatron" not in DONE:
+        assert not any(name.startswith("megatron.core") for name in sys.modules), "it is not needed"
+
+
+def on_megatron(argv: list[str]) -> None:
+    get_accelerator().install()
+    from megatron.core import parallel_state
+
+    from mcore_swift.engines.megatron import process_groups
+
+    DONE.add("megatron")
+    args = parse(MegatronSftArguments, argv, notify=lambda notice: None)
+    layout = Layout.from_args(args, dist.get_world_size())
+    parallel_state.destroy_model_parallel()
+    process_groups.start(layout, seed=args.seed)
+    train(build_run(args, layout, Ranks()))
+
+
+DONE: set[str] = set()
+DOES = {"swift": on_transformers, "megatron": on_megatron}
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    plan = json.loads((folder / "plan.json").read_text())
+    run_cases({case["name"]: partial(DOES[case["do"]], case["argv"]) for case in plan}, folder)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

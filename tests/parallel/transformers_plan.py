@@ -1,0 +1,134 @@
+"""The runs on transformers' models that test_transformers_engine.py looks at: one job of two processes, one of one.
+
+The second job ends with runs of the Megatron engine on the same rows, which the first ones are compared with.
+"""
+
+from pathlib import Path
+
+from tiny import Tiny
+
+STEPS, SAVED = 6, 3
+WORLD_SIZES = (2, 1)  # in this order
+
+COMMON = {
+    "model": "{model}",
+    "dataset": "{train}",
+    "train_type": "full",
+    "max_length": 192,
+    "packing": "true",
+    "global_batch": 4,
+    "max_steps": STEPS,
+    "save_steps": SAVED,
+    "learning_rate": 2e-3,
+    "logging_steps": 1,
+    "add_version": "false",
+    "report_to": "none",
+    "save_safetensors": "false",
+    "gradient_checkpointing": "false",
+    "backend": "fsdp",
+}
+DDP = {"backend": "ddp"}
+BF16 = {"torch_dtype": "bfloat16"}
+ONE_STEP = {"max_steps": 1, "save_steps": 1}
+EIGHT = ONE_STEP | {"dataset": "{train}#8", "global_batch": 8, "packing": "false"}
+GPT2, OPT, MOE = ({"model": f"{{models}}/{name}"} for name in ("gpt2", "opt", "moe"))
+RANDOM = {"perform_initialization": "true", "seed": 5} | ONE_STEP
+EXPORT = {"save_safetensors": "true"}
+
+
+def resumed(run: str) -> dict[str, str]:
+    return {"resume_from_checkpoint": f"{{runs}}/{run}/checkpoint-{SAVED}"}
+
+
+SWIFT: dict[int, dict[str, dict]] = {
+    2: {
+        "fsdp2": EXPORT | {"val_dataset": "{val}"},
+        "fsdp2-again": resumed("fsdp2"),
+        "ddp2": DDP | {"gradient_checkpointing": "true"},
+        "ddp2-to-fsdp2": resumed("ddp2"),
+        "fsdp2-bf16": BF16,
+        "ddp2-bf16": BF16 | DDP,
+        "random-fsdp2": RANDOM,
+        "gpt2-packed-fsdp2": GPT2 | EIGHT | {"padding_free": "true", "per_device_train_batch_size": 4},
+        "moe-still": MOE | ONE_STEP | EXPORT | {"learning_rate": 0},
+    },
+    1: {
+        "one": {"val_dataset": "{val}"},
+        "fsdp2-to-one": resumed("fsdp2"),
+        "random": RANDOM,
+        "gpt2-padded": GPT2 | EIGHT | EXPORT,
+        "opt-packed": OPT | EIGHT | {"padding_free": "true", "per_device_train_batch_size": 8},
+        "opt-padded": OPT | EIGHT | {"per_device_train_batch_size": 2},
+        "eight-packed": EIGHT | {"packing": "true", "packing_length": 1024, "global_batch": 1},
+        "eight-eager": EIGHT
+        | {"packing": "true", "packing_length": 1024, "global_batch": 1, "attn_impl": "eager"},
+        "eight-padded": EIGHT | {"per_device_train_batch_size": 4},
+    },
+}
+MEGATRON_NAMES = {"max_steps": "train_iters", "learning_rate": "lr", "global_batch": "global_batch_size"}
+NOT_MEGATRON = ("train_type", "gradient_checkpointing", "backend")
+ON_MEGATRON = {
+    "megatron": EXPORT,
+    "fsdp2-to-megatron": {"model": f"{{runs}}/fsdp2/checkpoint-{SAVED}", "max_steps": 1},
+}
+AFTERWARDS = {"megatron-to-one": {"model": f"{{runs}}/megatron/checkpoint-{SAVED}", "max_steps": 1}}
+
+
+def plan(world_size: int, tiny: Tiny, folder: Path) -> list[dict]:
+    """What `transformers_job.py` is to do in this world size, in order."""
+    places = {
+        "model": str(tiny.model),
+        "models": str(folder / "models"),
+        "train": str(tiny.train),
+        "val": str(tiny.val),
+        "runs": str(folder),
+    }
+
+    def case(name: str, flags: dict, do: str = "swift") -> dict:
+        given = COMMON | {"output_dir": folder / name, "cache_dir": folder / "cache"} | flags
+        if do == "megatron":
+            given = {
+                MEGATRON_NAMES.get(key, key): value for key, value in given.items() if key not in NOT_MEGATRON
+            }
+        else:
+            rows = given.pop("global_batch")
+            given["gradient_accumulation_steps"] = (
+                rows // given.get("per_device_train_batch_size", 1) // world_size
+            )
+        argv = [part for key, value in given.items() for part in (f"--{key}", str(value).format(**places))]
+        return {"name": name, "do": do, "argv": argv}
+
+    cases = [case(name, flags) for name, flags in SWIFT[world_size].items()]
+    if world_size == 1:
+        cases += [case(name, flags, "megatron") for name, flags in ON_MEGATRON.items()]
+        cases += [case(name, flags) for name, flags in AFTERWARDS.items()]
+    return cases
+
+
+def make_models(folder: Path, tokenizer) -> None:
+    """Architectures that the Megatron engine does not have, or that transformers stores in another form."""
+    import torch
+    from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig, Qwen3MoeConfig
+
+    size = (len(tokenizer) + 1) | 1
+    common = {"vocab_size": size, "bos_token_id": None, "eos_token_id": 0, "dtype": "float32"}
+    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    configs = {
+        "gpt2": GPT2Config(
+            n_embd=32, n_layer=2, n_head=4, n_positions=256, initializer_range=0.1, **no_dropout, **common
+        ),
+        "opt": OPTConfig(
+            hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
+            max_position_embeddings=256, init_std=0.1, dropout=0.0, pad_token_id=1, **common,
+        ),
+        "moe": Qwen3MoeConfig(
+            hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2,
+            decoder_sparse_step=1, tie_word_embeddings=False, **common,
+        ),
+    }  # fmt: skip
+    for name, config in configs.items():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
