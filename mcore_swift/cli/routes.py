@@ -65,8 +65,10 @@ SWIFT = Program(
         "sft": _SWIFT_SFT,
         "pt": _SWIFT_PT,
         "export": Route(
-            "mcore_swift.cli.swift_export", "--to_mcore and --to_hf, the same as `megatron export`"
+            "mcore_swift.cli.swift_export",
+            "--merge_lora: adapter into model; --to_mcore, --to_hf: as `megatron export`",
         ),
+        "merge-lora": Route("mcore_swift.cli.merge_lora", "the same as `swift export --merge_lora true`"),
         "list-models": _LIST_MODELS,
         "doctor": _DOCTOR,
     },
@@ -81,7 +83,6 @@ SWIFT = Program(
         "web-ui": _not_there(
             "the training page", "write the flags into a YAML file: `megatron sft run.yaml`"
         ),
-        "merge-lora": _not_there("LoRA", "train all parameters with `megatron sft`"),
         "list-datasets": _not_there("a list of datasets", "give your files to --dataset"),
     },
 )

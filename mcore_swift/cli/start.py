@@ -71,7 +71,10 @@ def check(command: str, argv: Sequence[str]) -> None:
     args = reading.args
     world_size = launch.world_size_from_env()  # now, since the file's ENV section may have a say in it
     reading.add(folder_problems(args))
-    reading.add(preflight_swift(args) if args.PROGRAM == "swift" else preflight(args, world_size))
+    if args.PROGRAM == "megatron":
+        reading.add(preflight(args, world_size))
+    elif args.COMMAND != "export":
+        reading.add(preflight_swift(args))
     reading.add(family_problems(args))
     if getattr(args, "dataset", None):
         from ..data import check_sources
@@ -128,7 +131,7 @@ def family_problems(args: Arguments) -> list[UserError]:
     from ..models.catalog import SUPPORTED_ARCHITECTURES
     from ..plan.preflight import model_folder, read_config
 
-    if args.model_type is None:
+    if getattr(args, "model_type", None) is None or args.PROGRAM == "swift":
         return []
     families = sorted(set(SUPPORTED_ARCHITECTURES.values()))
     if args.model_type not in families:

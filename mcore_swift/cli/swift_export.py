@@ -1,21 +1,21 @@
-"""`swift export`: what of it converts between Hugging Face and megatron-core; the rest is not there yet."""
+"""`swift export`: merging adapters, and what converts between Hugging Face and megatron-core."""
 
 from collections.abc import Sequence
 
 from ..errors import UserError
-from . import export
+from . import export, merge_lora
 from .start import wants_help
 
 
 def run(argv: Sequence[str]) -> int:
-    """The command; returns its exit code. Raises UserError when neither direction is asked for."""
-    directions = ("--to_mcore", "--to_hf", "--to-mcore", "--to-hf")
-    asks = any(word.partition("=")[0] in directions for word in argv)
-    is_file = bool(argv) and not argv[0].startswith("-")
-    if asks or is_file or wants_help(argv):
+    """The command; returns its exit code. Raises UserError when nothing that is there is asked for."""
+    flags = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
+    if flags & {"merge_lora", "adapters"} or wants_help(argv):
+        return merge_lora.run(argv)
+    if flags & {"to_mcore", "to_hf"} or not argv[0].startswith("-"):
         return export.run(argv)
     raise UserError(
-        "swift export: only --to_mcore and --to_hf are supported yet; merging LoRA, quantizing and "
-        "uploading are not",
-        "see `megatron export --help`",
+        "swift export: only --merge_lora, --to_mcore and --to_hf are supported yet; quantizing and uploading "
+        "are not",
+        "see `swift export --help` and `megatron export --help`",
     )

@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 
 from ..errors import UserError
 from .arguments import CommonArguments, MegatronPretrainArguments, MegatronSftArguments
+from .base import Arguments
+from .checkpoint import HFSaveArguments
 from .data import DataArguments, PackingArguments
 from .fields import arg, flags_of, with_default
 from .model import HFModelArguments, TemplateArguments
@@ -91,5 +93,41 @@ class SwiftPretrainArguments(SwiftSftArguments):
     loss_scale: str = with_default(SwiftSftArguments, "loss_scale", "all")
 
 
+@dataclasses.dataclass(kw_only=True)
+class SwiftExportArguments(HFSaveArguments, CommonArguments):
+    """Join an adapter and the model it was trained beside."""
+
+    TITLE: ClassVar[str] = "Export"
+    PROGRAM: ClassVar[str] = "swift"
+    COMMAND: ClassVar[str] = "export"
+    REQUIRED: ClassVar[tuple[str, ...]] = ("adapters",)
+
+    adapters: list[str] = arg([], "folder of a PEFT adapter, such as checkpoint-100 of a run")
+    merge_lora: bool = arg(False, "write the model with the adapter added to its weights")
+    model: str | None = arg(None, "the base model", default_text="the one the adapter names")
+    torch_dtype: str | None = arg(
+        None,
+        "precision of the result; the sum is made in float32",
+        choices=("bfloat16", "float16", "float32"),
+        default_text="that of the base",
+    )
+    output_dir: str | None = arg(None, "folder to write", default_text="<adapter folder>-merged")
+    exist_ok: bool = arg(False, "write into --output_dir even when it holds something")
+    load_args: bool = arg(True, "take --model from the adapter's args.json where it is not given")
+
+    def fill(self) -> None:
+        if self.output_dir is None and self.adapters:
+            folder = Path(self.adapters[0])
+            self.output_dir = str(folder.with_name(folder.name + "-merged"))
+
+    def check(self) -> Iterator[UserError]:
+        if len(self.adapters) > 1:
+            yield UserError("--adapters names several: one is merged at a time", "give one folder")
+        if not self.merge_lora:
+            yield UserError("what to do with --adapters is not said", "add --merge_lora true")
+
+
 _MEGATRON = {"sft": MegatronSftArguments, "pt": MegatronPretrainArguments}
-SWIFT_COMMANDS = {cls.COMMAND: cls for cls in (SwiftSftArguments, SwiftPretrainArguments)}
+SWIFT_COMMANDS: dict[str, type[Arguments]] = {
+    cls.COMMAND: cls for cls in (SwiftSftArguments, SwiftPretrainArguments, SwiftExportArguments)
+}

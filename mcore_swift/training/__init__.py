@@ -4,7 +4,13 @@ from typing import Any
 
 
 def train_main(args: Any) -> int:
-    """Train as the arguments say; called in every process of the run. Returns the exit code.
+    """Train as the arguments say; called in every process of the run. Returns the exit code."""
+    run_training(args)
+    return 0
+
+
+def run_training(args: Any) -> Any:
+    """Train as the arguments say; called in every process of the run. Returns the `Run` that has ended.
 
     The device is made ready before megatron-core is imported: without CUDA that spares the import of a compiler,
     which takes seconds and compiles nothing there. Runs on transformers' model do without megatron-core.
@@ -15,6 +21,6 @@ def train_main(args: Any) -> int:
         get_accelerator().install()
     else:
         get_accelerator().prepare()
-    from mcore_swift.training.main import train_main
+    from mcore_swift.training.main import run_training
 
-    return train_main(args)
+    return run_training(args)

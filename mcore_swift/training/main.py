@@ -33,8 +33,8 @@ from mcore_swift.training.state import TrainState
 logger = logging.getLogger(__name__)
 
 
-def train_main(args: Any) -> int:
-    """Train as the arguments say. Called in every process of the run; returns the exit code."""
+def run_training(args: Any) -> Run:
+    """Train as the arguments say. Called in every process of the run; returns the run that has ended."""
     configure_logging()
     layout = Layout.from_args(args, int(os.environ.get("WORLD_SIZE", "1")))
     backend = backend_of(args)
@@ -46,7 +46,7 @@ def train_main(args: Any) -> int:
         _say_what_ended(run, state)
     finally:
         backend.stop()
-    return 0
+    return run
 
 
 def backend_of(args: Any) -> Backend:

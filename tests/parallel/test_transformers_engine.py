@@ -108,6 +108,43 @@ def test_weights_that_transformers_joins_are_loaded_and_saved_in_their_own_form(
     assert [name for name in source if not source[name].equal(saved[name])] == [], "learning rate 0"
 
 
+def test_lora_trains_alike_and_goes_on_under_any_number_of_processes(runs):
+    assert_same_curve(runs("lora"), runs("lora-fsdp2"), steps=ALL)
+    assert_same_curve(runs("lora"), runs("lora-fsdp2-to-one"), steps=REST)
+    losses = [loss for loss, _ in curve(runs("lora")).values()]
+    assert losses[0] == pytest.approx(curve(runs("one"))[1][0], rel=1e-6), "adapters begin as nothing"
+    assert losses[-1] < 0.95 * losses[0]
+
+
+def test_dora_in_bf16_is_the_same_however_it_is_spread(runs):
+    whole, sharded = curve(runs("dora-ddp2")), curve(runs("dora-fsdp2"))
+    assert sorted(whole) == [1, 2]
+    for step in whole:
+        assert sharded[step][0] == pytest.approx(whole[step][0], rel=1e-4)
+
+
+def test_an_adapter_goes_on_and_merged_by_peft_it_is_the_same_model(runs):
+    """`merged` read the files with peft's own loader, so they are PEFT files with these values."""
+    beside, inside = curve(runs("lora-still"))[1], curve(runs("merged-still"))[1]
+    assert inside[0] == pytest.approx(beside[0], rel=1e-6)
+    assert beside[0] < 0.95 * curve(runs("one"))[1][0], "six steps have taught something"
+    folder = runs("lora") / f"checkpoint-{STEPS}"
+    assert {"adapter_config.json", "adapter_model.safetensors", "args.json"} <= {
+        p.name for p in folder.iterdir()
+    }
+    assert not (folder / "config.json").exists(), "it is no model"
+
+
+@pytest.mark.parametrize("kind", transformers_plan.KINDS)
+def test_every_kind_of_adapter_begins_as_nothing_and_learns(runs, kind):
+    losses, one = curve(runs(kind)), curve(runs("one"))
+    # pissa takes its start out of the weights, by a decomposition in fp32
+    assert losses[1][0] == pytest.approx(one[1][0], rel=1e-5)
+    assert losses[1][1] > 0 and losses[3][0] != pytest.approx(one[3][0], rel=1e-4), (
+        "not the full model's path"
+    )
+
+
 def test_an_export_is_a_model_of_transformers(runs):
     from transformers import AutoModelForCausalLM
 

@@ -45,8 +45,14 @@ def on_megatron(argv: list[str]) -> None:
     train(build_run(args, layout, Ranks()))
 
 
+def merge_lora(argv: list[str]) -> None:
+    from mcore_swift.cli.merge_lora import merge
+
+    merge(argv)
+
+
 DONE: set[str] = set()
-DOES = {"swift": on_transformers, "megatron": on_megatron}
+DOES = {"swift": on_transformers, "megatron": on_megatron, "merge": merge_lora}
 
 
 def main(folder: Path) -> None:

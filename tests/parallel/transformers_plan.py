@@ -34,6 +34,17 @@ EIGHT = ONE_STEP | {"dataset": "{train}#8", "global_batch": 8, "packing": "false
 GPT2, OPT, MOE = ({"model": f"{{models}}/{name}"} for name in ("gpt2", "opt", "moe"))
 RANDOM = {"perform_initialization": "true", "seed": 5} | ONE_STEP
 EXPORT = {"save_safetensors": "true"}
+LORA = {"train_type": "lora", "lora_dropout": 0}
+STILL = {"learning_rate": 0} | ONE_STEP
+KINDS: dict[str, dict] = {
+    "pissa": {"init_weights": "pissa"},
+    "lora-plus": {"lorap_lr_ratio": 16, "modules_to_save": "lm_head", "use_rslora": "true"},
+    **{kind: {"train_type": kind} for kind in ("loha", "lokr", "ia3")},
+    "oft": {"train_type": "oft", "oft_block_size": 8},
+    "boft": {"train_type": "boft"},
+    "vera": {"train_type": "vera", "vera_rank": 4},
+}
+"""Adapters that all begin by changing nothing."""
 
 
 def resumed(run: str) -> dict[str, str]:
@@ -50,7 +61,10 @@ SWIFT: dict[int, dict[str, dict]] = {
         "ddp2-bf16": BF16 | DDP,
         "random-fsdp2": RANDOM,
         "gpt2-packed-fsdp2": GPT2 | EIGHT | {"padding_free": "true", "per_device_train_batch_size": 4},
-        "moe-still": MOE | ONE_STEP | EXPORT | {"learning_rate": 0},
+        "moe-still": MOE | EXPORT | STILL,
+        "lora-fsdp2": LORA | EXPORT,
+        "dora-ddp2": LORA | BF16 | DDP | {"use_dora": "true", "max_steps": 2},
+        "dora-fsdp2": LORA | BF16 | {"use_dora": "true", "max_steps": 2},
     },
     1: {
         "one": {"val_dataset": "{val}"},
@@ -63,6 +77,10 @@ SWIFT: dict[int, dict[str, dict]] = {
         "eight-eager": EIGHT
         | {"packing": "true", "packing_length": 1024, "global_batch": 1, "attn_impl": "eager"},
         "eight-padded": EIGHT | {"per_device_train_batch_size": 4},
+        "lora": LORA | EXPORT,
+        "lora-fsdp2-to-one": LORA | resumed("lora-fsdp2"),
+        "lora-still": LORA | STILL | {"adapters": f"{{runs}}/lora/checkpoint-{STEPS}"},
+        **{name: LORA | flags | {"max_steps": 3} for name, flags in KINDS.items()},
     },
 }
 MEGATRON_NAMES = {"max_steps": "train_iters", "learning_rate": "lr", "global_batch": "global_batch_size"}
@@ -71,7 +89,11 @@ ON_MEGATRON = {
     "megatron": EXPORT,
     "fsdp2-to-megatron": {"model": f"{{runs}}/fsdp2/checkpoint-{SAVED}", "max_steps": 1},
 }
-AFTERWARDS = {"megatron-to-one": {"model": f"{{runs}}/megatron/checkpoint-{SAVED}", "max_steps": 1}}
+MERGED = {"merged": {"adapters": f"{{runs}}/lora/checkpoint-{STEPS}", "merge_lora": "true"}}
+AFTERWARDS = {
+    "merged-still": STILL | {"model": "{runs}/merged"},
+    "megatron-to-one": {"model": f"{{runs}}/megatron/checkpoint-{SAVED}", "max_steps": 1},
+}
 
 
 def plan(world_size: int, tiny: Tiny, folder: Path) -> list[dict]:
@@ -86,7 +108,9 @@ def plan(world_size: int, tiny: Tiny, folder: Path) -> list[dict]:
 
     def case(name: str, flags: dict, do: str = "swift") -> dict:
         given = COMMON | {"output_dir": folder / name, "cache_dir": folder / "cache"} | flags
-        if do == "megatron":
+        if do == "merge":
+            given = {"output_dir": folder / name} | flags
+        elif do == "megatron":
             given = {
                 MEGATRON_NAMES.get(key, key): value for key, value in given.items() if key not in NOT_MEGATRON
             }
@@ -101,6 +125,7 @@ def plan(world_size: int, tiny: Tiny, folder: Path) -> list[dict]:
     cases = [case(name, flags) for name, flags in SWIFT[world_size].items()]
     if world_size == 1:
         cases += [case(name, flags, "megatron") for name, flags in ON_MEGATRON.items()]
+        cases += [case(name, flags, "merge") for name, flags in MERGED.items()]
         cases += [case(name, flags) for name, flags in AFTERWARDS.items()]
     return cases
 
