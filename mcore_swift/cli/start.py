@@ -114,6 +114,10 @@ def folder_problems(args: Arguments) -> list[UserError]:
         value = getattr(args, name, None)
         if value not in (None, "none", "auto") and not Path(value).is_dir():
             problems.append(UserError(f"--{name} {value}: no such folder", "give the folder of a checkpoint"))
+    for folder in getattr(args, "adapters", ()):
+        if not (Path(folder) / "adapter_config.json").is_file():
+            what = "holds no adapter_config.json" if Path(folder).is_dir() else "no such folder"
+            problems.append(UserError(f"--adapters {folder}: {what}", "give the folder of a PEFT adapter"))
     if not args.output_dir:
         return problems
     output = Path(args.output_dir)

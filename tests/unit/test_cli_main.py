@@ -111,10 +111,16 @@ def test_help_imports_nothing_heavy(argv):
 @pytest.mark.parametrize(
     ("program", "argv", "words"),
     [
-        (swift_main, ["sft", "--model", "m"], ["swift sft", "megatron sft"]),
-        (swift_main, ["merge_lora"], ["merge-lora", "LoRA"]),
+        (swift_main, ["sft", "--model", "m", "--dataset", "d"], ["--model m: no such folder"]),
+        (swift_main, ["rlhf"], ["swift rlhf", "megatron sft"]),
+        (swift_main, ["merge_lora", "--model", "m"], ["--adapters is missing"]),
         (swift_main, ["web-ui"], ["web-ui"]),
-        (swift_main, ["export", "--adapters", "a", "--merge_lora", "true"], ["swift export", "--to_hf"]),
+        (
+            swift_main,
+            ["export", "--adapters", "a", "--merge_lora", "true"],
+            ["--adapters a: no such folder"],
+        ),
+        (swift_main, ["export", "--quant_bits", "4"], ["swift export", "--to_hf"]),
         (megatron_main, ["rlhf", "--rlhf_type", "dpo"], ["megatron rlhf", "not supported yet"]),
         (main, ["megatron", "rlhf"], ["megatron rlhf"]),
         (main, ["trane"], ["trane", "the commands are"]),

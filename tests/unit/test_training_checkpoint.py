@@ -159,6 +159,8 @@ class TestRotation:
 
 class TestRefusals:
     class Engine:
+        name = "megatron"
+
         def checkpoint_shards(self, parts, *, for_loading=False):
             raise AssertionError("nothing may be read before the manifest is known to fit")
 
@@ -169,6 +171,11 @@ class TestRefusals:
         message = str(caught.value)
         assert f"{checkpoint} holds weights and data, and no optimizer and no rng" in message
         assert "--no_load_optim true" in message and "--no_load_rng true" in message
+
+    def test_a_checkpoint_of_another_engine(self, tmp_path):
+        checkpoint = make(tmp_path, 4, engine="fsdp")
+        with pytest.raises(UserError, match="written by the fsdp engine"):
+            load_checkpoint(checkpoint, self.Engine(), parts=["weights"])
 
     def test_a_folder_that_is_no_checkpoint(self, tmp_path):
         with pytest.raises(UserError, match="no manifest.json"):
@@ -181,6 +188,8 @@ class TestAnotherPrecision:
     EXACT = torch.tensor([1.0, 1.001, -3.3333333])
 
     class Engine:
+        name = "megatron"
+
         def __init__(self, dtype, keys):
             self.dtype, self.keys = dtype, keys
 

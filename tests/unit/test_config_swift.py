@@ -1,0 +1,129 @@
+"""`swift sft`: names and defaults of the Trainer, and what the training loop makes of them."""
+
+import json
+
+import pytest
+
+from mcore_swift.config import MegatronPretrainArguments, SwiftPretrainArguments, SwiftSftArguments, parse
+from mcore_swift.errors import UserError, UserErrors
+from mcore_swift.plan.backend import choose_backend
+
+NEEDED = ["--model", "m", "--dataset", "d.jsonl"]
+
+
+def arguments(*argv: str, cls=SwiftSftArguments) -> SwiftSftArguments:
+    return parse(cls, [*NEEDED, *argv], notify=lambda notice: None)
+
+
+@pytest.mark.parametrize(
+    ("argv", "world_size", "micro", "whole"),
+    [
+        ([], 1, 1, 16),
+        ([], 3, 1, 18),  # 6 rounds of 3: the smallest step of 16 or more
+        (["--per_device_train_batch_size", "32"], 2, 32, 64),
+        (["--gradient_accumulation_steps", "2"], 4, 1, 8),
+    ],
+)
+def test_a_step_has_sixteen_samples_unless_it_is_said(argv, world_size, micro, whole):
+    loop = arguments(*argv).for_loop(world_size, "fsdp")
+    assert (loop.micro_batch_size, loop.global_batch_size) == (micro, whole)
+
+
+def test_defaults_are_those_of_ms_swift():
+    args = arguments()
+    assert (args.tuner_type, args.lora_rank, args.lora_alpha, args.lora_dropout) == ("lora", 8, 32, 0.05)
+    loop = args.for_loop(1, "fsdp")
+    assert (loop.lr, loop.num_train_epochs, loop.train_iters) == (1e-4, 3, None)
+    assert (loop.weight_decay, loop.adam_beta2, loop.clip_grad) == (0.1, 0.95, 1.0)
+    assert (loop.lr_decay_style, loop.save_steps, loop.logging_steps) == ("cosine", 500, 5)
+    assert arguments("--train_type", "full").for_loop(1, "fsdp").lr == 1e-5
+
+
+def test_names_of_the_trainer_reach_the_loop():
+    argv = ["--max_steps", "7", "--warmup_ratio", "0.1", "--max_grad_norm", "2", "--optim", "sgd"]
+    argv += [
+        "--lr_scheduler_type",
+        "constant_with_warmup",
+        "--save_only_model",
+        "true",
+        "--eval_strategy",
+        "no",
+    ]
+    loop = arguments(*argv).for_loop(1, "ddp")
+    assert (loop.train_iters, loop.num_train_epochs, loop.lr_warmup_fraction) == (7, None, 0.1)
+    assert (loop.clip_grad, loop.optimizer, loop.lr_decay_style) == (2, "sgd", "constant")
+    assert (loop.no_save_optim, loop.eval_iters, loop.backend) == (True, 0, "ddp")
+
+
+def test_for_the_megatron_engine_they_become_its_own():
+    args = arguments("--train_type", "full", "--max_steps", "7", cls=SwiftPretrainArguments)
+    loop = args.for_loop(2, "megatron")
+    assert type(loop) is MegatronPretrainArguments and loop.problems() == []
+    assert (loop.train_iters, loop.global_batch_size, loop.loss_scale) == (7, 16, "all")
+    assert loop.recompute_granularity == "full", "gradient checkpointing"
+
+
+def test_args_json_keeps_what_the_user_gave(tmp_path):
+    args = arguments("--packing", "true", "--use_flash_attn", "true")
+    args.for_loop(2, "fsdp").save(tmp_path)
+    assert json.loads((tmp_path / "args.json").read_text())["per_device_train_batch_size"] == 1
+    again = SwiftSftArguments.load(tmp_path)
+    assert again == args and again.padding_free and again.attn_impl == "flash_attention_2"
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--deepspeed", "zero3"], ["--deepspeed zero3", "--backend fsdp"]),
+        (["--learning_rat", "1"], ["did you mean --learning_rate"]),
+        (["--tensor_model_parallel_size", "2"], ["`megatron sft`", "`swift sft`"]),
+        (["--tuner_type", "adalora"], ["adalora", "ranks change"]),
+        (["--load_in_8bit", "true"], ["--load_in_8bit", "quantized"]),
+        (["--bf16", "true"], ["--torch_dtype bfloat16"]),
+        (["--use_dora", "true", "--tuner_type", "ia3"], ["--use_dora is for --tuner_type lora"]),
+        (["--freeze_parameters", "model"], ["--freeze_parameters is for --tuner_type full"]),
+        (["--eval_strategy", "epoch"], ["--save_strategy epoch"]),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(argv, words):
+    with pytest.raises((UserError, UserErrors)) as caught:
+        arguments(*argv)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_the_python_call_takes_the_names_of_the_command():
+    from mcore_swift import TrainArguments
+
+    args = TrainArguments(
+        model="m", train_type="full", dataset=["a.jsonl#5", "b.jsonl"], columns={"q": "query"}
+    )
+    assert (args.tuner_type, args.dataset, args.columns) == ("full", ["a.jsonl#5", "b.jsonl"], {"q": "query"})
+    with pytest.raises((UserError, UserErrors), match="no such flag"):
+        TrainArguments(model="m", dataset=["a"], learning_speed=3)
+
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 128, "vocab_size": 1000,
+    "rms_norm_eps": 1e-6, "max_position_embeddings": 128, "hidden_act": "silu",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("argv", "world_size", "memory", "config", "chosen", "why"),
+    [
+        (["--train_type", "full"], 2, 1e9, {}, "megatron", "known"),
+        (["--train_type", "full"], 1, 1e9, {}, "fsdp", "one process"),
+        (["--train_type", "full"], 2, 1e6, {}, "fsdp", "GB"),
+        (["--train_type", "full"], 2, 1e9, {"architectures": ["OPTForCausalLM"]}, "fsdp", "architecture"),
+        (["--train_type", "full", "--attn_impl", "sdpa"], 2, 1e9, {}, "ddp", "--attn_impl"),
+        ([], 2, 1e9, {}, "ddp", "lora"),
+        (["--train_type", "full", "--backend", "ddp"], 2, 1e9, {}, "ddp", "as --backend says"),
+    ],
+)
+def test_the_engine_is_chosen_for_a_reason(tmp_path, argv, world_size, memory, config, chosen, why):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | config))
+    args = arguments(*argv)
+    args.model = str(tmp_path)
+    found, reason = choose_backend(args, world_size, memory)
+    assert found == chosen and why in reason
