@@ -71,7 +71,7 @@ def check(command: str, argv: Sequence[str]) -> None:
     args = reading.args
     world_size = launch.world_size_from_env()  # now, since the file's ENV section may have a say in it
     reading.add(folder_problems(args))
-    if args.PROGRAM == "megatron":
+    if args.PROGRAM != "swift":
         reading.add(preflight(args, world_size))
     elif args.COMMAND != "export":
         reading.add(preflight_swift(args))
@@ -83,7 +83,7 @@ def check(command: str, argv: Sequence[str]) -> None:
     for notice in reading.notices:
         print_notice(notice)
     raise_together(reading.errors)
-    notices = [*preflight_notices(args), *memory_notices(args, world_size)] if args.PROGRAM == "megatron" else []
+    notices = [*preflight_notices(args), *memory_notices(args, world_size)] if args.PROGRAM != "swift" else []
     for notice in notices:
         print_notice(notice)
 

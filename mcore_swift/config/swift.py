@@ -123,6 +123,10 @@ class SwiftExportArguments(HFSaveArguments, CommonArguments):
     def check(self) -> Iterator[UserError]:
         if len(self.adapters) > 1:
             yield UserError("--adapters names several: one is merged at a time", "give one folder")
+        if self.memory_budget:
+            yield UserError(
+                "--memory_budget: merging holds the whole model in memory", "drop --memory_budget"
+            )
         if not self.merge_lora:
             yield UserError("what to do with --adapters is not said", "add --merge_lora true")
 

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from converters.budget import Budget
 from converters.ranks import Ranks
 from mcore_swift.accelerator import get_accelerator
 from mcore_swift.data.batch import Batch
@@ -203,25 +204,31 @@ class TransformersEngine:
         if "optimizer" in parts:
             set_optimizer_step(self.optimizer, optimizer_step)
 
-    def load_hf(self, model_dir: str, ranks: Ranks) -> str:
+    def load_hf(self, model_dir: str, ranks: Ranks, budget: Budget) -> str:
         """Fill the model from a Hugging Face folder; returns a line that tells how. Collective.
 
         Frozen weights beside adapters are there already; adapters are filled from `--adapters`, if it is given.
         """
         if not self.saves_adapter:
-            return weights.load(model_dir, self.model, self._saved_weights(), ranks)
+            return weights.load(model_dir, self.model, self._saved_weights(), ranks, budget)
         if self.args.adapters:
             with torch.no_grad():
                 weights.load_adapter(self.args.adapters[0], self.model, self._saved_weights(), ranks)
         return self._told
 
-    def export_hf(self, folder: Path, max_shard_bytes: int, ranks: Ranks) -> None:
+    def export_hf(self, folder: Path, max_shard_bytes: int, ranks: Ranks, budget: Budget) -> None:
         """Write the model in Hugging Face form, or its adapters in PEFT's. Collective."""
         shards = self._saved_weights()
         if self.saves_adapter:
             weights.export_adapter(folder, self.model, shards, ranks)
         else:
-            weights.export(folder, self.model, shards, self.args.model, max_shard_bytes, self.dtype, ranks)
+            source = self.args.model
+            weights.export(folder, self.model, shards, source, max_shard_bytes, self.dtype, ranks, budget)
+
+    def check_budget(self, budget: Budget, ranks: Ranks) -> None:
+        """Raise UserError, on every rank, if `export_hf` could not keep to the budget. Collective."""
+        if not self.saves_adapter:  # adapters are small, and are gathered whole
+            weights.check_budget(self.model, self._saved_weights(), budget, ranks)
 
     def initialize(self) -> None:
         """Nothing to do: with `random`, weights were drawn block by block as the model was spread."""

@@ -7,7 +7,7 @@ does, its own `from_pretrained` and `save_pretrained` run on the first rank.
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from converters.export import write_shards_as_hf
+from converters.budget import UNBOUNDED, Budget
+from converters.export import check_budget_of_shards, write_shards_as_hf
 from converters.hf_reader import HFReader
 from converters.pending import disk_errors
 from converters.ranks import Ranks
@@ -28,7 +29,13 @@ from mcore_swift.tuners.transformers_adapters import adapter_tensors, save_adapt
 logger = logging.getLogger(__name__)
 
 
-def load(model_dir: str, model: nn.Module, shards: Sequence[LiveShard], ranks: Ranks) -> str:
+def load(
+    model_dir: str,
+    model: nn.Module,
+    shards: Sequence[LiveShard],
+    ranks: Ranks,
+    budget: Budget = UNBOUNDED,
+) -> str:
     """Fill the shards from the checkpoint in `model_dir`; returns a line that tells how. Collective.
 
     shards: all of this rank's. Raises UserError on every rank if a tensor is missing or of another shape.
@@ -39,7 +46,7 @@ def load(model_dir: str, model: nn.Module, shards: Sequence[LiveShard], ranks: R
         shapes |= held
     reader, error = None, None
     try:
-        reader = HFReader(model_dir)
+        reader = HFReader(model_dir, budget.staging)
     except UserError as raised:
         error = raised
     ranks.agree(error)
@@ -125,6 +132,7 @@ def export(
     max_shard_bytes: int,
     dtype: torch.dtype,
     ranks: Ranks,
+    budget: Budget = UNBOUNDED,
 ) -> None:
     """Write the weights into `folder` as Hugging Face files. Collective."""
     shapes: dict[str, Shape] = {}
@@ -132,8 +140,7 @@ def export(
         shapes |= held
     order = [name for name in model.state_dict() if name in shapes]  # the same on every rank
     if _is_stored_as_named(model, shapes):
-        table = RuleTable(Same(name, (name,)) for name in order)
-        write_shards_as_hf(shards, table, source_dir, folder, max_shard_bytes, dtype, ranks)
+        write_shards_as_hf(shards, _table(order), source_dir, folder, max_shard_bytes, dtype, ranks, budget)
         return
     whole = _gather(shards, order, shapes, dtype, ranks)
     error = None
@@ -144,6 +151,25 @@ def export(
     except Exception as raised:
         error = raised
     ranks.agree(error)
+
+
+def check_budget(model: Any, shards: Sequence[LiveShard], budget: Budget, ranks: Ranks) -> None:
+    """Raise UserError, on every rank, if `export` could not keep to the budget. Collective."""
+    if budget.nbytes is None:
+        return
+    shapes: dict[str, Shape] = {}
+    for held in ranks.gather({shard.key: shard.global_shape for shard in shards}):
+        shapes |= held
+    if not _is_stored_as_named(model, shapes):
+        raise UserError(
+            "--memory_budget: transformers converts the weights of this model, and holds all of them to do so",
+            "drop --memory_budget",
+        )
+    check_budget_of_shards(shards, _table(shapes), budget, ranks)
+
+
+def _table(names: Iterable[str]) -> RuleTable:
+    return RuleTable(Same(name, (name,)) for name in names)
 
 
 def export_adapter(folder: Path, model: Any, shards: Sequence[LiveShard], ranks: Ranks) -> None:

@@ -171,7 +171,9 @@ class MegatronEngine:
 
     def export_hf(self, folder: Path, max_shard_bytes: int, ranks: Ranks, budget: Budget) -> None:
         """Write the model in Hugging Face form into an existing folder. Collective."""
-        write_hf(self.chunks, self.plan.table, self.args.model, folder, max_shard_bytes, self.dtype, ranks, budget)
+        write_hf(
+            self.chunks, self.plan.table, self.args.model, folder, max_shard_bytes, self.dtype, ranks, budget
+        )
 
     def check_budget(self, budget: Budget, ranks: Ranks) -> None:
         """Raise UserError, on every rank, if `export_hf` could not keep to the budget. Collective."""
