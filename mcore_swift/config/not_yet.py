@@ -98,6 +98,11 @@ _MEGATRON = table(
         dataloader_multiprocessing_context=ANY,
         packing_num_proc=ANY,
     ),
+    refused(
+        "a flag of Megatron-LM",
+        "give the paths to --dataset and their weights to --interleave_prob",
+        flags="data_path train_data_path",
+    ),
     settings("shuffling within a shard of the data is not supported yet", data_sharding=False),
     settings("grouping samples by length is not supported yet; --packing wastes less", group_by_length=False),
     settings("not supported yet", mlp_padding_free=False),

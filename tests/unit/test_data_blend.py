@@ -136,6 +136,7 @@ def test_new_weights_use_the_same_tokens(tmp_path, files):
     [
         (["--interleave_prob", "0.5"], "1 weights, and --dataset 2 values"),
         (["--interleave_prob", "0.5", "-1"], "above 0"),
+        (["--data_path", "0.3", "a", "0.7", "b"], "their weights to --interleave_prob"),
         (["--stopping_strategy", "never"], "stopping_strategy cannot be 'never'"),
     ],
 )
