@@ -210,7 +210,7 @@ def build_model(
 def _mark_experts(model: Model, config: TransformerConfig) -> None:
     """Expert weights are reduced over the ranks that hold the same experts.
 
-    megatron-core before 0.19 forgets it where experts are split over tensor-parallel ranks in another way than
+    megatron-core 0.16 forgets it where experts are split over tensor-parallel ranks in another way than
     the rest and EP is 1: copies of an expert would then drift apart.
     """
     if config.expert_tensor_parallel_size != config.tensor_model_parallel_size:

@@ -191,7 +191,7 @@ def _local_mlp(config: Any, traits: LayerTraits) -> Any:
 
 
 def _with_our_router(mlp: Any) -> Any:
-    # a ModuleSpec before megatron-core 0.18, a partial since
+    # a ModuleSpec in megatron-core 0.16, a partial in 0.19
     submodules = mlp.submodules if isinstance(mlp, ModuleSpec) else mlp.keywords["submodules"]
     submodules.router = Router
     return mlp

@@ -8,8 +8,8 @@ What differs are the losses beside the main one:
       main loss + sum over layers of (mean over the step's microbatches of coefficient * loss of the microbatch)
 
   under any TP, CP, DP, PP, EP and any loss mask. megatron-core multiplies by the router's own token count and
-  divides by the number of *learnt* tokens, which weighs the losses higher the more of the text is prompt, and before
-  0.17 too low by TP x CP.
+  divides by the number of *learnt* tokens, which weighs the losses higher the more of the text is prompt, and in
+  0.16 too low by TP x CP.
 * Padding neither counts as load nor takes part in a loss. (megatron-core takes a padding mask too, but its update of
   the expert bias fails with one.)
 * Loads are counted for the log; megatron-core logs the losses only.
