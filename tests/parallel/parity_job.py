@@ -53,6 +53,9 @@ ALL_LAYOUTS = {
         Layout(pp=2, dp=2, vpp=2),
         Layout(pp=4),
         Layout(dp=4),
+        Layout(cp=4),
+        Layout(tp=2, cp=2, sequence_parallel=True),
+        Layout(pp=2, cp=2),
         Layout(tp=2, ep=2, dp=2, sequence_parallel=True),
         Layout(tp=2, ep=2, etp=2, dp=2, sequence_parallel=True),
         Layout(pp=2, ep=2, dp=2),
@@ -67,7 +70,11 @@ SOME_LAYOUTS = {
         Layout(ep=2, dp=2),
         Layout(cp=2),
     ],
-    4: [Layout(tp=2, pp=2, sequence_parallel=True), Layout(tp=2, ep=2, dp=2, sequence_parallel=True)],
+    4: [
+        Layout(tp=2, pp=2, sequence_parallel=True),
+        Layout(tp=2, ep=2, dp=2, sequence_parallel=True),
+        Layout(tp=2, cp=2, sequence_parallel=True),
+    ],
 }
 ROWS, LENGTH = 2, 24
 ADAM_EPS = 1e6
