@@ -19,12 +19,12 @@ from converters.export_plan import Holding, Piece, TensorPlan, plan_export
 from converters.hf_writer import HFWriter, plan_files, write_index
 from converters.pending import check_free_space, pending_directory
 from converters.ranks import Ranks
-from converters.regions import relative
 from converters.safetensors_format import TensorSpec
 from converters.side_files import copy_side_files
 from mcore_swift.errors import UserError
-from mcore_swift.models.rules import RuleTable, as_slices, region_shape
+from mcore_swift.models.rules import RuleTable, region_shape
 from mcore_swift.models.shards import LiveShard, live_shards
+from mcore_swift.models.stored_form import AS_IS
 
 BUCKET_BYTES = 256 << 20
 MAX_SHARD_BYTES = 5_000_000_000
@@ -150,7 +150,7 @@ def write_shards_as_hf(
             writer.close()
             if ranks.is_first:
                 write_index(folder, files)
-                copy_side_files(source_dir, folder, _common_dtype(plans))
+                copy_side_files(source_dir, folder, _common_dtype(plans), table.config)
     except Exception as raised:
         error = raised
     finally:
@@ -225,8 +225,7 @@ def _exchange(
     owned = {(plan.spec.name, plan.region): _own_part(plan, shards, ranks.rank) for plan in mine}
     for peer, pieces in incoming.items():
         for (plan, piece), part in zip(pieces, _parts(received[peer], pieces), strict=True):
-            place = relative(piece.block.hf, plan.region)
-            owned[plan.spec.name, plan.region][as_slices(place)] = part
+            _place(piece, plan, owned[plan.spec.name, plan.region]).copy_(part)
     return [(plan, owned[plan.spec.name, plan.region]) for plan in mine]
 
 
@@ -243,12 +242,17 @@ def _communicate(sent: dict[int, torch.Tensor], received: dict[int, torch.Tensor
 def _own_part(plan: TensorPlan, shards: Sequence[LiveShard], rank: int) -> torch.Tensor:
     """The HF tensor with what this rank holds of it filled in; the parameter itself where that is all of it."""
     local = [piece for piece in plan.pieces if piece.source == rank]
-    if len(plan.pieces) == len(local) == 1:
+    if len(plan.pieces) == len(local) == 1 and local[0].block.stored is AS_IS:
         return _local(local[0], shards).to(plan.spec.dtype)
     whole = torch.empty(region_shape(plan.region), dtype=plan.spec.dtype, device=shards[0].data.device)
     for piece in local:
-        whole[as_slices(relative(piece.block.hf, plan.region))] = _local(piece, shards)
+        _place(piece, plan, whole).copy_(_local(piece, shards))
     return whole
+
+
+def _place(piece: Piece, plan: TensorPlan, whole: torch.Tensor) -> torch.Tensor:
+    """Where a piece lies in its plan's region of the HF tensor: a view."""
+    return piece.block.stored.view(whole, plan.region, piece.block.hf)
 
 
 def _local(piece: Piece, shards: Sequence[LiveShard]) -> torch.Tensor:

@@ -106,7 +106,7 @@ def _copies(holders: dict[Region, list[tuple[int, int]]]) -> list[Copy]:
 
 def _specs(rule: Rule, fact: Holding, dtype: torch.dtype | None) -> list[TensorSpec]:
     shapes = rule.hf_shapes(fact.global_shape)
-    return [TensorSpec(name, shapes[name], dtype or fact.dtype) for name in rule.hf]
+    return [TensorSpec(name, shapes[name], rule.converted(dtype) or fact.dtype) for name in rule.hf]
 
 
 def _blocks(
@@ -149,7 +149,11 @@ def _parts(plan: TensorPlan, part_bytes: int) -> Iterator[TensorPlan]:
         yield plan
         return
     for region in slabs(plan.spec.shape, plan.spec.dtype.itemsize, part_bytes):
-        clipped = ((piece, clip(piece.block, region)) for piece in plan.pieces)
+        clipped = (
+            (piece, clip(piece.block, plain))
+            for piece in plan.pieces
+            for plain in piece.block.stored.plain(region)
+        )
         pieces = tuple(replace(piece, block=block) for piece, block in clipped if block is not None)
         yield replace(plan, region=region, pieces=pieces)
 

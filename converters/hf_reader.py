@@ -12,7 +12,8 @@ from converters.regions import numel
 from converters.safetensors_format import parse_file
 from converters.stored import RegionReader, StoredTensor
 from mcore_swift.errors import UserError, raise_together
-from mcore_swift.models.rules import Region, Shape, full_region, region_shape
+from mcore_swift.models.rules import Block, Region, Shape, full_region, region_shape
+from mcore_swift.models.stored_form import AS_IS
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -93,6 +94,16 @@ class HFReader:
         share = numel(region) / max(1, numel(full_region(tensor.shape)))
         for part in tensor.parts:
             yield part.path, round(part.nbytes * share)
+
+    def copy_block(self, block: Block, out: torch.Tensor) -> None:
+        """Fill `out` with the values of a rule's block, in its shape."""
+        if block.stored is AS_IS:
+            self.copy_into(block.name, block.hf, out)
+            return
+        box = block.stored.box(block.hf)
+        dense = torch.empty(region_shape(box), dtype=out.dtype)
+        self.copy_into(block.name, box, dense)
+        out.copy_(block.stored.view(dense, box, block.hf))
 
     def close(self) -> None:
         self._reader.close()

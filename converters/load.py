@@ -66,4 +66,4 @@ def _fill(shard: LiveShard, reader: HFReader, table: RuleTable, shapes: dict[str
     if sum(numel(block.mcore) for block in blocks) < shard.data.numel():
         shard.data.zero_()
     for block in blocks:
-        reader.copy_into(block.name, block.hf, block.of(shard.data))
+        reader.copy_block(block, block.of(shard.data))

@@ -66,12 +66,12 @@ def open_source(args: Any) -> Iterator[Source]:
     """--model or --mcore_model, by the direction asked for. Raises UserError if it is broken."""
     staging = Budget.of(args.memory_budget).staging
     if args.to_mcore:
-        model = _read_plan(args.model)
+        model = _read_plan(args.model, args.mtp_num_layers)
         with HFReader(args.model, staging) as reader:
             yield Source(args.model, args.model, reader, model)
         return
     description = hf_source(args)
-    model = _read_plan(description)
+    model = _read_plan(description, args.mtp_num_layers)
     with MCoreReader(args.mcore_model, staging_bytes=staging) as reader:
         yield Source(args.mcore_model, description, reader, model)
 
@@ -106,7 +106,7 @@ def _describe(args: Any, source: Source, plan: stream.MCorePlan, folder: Path) -
     """What a torch_dist folder of weights needs beside them."""
     dtypes = {spec.dtype for spec in plan.specs}
     stored = dtypes.pop() if len(dtypes) == 1 else None
-    copy_side_files(source.description, folder, stored)
+    copy_side_files(source.description, folder, stored, source.model.table.config)
     with disk_errors(folder):
         args.save(folder)
     Manifest(
@@ -163,7 +163,7 @@ def check_precision(args: Any, ranks: Ranks) -> None:
         (args.model, args.output_dir) if args.to_mcore else (args.output_dir, args.mcore_model)
     )
     layout, dtype = Layout.from_args(args, ranks.size), _dtype(args.test_convert_dtype)
-    plan = _read_plan(hf_dir)
+    plan = _read_plan(hf_dir, args.mtp_num_layers)
     config = transformer_config(plan, layout, dtype, pipeline_options(plan, layout, args))
     chunks = build_model(plan, config, args.transformer_impl)
     with MCoreReader(mcore_dir) as reader:
@@ -209,10 +209,10 @@ def _processes(args: Any) -> Iterator[Ranks]:
             dist.destroy_process_group()
 
 
-def _read_plan(model_dir: str) -> Any:
+def _read_plan(model_dir: str, multi_token_layers: int | None) -> Any:
     from mcore_swift.models.reading import read_model
 
-    return read_model(model_dir)
+    return read_model(model_dir, multi_token_layers)
 
 
 def _made(folder: Path) -> Exception | None:

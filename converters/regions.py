@@ -35,7 +35,7 @@ def clip(block: Block, region: Region) -> Block | None:
         return None
     lead = len(block.mcore) - len(block.hf)
     inner = absolute(relative(hf, block.hf), block.mcore[lead:])
-    return Block(block.name, hf, (*block.mcore[:lead], *inner))
+    return Block(block.name, hf, (*block.mcore[:lead], *inner), block.stored)
 
 
 def slabs(shape: Shape, itemsize: int, max_bytes: int) -> Iterator[Region]:

@@ -2,8 +2,10 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,10 +30,15 @@ PATTERNS = (
 """Names in a checkpoint folder that belong to the model and not to one copy of its weights."""
 
 
-def copy_side_files(source: str | Path, target: str | Path, dtype: torch.dtype | None = None) -> list[str]:
+def copy_side_files(
+    source: str | Path,
+    target: str | Path,
+    dtype: torch.dtype | None = None,
+    changes: Mapping[str, Any] | None = None,
+) -> list[str]:
     """Copy the side files of a checkpoint folder; returns their names.
 
-    dtype: of the weights beside them, told in config.json; None leaves what is there.
+    dtype: of the weights beside them, told in config.json; None leaves what is there. changes: what else it says now.
     Raises UserError if the disk refuses.
     """
     source, target = Path(source), Path(target)
@@ -45,14 +52,15 @@ def copy_side_files(source: str | Path, target: str | Path, dtype: torch.dtype |
             else:
                 shutil.copyfile(source / name, target / name)
     if "config.json" in names:
-        _describe_weights(target / "config.json", dtype)
+        _describe_weights(target / "config.json", dtype, changes or {})
     return names
 
 
-def _describe_weights(path: Path, dtype: torch.dtype | None) -> None:
+def _describe_weights(path: Path, dtype: torch.dtype | None, changes: Mapping[str, Any]) -> None:
     """Tell the dtype, and no quantization: what this project writes is never quantized."""
     config = json.loads(path.read_text(encoding="utf-8"))
     before = dict(config)
+    config |= changes
     for name in ("quantization_config", "compression_config"):
         config.pop(name, None)
     if dtype is not None:

@@ -23,7 +23,7 @@ from converters.pending import check_free_space
 from converters.progress import Progress, Silent
 from converters.ranks import Ranks
 from converters.read_ahead import read_ahead
-from converters.regions import clip, relative, slabs
+from converters.regions import clip, slabs
 from converters.safetensors_format import TensorSpec
 from converters.side_files import copy_side_files
 from converters.stored import Buffers
@@ -35,7 +35,6 @@ from mcore_swift.models.rules import (
     Rule,
     RuleTable,
     Shape,
-    as_slices,
     full_region,
     region_shape,
 )
@@ -87,7 +86,7 @@ def plan_mcore(
     """
     mcore_shapes = check_hf(table, reader.shapes, str(reader.model_dir))
     specs = [
-        TensorSpec(rule.mcore, mcore_shapes[rule.mcore], dtype or _widest(reader, rule))
+        TensorSpec(rule.mcore, mcore_shapes[rule.mcore], rule.converted(dtype) or _widest(reader, rule))
         for rule in table.rules
     ]
     budget.check(specs)
@@ -137,7 +136,7 @@ def hf_to_mcore(
 
     def fill(spec: TensorSpec, region: Region, out: torch.Tensor) -> None:
         for block in plan.table.by_mcore[spec.name].blocks(region, shapes):
-            reader.copy_into(block.name, block.hf, block.of(out))
+            reader.copy_block(block, block.of(out))
         progress.advance(out.nbytes)
 
     _agreeing(ranks, lambda: writer.write(fill))
@@ -166,7 +165,7 @@ def mcore_to_hf(
     def finish() -> None:
         if ranks.is_first:
             write_index(folder, plan.files)
-            copy_side_files(source_dir, folder, dtypes.pop() if len(dtypes) == 1 else None)
+            copy_side_files(source_dir, folder, dtypes.pop() if len(dtypes) == 1 else None, plan.table.config)
 
     _agreeing(ranks, finish)
 
@@ -228,11 +227,15 @@ def _fill_part(reader: MCoreReader, job: _Part, buffers: Buffers) -> torch.Tenso
     part = buffers.tensor(region_shape(job.region), job.spec.dtype)
     covered = 0
     for block in job.blocks:
-        piece = clip(block, job.region)
-        if piece is not None:
-            target = part[as_slices(relative(piece.hf, job.region))]
-            reader.copy_into(job.rule.mcore, piece.mcore, target.view(region_shape(piece.mcore)))
+        for region in block.stored.plain(job.region):
+            piece = clip(block, region)
+            if piece is None:
+                continue
+            target = block.stored.view(part, job.region, piece.hf)
             covered += target.numel()
+            for _ in range(len(piece.mcore) - len(piece.hf)):
+                target = target[None]
+            reader.copy_into(job.rule.mcore, piece.mcore, target)
     if covered != part.numel():
         raise ValueError(f"{job.rule} covers {covered} of {part.numel()} values of {job.region}")
     return part
@@ -249,7 +252,7 @@ def _blocks_by_name(rule: Rule, mcore_shapes: dict[str, Shape]) -> dict[str, lis
 def _hf_specs(reader: MCoreReader, rule: Rule, dtype: torch.dtype | None) -> list[TensorSpec]:
     stored = reader.specs[rule.mcore]
     shapes = rule.hf_shapes(stored.shape)
-    return [TensorSpec(name, shapes[name], dtype or stored.dtype) for name in rule.hf]
+    return [TensorSpec(name, shapes[name], rule.converted(dtype) or stored.dtype) for name in rule.hf]
 
 
 def _widest(reader: HFReader, rule: Rule) -> torch.dtype:

@@ -54,6 +54,13 @@ class ModelArguments(HFModelArguments):
         "Engine's; auto takes the latter where it and CUDA are present",
         choices=("auto", "local", "transformer_engine"),
     )
+    mtp_num_layers: int | None = arg(
+        None,
+        "multi-token prediction: layers behind the decoder that predict tokens further ahead; those of the "
+        "checkpoint, or 0 to leave them out",
+        at_least=0,
+        default_text="as many as the checkpoint has",
+    )
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -152,9 +152,7 @@ _MEGATRON = table(
     ),
     # architectures
     settings(
-        "multi-token prediction is not supported yet",
-        mtp_num_layers=(None, 0),
-        mtp_loss_scaling_factor=0.1,
+        "this form of multi-token prediction is not supported yet",
         mtp_decoder_input_detach=False,
         mtp_shared_weights=False,
     ),

@@ -19,7 +19,16 @@ from .not_yet_trainer import NOT_YET_TRAINER
 from .values import BadValue, convert, same_value
 
 # what describes the model and its text: taken from a checkpoint's args.json where the command is silent
-LOADED = ("model", "model_type", "torch_dtype", "system", "max_length", "truncation_strategy", "loss_scale")
+LOADED = (
+    "model",
+    "model_type",
+    "torch_dtype",
+    "mtp_num_layers",
+    "system",
+    "max_length",
+    "truncation_strategy",
+    "loss_scale",
+)
 
 _FLAG = re.compile(r"--([A-Za-z0-9_]+)")
 

@@ -35,6 +35,11 @@ class TrainArguments(Arguments):
         "true: a step's loss is the mean over its tokens; false: the mean of the microbatches' means",
         default_text="true",
     )
+    mtp_loss_scaling_factor: float = arg(
+        0.1,
+        "multi-token prediction: weight of the mean of its layers' losses beside the loss of the next token",
+        at_least=0,
+    )
     perform_initialization: bool = arg(
         False, "start from random weights of the shape config.json gives; --model then needs no weights"
     )

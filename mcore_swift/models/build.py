@@ -1,20 +1,26 @@
 """From a HF config to the model chunks of this rank."""
 
+from copy import copy
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
 from mcore_swift.accelerator import get_accelerator
 from mcore_swift.models.decoder_layer import set_attention_factor
+from mcore_swift.models.expert_groups import GroupChoice
+from mcore_swift.models.latent_attention import LatentAttention
 from mcore_swift.models.layer import OuterTraits
 from mcore_swift.models.reading import ModelPlan
 from mcore_swift.models.rope import Rotary
 from mcore_swift.models.shards import is_expert
-from mcore_swift.models.specs import block_spec, choose_implementation
+from mcore_swift.models.specs import block_spec, choose_implementation, multi_token_block_spec
+from mcore_swift.models.targets import Targets
 from mcore_swift.models.token_nll import token_nll, transformed
 from mcore_swift.plan.layout import Layout
 from mcore_swift.plan.shape import padded_vocab_size
@@ -36,6 +42,7 @@ def transformer_config(
         "bf16": dtype is torch.bfloat16,
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
+        "mtp_num_layers": plan.multi_token_layers or None,
         "virtual_pipeline_model_parallel_size": layout.vpp if interleaved else None,
         "context_parallel_size": layout.cp,
         "sequence_parallel": layout.sequence_parallel and layout.tp > 1,
@@ -60,6 +67,9 @@ def transformer_config(
     }
     fields |= plan.family.config(plan.hf) | _windows(plan) | _unturned(plan)
     fields |= {"transformer_impl": choose_implementation("auto", plan)} | (options or {})
+    if fields.get("multi_latent_attention"):
+        # LatentAttention turns queries and keys itself
+        return MLATransformerConfig(**(fields | {"rope_type": "rope", "apply_rope_fusion": False}))
     kinds = plan.family.rotary(plan.hf)
     if fields.get("rotary_interleaved") or any(kind.attention_factor != 1.0 for kind in kinds):
         fields["apply_rope_fusion"] = False  # the fused kernels of packed rows know neither
@@ -93,6 +103,8 @@ def _windows(plan: ModelPlan) -> dict[str, Any]:
 
 def pipeline_options(plan: ModelPlan, layout: Layout, args: Any) -> dict[str, Any]:
     """Fields of TransformerConfig that the flags of an uneven pipeline ask for."""
+    args = copy(args)
+    args.mtp_num_layers = plan.multi_token_layers  # as the checkpoint has them, unless the user said so
     stages = megatron_stages(layout, plan.hf.num_hidden_layers, args)
     return {"pipeline_model_parallel_layout": stages} if stages else {}
 
@@ -100,17 +112,17 @@ def pipeline_options(plan: ModelPlan, layout: Layout, args: Any) -> dict[str, An
 class Model(GPTModel):
     """megatron-core's GPT model whose loss looks at the learnt positions only, and never at vocabulary padding.
 
-    With labels, `loss_mask` is the learnt positions, int64 `[learnt]`, into the labels laid end to end, and the
-    result is fp32 `[b, s]` as `token_nll` gives it. Without labels the result is logits.
+    With labels, `loss_mask` is Targets, and the result is fp32 `[1 + depths, b, s]`: what `token_nll` gives for the
+    next token, then for those that multi-token layers predict. Without labels the result is logits `[b, s, v / TP]`.
     """
 
     def __init__(self, *args: Any, real_vocab_size: int, traits: OuterTraits, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.real_vocab_size = real_vocab_size
         self.traits = traits
-        if self.pre_process:  # megatron-core drops embeddings as it drops what layers add
+        if self.pre_process or self.mtp_process:  # megatron-core drops embeddings as it drops what layers add
             self.embedding.embedding_dropout.p = traits.embedding_dropout
-        if self.pre_process and traits.embedding_scale != 1.0:
+        if (self.pre_process or self.mtp_process) and traits.embedding_scale != 1.0:
             self.embedding.register_forward_hook(self._scale_embedding)
 
     def _scale_embedding(self, embedding: Any, args: Any, output: Tensor) -> Tensor:
@@ -129,37 +141,51 @@ class Model(GPTModel):
         rotary = self.rotary_pos_emb
         if any(kind.by_length for kind in rotary.kinds):
             rotary.lengths = None if kwargs.get("packed_seq_params") is not None else _lengths(position_ids)
-        if padding_mask is not None and self.config.sequence_parallel and not self.pre_process:
-            # megatron-core cuts it on the first stage only
+        targets, local = kwargs.get("loss_mask"), padding_mask
+        if padding_mask is not None and self.config.sequence_parallel:
             rank, size = (
                 parallel_state.get_tensor_model_parallel_rank(),
                 self.config.tensor_model_parallel_size,
             )
-            padding_mask = padding_mask.chunk(size, dim=1)[rank]
-        return super().forward(input_ids, position_ids, *args, padding_mask=padding_mask, **kwargs)
+            local = padding_mask.chunk(size, dim=1)[rank]
+        if isinstance(targets, Targets):
+            targets.padding_mask = local
+        # megatron-core cuts it on the first stage only
+        mask = padding_mask if self.pre_process else local
+        return super().forward(input_ids, position_ids, *args, padding_mask=mask, **kwargs)
 
     def _postprocess(self, hidden_states: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
         if not self.post_process:
             return super()._postprocess(hidden_states=hidden_states, labels=labels, **kwargs)
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         if labels is None:
-            logits = super()._postprocess(hidden_states=hidden_states, labels=labels, **kwargs)
+            logits, _ = self.output_layer(hidden_states, weight=weight if tied else None)
+            logits = logits.transpose(0, 1).contiguous()
             return transformed(logits, self.traits.logit_scale, self.traits.logit_softcap)
         # The output layer's weight is used without calling its module, whose hooks wait for a weight that is
         # still being gathered (--overlap_param_gather).
         for hook in self.output_layer._forward_pre_hooks.values():
             hook(self.output_layer, ())
-        tied = self.share_embeddings_and_output_weights
-        return token_nll(
-            hidden_states,
-            self.shared_embedding_or_output_weight() if tied else self.output_layer.weight,
-            labels,
-            kwargs["loss_mask"],
+        nll = partial(
+            token_nll,
+            weight=weight,
             vocab_size=self.real_vocab_size,
             group=parallel_state.get_tensor_model_parallel_group(),
             sequence_parallel=self.config.sequence_parallel,
             scale=self.traits.logit_scale,
             softcap=self.traits.logit_softcap,
         )
+        targets: Targets = kwargs["loss_mask"]
+        losses = [nll(hidden_states, labels=labels, positions=targets.positions)]
+        if targets.ahead:
+            context = ("attention_mask", "rotary_pos_emb", "packed_seq_params")
+            attention = {name: kwargs[name] for name in context} | {"padding_mask": targets.padding_mask}
+            for layer, ahead in zip(self.mtp.layers, targets.ahead, strict=True):
+                embedded = self.embedding(input_ids=ahead.input_ids, position_ids=kwargs["position_ids"])
+                hidden_states = layer(hidden_states, embedded, **attention)
+                losses.append(nll(hidden_states, labels=ahead.labels, positions=ahead.positions))
+        return torch.stack(losses)
 
 
 def _lengths(position_ids: Tensor) -> list[int]:
@@ -189,6 +215,7 @@ def build_model(
         model = Model(
             config=config,
             transformer_layer_spec=block_spec(plan, config, implementation, vp_stage),
+            mtp_block_spec=multi_token_block_spec(plan, config, implementation, vp_stage),
             real_vocab_size=vocab_size,
             traits=plan.family.outer(plan.hf),
             vocab_size=padded_vocab_size(vocab_size, vocab_divisible_by, config.tensor_model_parallel_size),
@@ -199,9 +226,14 @@ def build_model(
             **model_fields,
         )
         device = get_accelerator().device
-        model.rotary_pos_emb = Rotary(
-            plan.family.rotary(plan.hf), device, interleaved=config.rotary_interleaved
-        )
+        rotary = Rotary(plan.family.rotary(plan.hf), device, interleaved=config.rotary_interleaved)
+        model.rotary_pos_emb = rotary
+        best = plan.family.best_of_group(plan.hf)
+        for module in model.modules():
+            if isinstance(module, LatentAttention):
+                module.rotary_pos_emb = rotary
+            if isinstance(module, TopKRouter) and best:
+                module.router_replay = GroupChoice(best)
         _mark_experts(model, config)
         chunks.append(model.to(device))
     return chunks

@@ -23,6 +23,8 @@ class Family:
     name: ClassVar[str]
     hf_layers: ClassVar[str] = "model.layers"
     """What Hugging Face names of decoder layers begin with, before the layer's number."""
+    multi_token_key: ClassVar[str | None] = None
+    """Where config.json says how many layers behind the decoder predict tokens further ahead."""
 
     def config(self, hf: HFConfig) -> dict[str, Any]:
         """Keyword arguments for megatron-core's TransformerConfig."""
@@ -47,6 +49,18 @@ class Family:
         """
         return [Frequencies(hf)]
 
+    def best_of_group(self, hf: HFConfig) -> int | None:
+        """Where experts are chosen group-wise: how many of a group's best experts tell how good the group is."""
+        return None
+
+    def multi_token_layers(self, hf: HFConfig) -> int:
+        """Layers behind the decoder that predict tokens further ahead; `layer` describes them by the next numbers."""
+        return getattr(hf, self.multi_token_key or "", 0) or 0
+
+    def multi_token_rules(self, hf: HFConfig, mcore_layer: str, hf_layer: str) -> list[Rule]:
+        """Rules of one multi-token layer, given the prefixes of its names, such as 'mtp.layers.0'."""
+        raise NotImplementedError
+
     def layer_rules(self, hf: HFConfig, mcore_layer: str, hf_layer: str) -> list[Rule]:
         """Rules of one decoder layer, given the prefixes of its names, such as 'decoder.layers.3'."""
         raise NotImplementedError
@@ -63,14 +77,22 @@ class Family:
         """What this checkpoint's config asks for and we do not do."""
         return []
 
-    def rules(self, hf: HFConfig) -> RuleTable:
+    def rules(self, hf: HFConfig, config: dict[str, Any] | None = None) -> RuleTable:
+        """All rules of the model. config: what config.json beside its tensors says and the one read did not."""
         layers = [
             rule
             for layer in range(hf.num_hidden_layers)
             for rule in self.layer_rules(hf, f"decoder.layers.{layer}", f"{self.hf_layers}.{layer}")
         ]
+        ahead = [
+            rule
+            for depth in range(self.multi_token_layers(hf))
+            for rule in self.multi_token_rules(
+                hf, f"mtp.layers.{depth}", f"model.layers.{hf.num_hidden_layers + depth}"
+            )
+        ]
         embedding, *outer = self.outer_rules(hf)
-        return RuleTable([embedding, *layers, *outer], self.optional_hf(hf))
+        return RuleTable([embedding, *layers, *outer, *ahead], self.optional_hf(hf), config)
 
 
 def family_of(hf: HFConfig) -> Family:

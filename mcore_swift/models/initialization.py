@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mcore_swift.models.rules import Norm, Rule, RuleTable, Shape, as_slices
+from mcore_swift.models.rules import Norm, Rule, RuleTable, Shape, full_region
 from mcore_swift.models.shards import live_shards
 
 
@@ -25,7 +25,8 @@ def initialize(chunks: Sequence[nn.Module], table: RuleTable, *, std: float, see
         for block in rule.blocks(shard.region, shapes):
             if block.name not in drawn:
                 drawn[block.name] = draw(rule, block.name, shapes[block.name], std, seed)
-            block.of(shard.data).copy_(drawn[block.name][as_slices(block.hf)])
+            whole = drawn[block.name]
+            block.of(shard.data).copy_(block.stored.view(whole, full_region(tuple(whole.shape)), block.hf))
 
 
 def draw(rule: Rule, name: str, shape: Shape, std: float, seed: int) -> Tensor:

@@ -7,6 +7,18 @@ from mcore_swift.models.norm import Norm, RMSNorm
 
 
 @dataclass(frozen=True)
+class Latent:
+    """Multi-head latent attention (arXiv:2405.04434) in place of query, key and value projections.
+
+    norm_eps: epsilon of the norms of the latents. interleaved: whether the dimensions that turn together are
+    neighbours (0 and 1, 2 and 3, ...) or half the width apart.
+    """
+
+    norm_eps: float = 1e-6
+    interleaved: bool = True
+
+
+@dataclass(frozen=True)
 class LayerTraits:
     """A family says this of each of its layers; the layer specs are assembled from it.
 
@@ -27,6 +39,7 @@ class LayerTraits:
         all heads together; 'each': a norm of its own for each head; 'turned': the one that every head shares, after
         the rotary embedding.
     output_bias, mlp_bias: whether the attention's output projection, and both linear layers of the MLP, have a bias.
+    latent: keys and values through a latent; None: the usual projections.
     """
 
     window: int | None = None
@@ -40,6 +53,7 @@ class LayerTraits:
     qk_norm: Literal["full", "each", "turned"] | None = None
     output_bias: bool = False
     mlp_bias: bool = False
+    latent: Latent | None = None
 
 
 PLAIN = LayerTraits()

@@ -2,12 +2,16 @@
 
 import contextlib
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mcore_swift.errors import UserError
 from mcore_swift.models.family import Family, HFConfig, family_of
 from mcore_swift.models.rules import RuleTable
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -26,10 +30,16 @@ class ModelPlan:
         """Whether any layer has routed experts."""
         return any(self.family.layer(self.hf, number).moe for number in range(self.hf.num_hidden_layers))
 
+    @property
+    def multi_token_layers(self) -> int:
+        """Layers after the decoder that predict tokens further ahead."""
+        return self.family.multi_token_layers(self.hf)
 
-def read_model(model_dir: str) -> ModelPlan:
+
+def read_model(model_dir: str, multi_token_layers: int | None = None) -> ModelPlan:
     """Read `<model_dir>/config.json`.
 
+    multi_token_layers: as the user wants them, 0 or those of the checkpoint; None: those of the checkpoint.
     Raises UserError for an architecture, or an option of one, that is not supported.
     """
     from transformers import AutoConfig
@@ -40,7 +50,42 @@ def read_model(model_dir: str) -> ModelPlan:
     if refused:
         raise UserError(f"{model_dir}/config.json asks for what is not supported: {'; '.join(refused)}")
     family.rotary(hf)
-    return ModelPlan(hf, family, family.rules(hf).as_held(_tensor_names(Path(model_dir))))
+    names = _tensor_names(Path(model_dir))
+    layers = range(hf.num_hidden_layers, hf.num_hidden_layers + family.multi_token_layers(hf))
+    prefixes = tuple(f"model.layers.{number}." for number in layers)
+    further = {name for name in names if name.startswith(prefixes)}
+    without = _without_multi_token_layers(
+        model_dir, hf, family, not names or bool(further), multi_token_layers
+    )
+    table = family.rules(hf, without).as_held(names)
+    if without:
+        table.optional_hf |= further
+    return ModelPlan(hf, family, table)
+
+
+def _without_multi_token_layers(
+    model_dir: str, hf: HFConfig, family: Family, held: bool, wanted: int | None
+) -> dict[str, Any]:
+    """Leave the multi-token layers out of `hf` if they are not wanted or not `held`.
+
+    Returns what config.json beside the weights has to say then; nothing if all stays as it is.
+    """
+    told = family.multi_token_layers(hf)
+    if wanted not in (None, 0, told):
+        raise UserError(
+            f"--mtp_num_layers {wanted}: {model_dir}/config.json tells of {told} multi-token layers",
+            remedy=f"use --mtp_num_layers {told}, or 0 to leave them out",
+        )
+    if not told or (held and wanted != 0):
+        return {}
+    if not held:
+        logger.warning(
+            "%s holds no weights of the %d multi-token layers that its config.json tells of: they are left out",
+            model_dir,
+            told,
+        )
+    setattr(hf, family.multi_token_key, 0)
+    return {family.multi_token_key: 0}
 
 
 def _tensor_names(folder: Path) -> list[str]:

@@ -12,10 +12,13 @@ the Transformer Engine layer specs.
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from mcore_swift.models.stored_form import AS_IS, AsIs, Turned
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 Shape = tuple[int, ...]
@@ -29,11 +32,13 @@ class Block:
 
     `mcore` is counted from the start of the region that was asked for, so it indexes a rank's shard directly.
     It may have leading dimensions of size one that the HF side lacks: one expert of a tensor that holds them all.
+    `stored`: how the HF tensor lies in its file, where not as `hf` counts.
     """
 
     name: str
     hf: Region
     mcore: Region
+    stored: AsIs | Turned = AS_IS
 
     def of(self, shard: "Tensor") -> "Tensor":
         """The block's values in a rank's shard: a view of the HF side's shape."""
@@ -79,6 +84,10 @@ class Rule(ABC):
 
         A part of the region that no HF tensor holds (vocabulary padding) is covered by no block.
         """
+
+    def converted(self, dtype: "torch.dtype | None") -> "torch.dtype | None":
+        """What the tensor becomes when the model is converted to `dtype`; None: it stays as it is."""
+        return dtype
 
     def as_held(self, names: Collection[str]) -> "Rule":
         """The rule for a checkpoint with HF tensors of these names, where there is more than one form of it."""
@@ -142,27 +151,39 @@ class FusedQKV(Rule):
 
 
 @dataclass(frozen=True)
+class InFloat32(Same):
+    """A tensor that keeps its own precision whatever the model's: small corrections would be lost in another."""
+
+    def converted(self, dtype: "torch.dtype | None") -> "torch.dtype | None":
+        return None
+
+
+@dataclass(frozen=True)
 class Vocab(Rule):
     """Embedding or output layer: `[vocabulary (padded in megatron-core), hidden]`.
 
     Rows past the HF vocabulary exist only in a running model, where the padded size depends on TP; they are
-    zero after loading and never exported.
+    zero after loading and never exported. HF tensors after the first are copies of it.
     """
 
     vocab_size: int
+
+    def as_held(self, names: Collection[str]) -> Rule:
+        original, *copies = self.hf
+        return replace(self, hf=(original, *[name for name in copies if name in names or not names]))
 
     def shape(self, hf_shapes: Mapping[str, Shape]) -> Shape:
         return hf_shapes[self.hf[0]]
 
     def hf_shapes(self, mcore_shape: Shape) -> dict[str, Shape]:
-        return {self.hf[0]: (min(self.vocab_size, mcore_shape[0]), *mcore_shape[1:])}
+        return dict.fromkeys(self.hf, (min(self.vocab_size, mcore_shape[0]), *mcore_shape[1:]))
 
     def blocks(self, region: Region, hf_shapes: Mapping[str, Shape]) -> Iterator[Block]:
         (start, stop), *rest = region
         stop = min(stop, hf_shapes[self.hf[0]][0])
-        if start < stop:
+        for name in reversed(self.hf) if start < stop else ():  # whoever loads keeps the last: the original
             yield Block(
-                self.hf[0],
+                name,
                 ((start, stop), *rest),
                 ((0, stop - start), *full_region(region_shape(tuple(rest)))),
             )
@@ -273,6 +294,39 @@ class Experts(Rule):
                     yield Block(name, block.hf, (place, *block.mcore))
 
 
+@dataclass(frozen=True)
+class TurnedExperts(Rule):
+    """The same matrix, or bias, of every expert of a layer, in one HF tensor that is turned (`stored_form.Turned`).
+
+    mcore: `[experts, parts * rows, ...]`, HF: `[experts, ..., rows * parts]`.
+    """
+
+    parts: int = 1
+
+    def shape(self, hf_shapes: Mapping[str, Shape]) -> Shape:
+        experts, *rest, rows = hf_shapes[self.hf[0]]
+        return (experts, rows, *rest)
+
+    def hf_shapes(self, mcore_shape: Shape) -> dict[str, Shape]:
+        experts, rows, *rest = mcore_shape
+        return {self.hf[0]: (experts, *rest, rows)}
+
+    def blocks(self, region: Region, hf_shapes: Mapping[str, Shape]) -> Iterator[Block]:
+        experts, (start, stop), *rest = region
+        rows = hf_shapes[self.hf[0]][-1] // self.parts
+        stored = Turned(self.parts, rows)
+        for first in range(0, rows * self.parts, rows):
+            low, high = max(first, start), min(first + rows, stop)
+            if low < high:
+                mcore = (*full_region(region_shape((experts,))), (low - start, high - start))
+                yield Block(
+                    self.hf[0],
+                    (experts, (low, high), *rest),
+                    (*mcore, *full_region(region_shape(tuple(rest)))),
+                    stored,
+                )
+
+
 def _row_block(
     name: str, first: int, last: int, start: int, stop: int, rest: Region, hf_first: int = 0
 ) -> Iterator[Block]:
@@ -290,10 +344,14 @@ class RuleTable:
     """All rules of one model, found by megatron-core key or by HF name.
 
     `optional_hf` names HF tensors that may be in a checkpoint and carry nothing of their own: buffers of old
-    exports, or the output layer of a model with tied embeddings.
+    exports, or the output layer of a model with tied embeddings. `config` is what config.json beside these tensors
+    says, where that is not what it said where the model was read.
     """
 
-    def __init__(self, rules: Iterable[Rule], optional_hf: Iterable[str] = ()) -> None:
+    def __init__(
+        self, rules: Iterable[Rule], optional_hf: Iterable[str] = (), config: Mapping[str, Any] | None = None
+    ) -> None:
+        self.config = dict(config or {})
         self.rules: list[Rule] = list(rules)
         self.by_mcore = {rule.mcore: rule for rule in self.rules}
         self.by_hf = {name: rule for rule in self.rules for name in rule.hf}
@@ -306,7 +364,7 @@ class RuleTable:
     def as_held(self, names: Collection[str]) -> "RuleTable":
         """The table for a checkpoint that holds HF tensors of these names; of a form it knows, or as it is."""
         held = set(names)
-        return RuleTable([rule.as_held(held) for rule in self.rules], self.optional_hf)
+        return RuleTable([rule.as_held(held) for rule in self.rules], self.optional_hf, self.config)
 
     def missing_hf(self, names: Iterable[str]) -> list[str]:
         """HF tensors the model needs that are not among `names`."""

@@ -8,7 +8,6 @@ import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_decoder_block_spec,
     get_gpt_layer_with_transformer_engine_spec,
     get_mlp_module_spec_for_backend,
 )
@@ -16,6 +15,8 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
+from megatron.core.transformer.multi_token_prediction import get_mtp_num_layers_to_build
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -36,8 +37,11 @@ from mcore_swift.models.decoder_layer import (
     Residual,
     RowLinearWithBias,
 )
+from mcore_swift.models.expert_bias import ExpertRowLinear
+from mcore_swift.models.latent_attention import LatentAttention
 from mcore_swift.models.layer import LayerTraits
 from mcore_swift.models.moe.router import Router
+from mcore_swift.models.multi_token import multi_token_spec
 from mcore_swift.models.norm import LayerNorm, RMSNorm, ZeroCentredRMSNorm
 from mcore_swift.models.reading import ModelPlan
 
@@ -49,6 +53,11 @@ _ATTENTION_NAMES = {
     "mlp_bda.norm.": "post_mlp_layernorm.",
 }
 _MLP_NAMES = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+# The norm before latent attention is a module of its own everywhere; those inside it are fused.
+_LATENT_NAMES = {
+    "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
+    "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
+}
 
 
 def have_transformer_engine() -> bool:
@@ -83,7 +92,7 @@ def only_local(plan: ModelPlan) -> str:
     hf, family = plan.hf, plan.family
     layers = [family.layer(hf, number) for number in range(hf.num_hidden_layers)]
     plain = {field.name: field.default for field in dataclasses.fields(LayerTraits)}
-    known = ("window", "moe", "rotary") if len(family.rotary(hf)) == 1 else ("window", "moe")
+    known = ("window", "moe", "latent", *(["rotary"] if len(family.rotary(hf)) == 1 else []))
     found = {
         name.replace("_", " ")
         for traits in layers
@@ -114,18 +123,14 @@ def choose_cp_comm_type(wanted: str | None, implementation: str) -> str:
 
 def block_spec(plan: ModelPlan, config: Any, implementation: str, vp_stage: int | None) -> Any:
     """The spec of this rank's part of the decoder: its layers, and the norm after the last one."""
-    if implementation == "transformer_engine" and config.num_moe_experts:
-        block = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
-        first = get_transformer_layer_offset(config, vp_stage)
-        for number, layer in enumerate(block.layer_specs, first):
-            if plan.family.layer(plan.hf, number).moe:
-                _with_our_router(layer.submodules.mlp)
-        return block
-    if implementation == "transformer_engine":
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     first = get_transformer_layer_offset(config, vp_stage)
-    count = get_num_layers_to_build(config, vp_stage)
-    layers = [local_layer(plan, config, number) for number in range(first, first + count)]
+    numbers = range(first, first + get_num_layers_to_build(config, vp_stage))
+    if implementation == "transformer_engine":
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        layers = [_te_layer(plan, config, number) for number in numbers]
+        return TransformerBlockSubmodules(layer_specs=layers, layer_norm=TENorm)
+    layers = [local_layer(plan, config, number) for number in numbers]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm_of(plan))
 
 
@@ -135,6 +140,33 @@ def core_attention(traits: LayerTraits) -> ModuleSpec:
         module=CoreAttention,
         params={"window": traits.window, "softcap": traits.softcap, "sinks": traits.sinks},
     )
+
+
+def multi_token_block_spec(
+    plan: ModelPlan, config: Any, implementation: str, vp_stage: int | None
+) -> ModuleSpec | None:
+    """The spec of the multi-token layers, if this chunk has them: they follow the last layer of the decoder."""
+    if not get_mtp_num_layers_to_build(config, vp_stage):
+        return None
+    first = plan.hf.num_hidden_layers
+    numbers = range(first, first + plan.multi_token_layers)
+    if implementation == "transformer_engine":
+        return multi_token_spec([_te_layer(plan, config, number) for number in numbers])
+    return multi_token_spec([local_layer(plan, config, number) for number in numbers])
+
+
+def _te_layer(plan: ModelPlan, config: Any, number: int) -> ModuleSpec:
+    traits = plan.family.layer(plan.hf, number)
+    layer = get_gpt_layer_with_transformer_engine_spec(
+        num_experts=config.num_moe_experts if traits.moe else None,
+        moe_grouped_gemm=config.moe_grouped_gemm,
+        qk_layernorm=config.qk_layernorm,
+        multi_latent_attention=config.multi_latent_attention,
+    )
+    _use_latent_attention(layer, config, traits)
+    if traits.moe:
+        _with_our_router(layer.submodules.mlp)
+    return layer
 
 
 def norm_of(plan: ModelPlan) -> type:
@@ -151,12 +183,48 @@ def local_layer(plan: ModelPlan, config: Any, number: int) -> ModuleSpec:
         params={"one_norm": traits.parallel == "one_norm"} if traits.parallel else {},
         submodules=TransformerLayerSubmodules(
             input_layernorm=first,
-            self_attention=_local_attention(plan, config, traits),
+            self_attention=_local_latent_attention(config, traits)
+            if traits.latent
+            else _local_attention(plan, config, traits),
             self_attn_bda=_residual(config, traits, norm),
             pre_mlp_layernorm=IdentityOp if traits.parallel == "one_norm" else first,
             mlp=_local_mlp(config, traits),
             mlp_bda=_residual(config, traits, norm),
-            sharded_state_dict_keys_map=_ATTENTION_NAMES | ({} if traits.moe else _MLP_NAMES),
+            sharded_state_dict_keys_map=(_LATENT_NAMES if traits.latent else _ATTENTION_NAMES)
+            | ({} if traits.moe else _MLP_NAMES),
+        ),
+    )
+
+
+def _use_latent_attention(layer: ModuleSpec, config: Any, traits: LayerTraits) -> None:
+    """Our latent attention in a spec of Transformer Engine's, whose linear layers and attention it keeps."""
+    if traits.latent is None:
+        return
+    attention = layer.submodules.self_attention
+    attention.module = LatentAttention
+    attention.params = {**attention.params, "latent": traits.latent}
+    attention.submodules.q_layernorm = RMSNorm if config.q_lora_rank is not None else IdentityOp
+    attention.submodules.kv_layernorm = RMSNorm
+    layer.submodules.sharded_state_dict_keys_map = {
+        **layer.submodules.sharded_state_dict_keys_map,
+        **_LATENT_NAMES,
+    }
+
+
+def _local_latent_attention(config: Any, traits: LayerTraits) -> ModuleSpec:
+    return ModuleSpec(
+        module=LatentAttention,
+        params={"attn_mask_type": AttnMaskType.causal, "latent": traits.latent},
+        submodules=MLASelfAttentionSubmodules(
+            linear_q_proj=ColumnParallelLinear,
+            linear_q_down_proj=ColumnParallelLinear,
+            linear_q_up_proj=ColumnParallelLinear,
+            linear_kv_down_proj=ColumnParallelLinear,
+            linear_kv_up_proj=ColumnParallelLinear,
+            core_attention=core_attention(traits),
+            linear_proj=RowParallelLinear,
+            q_layernorm=RMSNorm if config.q_lora_rank is not None else IdentityOp,
+            kv_layernorm=RMSNorm,
         ),
     )
 
@@ -185,15 +253,21 @@ def _local_mlp(config: Any, traits: LayerTraits) -> Any:
         return get_mlp_module_spec_for_backend(
             backend=_BiasedLinears() if traits.mlp_bias else LocalSpecProvider()
         )
-    return _with_our_router(
+    mlp = _with_our_router(
         get_mlp_module_spec_for_backend(backend=LocalSpecProvider(), num_experts=config.num_moe_experts)
     )
+    if config.add_bias_linear:
+        _submodules(_submodules(mlp).experts).linear_fc2 = ExpertRowLinear
+    return mlp
+
+
+def _submodules(spec: Any) -> Any:
+    # a ModuleSpec before megatron-core 0.18, a partial since
+    return spec.submodules if isinstance(spec, ModuleSpec) else spec.keywords["submodules"]
 
 
 def _with_our_router(mlp: Any) -> Any:
-    # a ModuleSpec in megatron-core 0.16, a partial in 0.19
-    submodules = mlp.submodules if isinstance(mlp, ModuleSpec) else mlp.keywords["submodules"]
-    submodules.router = Router
+    _submodules(mlp).router = Router
     return mlp
 
 

@@ -174,7 +174,8 @@ class Checkpoints:
         if not self.ranks.is_first:
             return
         if not self.engine.saves_adapter:
-            copy_side_files(self.source_dir, folder, self.engine.dtype)
+            changes = self.engine.plan.table.config if hasattr(self.engine.plan, "table") else None
+            copy_side_files(self.source_dir, folder, self.engine.dtype, changes)
         with disk_errors(folder):
             self.args.save(folder)
 

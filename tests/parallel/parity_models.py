@@ -5,6 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from parity_multi_token import (
+    FACTOR,
+    add_to_checkpoint,
+    copies_of,
+    further_loss,
+    multi_token_layers,
+    names_of,
+)
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -51,6 +59,27 @@ GLM4 = {
     "moe_intermediate_size": 12,
     "routed_scaling_factor": 1.5,
     "head_dim": 8,
+}
+LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 10,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 5,
+    "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.0},
+    "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-5,
+    "num_nextn_predict_layers": 0,
+}
+DEEPSEEK_EXPERTS = {
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "moe_intermediate_size": 12,
+    "routed_scaling_factor": 1.7,
 }
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"num_key_value_heads": 4, "tie_word_embeddings": False}),
@@ -178,6 +207,39 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"num_key_value_heads": 4, "rope_parameters": PARTIAL, "use_parallel_residual": False},
     ),
     "hunyuan": ("HunYuanDenseV1", {"head_dim": 6, "rope_parameters": DYNAMIC | {"alpha": 7.0}}),
+    "deepseek-v2": (
+        "DeepseekV2",
+        LATENT | DEEPSEEK_EXPERTS | {"q_lora_rank": 12, "topk_method": "group_limited_greedy"},
+    ),
+    "deepseek-v2-lite": (
+        "DeepseekV2",
+        LATENT | DEEPSEEK_EXPERTS | {"q_lora_rank": None, "rope_parameters": {"rope_type": "default"}},
+    ),
+    "deepseek-v3": ("DeepseekV3", LATENT | DEEPSEEK_EXPERTS | {"q_lora_rank": 12}),
+    "deepseek-v3-mtp": (
+        "DeepseekV3",
+        LATENT
+        | DEEPSEEK_EXPERTS
+        | {"q_lora_rank": None, "num_nextn_predict_layers": 2, "rope_interleave": False},
+    ),
+    "gpt-oss": (
+        "GptOss",
+        {
+            "head_dim": 10,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 7,
+            "swiglu_limit": 0.5,
+            "tie_word_embeddings": False,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "truncate": False,
+                "original_max_position_embeddings": 16,
+            },
+        },
+    ),
 }
 THOROUGH = ("llama3-rope-tied", "qwen3", "qwen3-moe")
 """Variants that go through every layout, packed and unpacked; the others through a few that mix the axes."""
@@ -242,18 +304,34 @@ def make_reference(variant: str, folder: Path, *, attention: str = "eager", **si
     sizes: fields of config.json that are not the variant's.
     """
     model = make_model(variant, folder / "model", attention=attention, **sizes)
+    depths = multi_token_layers(model)
+    with torch.no_grad():
+        for name, tensor in depths.state_dict().items():
+            norm = tensor.dim() == 1 and "bias" not in name
+            tensor.copy_(torch.randn(tensor.shape) * 0.1 + norm)
+    add_to_checkpoint(folder / "model", model, depths)
     samples = [torch.randint(0, SIZES["vocab_size"], (length,)) for length in LENGTHS]
-    logits = [model(input_ids=sample[None]).logits[0] for sample in samples]
+    outputs = [model(input_ids=sample[None], output_hidden_states=True) for sample in samples]
+    logits = [output.logits[0] for output in outputs]
     terms = [
         torch.nn.functional.cross_entropy(rows[PROMPT - 1 : -1], sample[PROMPT:], reduction="sum")
         for rows, sample in zip(logits, samples, strict=True)
     ]
-    loss = torch.stack(terms).sum() / sum(length - PROMPT for length in LENGTHS)
-    loss.backward()
-    gradients = [parameter.grad for parameter in model.parameters()]
+    learnt = sum(length - PROMPT for length in LENGTHS)
+    loss = torch.stack(terms).sum() / learnt
+    total = loss
+    if depths:
+        further = [
+            further_loss(model, depths, sample, output.hidden_states[-1], PROMPT)
+            for sample, output in zip(samples, outputs, strict=True)
+        ]
+        total = loss + FACTOR / len(depths) * torch.stack(further).sum() / learnt
+    total.backward()
+    parameters = [*model.parameters(), *depths.parameters()]
+    gradients = [parameter.grad for parameter in parameters]
     norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in parameters:
             parameter -= LEARNING_RATE * parameter.grad
     model.save_pretrained(folder / "stepped")  # a checkpoint's names: in memory experts are fused
     reference = Reference(
@@ -261,6 +339,10 @@ def make_reference(variant: str, folder: Path, *, attention: str = "eager", **si
         [rows.detach() for rows in logits],
         loss.item(),
         norm.item(),
-        load_file(folder / "stepped" / "model.safetensors"),
+        load_file(folder / "stepped" / "model.safetensors")
+        | {
+            name: tensor.detach()
+            for name, tensor in (names_of(model, depths) | copies_of(model, depths)).items()
+        },
     )
     torch.save(reference, folder / "reference.pt")

@@ -14,8 +14,17 @@ SIZES = {
     "max_position_embeddings": 64,
 }
 
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 10,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 5,
+    "num_nextn_predict_layers": 0,
+}
 FAMILIES = ("llama", "llama-tied", "mistral", "qwen2", "qwen3", "qwen3-tied", "qwen3moe")
-OTHER_KINDS = ("phi3", "cohere-tied", "starcoder2-tied")
+OTHER_KINDS = ("phi3", "cohere-tied", "starcoder2-tied", "deepseekv3", "gptoss")
 """Families with rules of other kinds; tests/parallel/test_parity.py takes every family through a live model."""
 
 
@@ -32,6 +41,8 @@ def hf_config(name):
         "phi3": "Phi3",
         "cohere": "Cohere",
         "starcoder2": "Starcoder2",
+        "deepseekv3": "DeepseekV3",
+        "gptoss": "GptOss",
     }[family]
     sizes = dict(SIZES)
     if family.startswith("qwen3"):
@@ -42,6 +53,10 @@ def hf_config(name):
         sizes["use_qk_norm"] = True
     if family == "qwen3moe":
         sizes |= {"num_experts": 4, "moe_intermediate_size": 12, "mlp_only_layers": [1]}
+    if family == "gptoss":
+        sizes |= {"num_local_experts": 4, "head_dim": 10}
+    if family == "deepseekv3":
+        sizes |= LATENT | {"n_routed_experts": 8, "moe_intermediate_size": 12, "n_group": 4, "topk_group": 2}
     config = getattr(transformers, f"{architecture}Config")(**sizes, tie_word_embeddings=bool(tied))
     config.architectures = [f"{architecture}ForCausalLM"]
     return config

@@ -22,7 +22,7 @@ def stop() -> None:
 
 def read(args: Any) -> ModelPlan:
     """The model that `args.model` holds. Raises UserError for a family that is not there."""
-    return read_model(args.model)
+    return read_model(args.model, args.mtp_num_layers)
 
 
 def build(plan: ModelPlan, layout: Layout, args: Any, dtype: torch.dtype) -> MegatronEngine:

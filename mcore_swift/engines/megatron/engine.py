@@ -4,6 +4,7 @@ import importlib.util
 import math
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -185,7 +186,7 @@ class MegatronEngine:
 
     @cached_property
     def _shape(self) -> ModelShape:
-        return read_shape(Path(self.args.model))
+        return replace(read_shape(Path(self.args.model)), num_mtp_layers=self.plan.multi_token_layers)
 
     @property
     def family(self) -> str:
@@ -222,17 +223,31 @@ class MegatronEngine:
 
     def _run(self, microbatches: Sequence[Batch], objective: Objective, *, forward_only: bool) -> StepResult:
         prepared = [self._prepare(batch) for batch in microbatches]
-        sums = run_microbatches(self.model, prepared, objective, forward_only=forward_only)
+        sums = run_microbatches(
+            self.model,
+            prepared,
+            objective,
+            forward_only=forward_only,
+            ahead_weight=self.args.mtp_loss_scaling_factor,
+        )
         tallies = None if self.routers is None or forward_only else self.routers.tallies()
         (loss, count, *metrics), tallies = reduce_over_ranks(sums, tallies)
         divisor = max(count, 1)
-        named = {name: value / divisor for name, value in zip(objective.metrics, metrics, strict=True)}
+        named = {name: value / divisor for name, value in zip(objective.metrics, metrics, strict=False)}
+        ahead = metrics[len(objective.metrics) :]
+        for depth, (total, terms) in enumerate(zip(ahead[::2], ahead[1::2], strict=True), start=1):
+            named[f"mtp_{depth}_loss"] = total / max(terms, 1)
         if tallies is not None:
             named |= self.routers.metrics(tallies, len(microbatches) * self.layout.dp)
         return StepResult(loss / divisor, int(count), metrics=named)
 
     def _prepare(self, batch: Batch) -> Microbatch:
-        return to_device(batch, get_accelerator().device, thd=self.implementation == "transformer_engine")
+        return to_device(
+            batch,
+            get_accelerator().device,
+            thd=self.implementation == "transformer_engine",
+            depth=self.plan.multi_token_layers,
+        )
 
 
 def model_options(args: Any, implementation: str, *, experts: bool) -> dict[str, Any]:

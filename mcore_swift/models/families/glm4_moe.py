@@ -18,13 +18,14 @@ from mcore_swift.models.families.moe import (
     shared_expert_rules,
     unsupported_groups,
 )
+from mcore_swift.models.families.multi_token import MultiToken
 from mcore_swift.models.families.qwen3 import head_norm_rules
 from mcore_swift.models.family import HFConfig
 from mcore_swift.models.layer import LayerTraits
 from mcore_swift.models.rules import Rule
 
 
-class Glm4Moe(Llama):
+class Glm4Moe(MultiToken, Llama):
     name = "glm4_moe"
 
     def config(self, hf: HFConfig) -> dict[str, Any]:

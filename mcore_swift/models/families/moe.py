@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from mcore_swift.models.rules import Experts, Rule, Same, Stacked
+from mcore_swift.models.rules import Experts, InFloat32, Rule, Same, Stacked
 
 GATED = ("gate_proj", "up_proj", "down_proj")
 """What most checkpoints call the three matrices of a gated MLP."""
@@ -91,7 +91,7 @@ def router_rule(mcore_mlp: str, hf_mlp: str) -> Rule:
 
 
 def expert_bias_rule(mcore_mlp: str, hf_mlp: str) -> Rule:
-    return Same(f"{mcore_mlp}.router.expert_bias", (f"{hf_mlp}.gate.e_score_correction_bias",))
+    return InFloat32(f"{mcore_mlp}.router.expert_bias", (f"{hf_mlp}.gate.e_score_correction_bias",))
 
 
 def shared_expert_rules(mcore_mlp: str, hf_expert: str, names: Sequence[str] = GATED) -> list[Rule]:

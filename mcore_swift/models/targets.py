@@ -1,0 +1,71 @@
+"""What a model is asked of a microbatch: where it has a loss, and what its multi-token layers look at and predict."""
+
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Ahead:
+    """What the layer of depth k is given and asked: position t of each tensor is k places on in its sample.
+
+    input_ids, labels: int64 `[b, s]`, 0 where the sample has ended. loss_mask: fp32 `[b, s]`, 0 there.
+    positions: int64 `[learnt]`, where loss_mask is not 0, in labels laid end to end.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    loss_mask: Tensor
+    positions: Tensor
+
+    @classmethod
+    def of(cls, input_ids: Tensor, labels: Tensor, loss_mask: Tensor) -> "Ahead":
+        return cls(input_ids, labels, loss_mask, learnt_in(loss_mask))
+
+    def part(self, places: Tensor) -> "Ahead":
+        """The tokens at some places of the rows."""
+        return Ahead.of(*(x[:, places] for x in (self.input_ids, self.labels, self.loss_mask)))
+
+    def to(self, device: torch.device) -> "Ahead":
+        return Ahead(*(getattr(self, name.name).to(device, non_blocking=True) for name in fields(self)))
+
+
+@dataclass
+class Targets:
+    """Where the model has a loss: positions int64 `[learnt]`, in labels laid end to end, and those further ahead.
+
+    padding_mask: bool, true at padding, of the tokens of this rank's layers; the model sets it.
+    """
+
+    positions: Tensor
+    ahead: list[Ahead] = field(default_factory=list)
+    padding_mask: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Targets":
+        return Targets(self.positions.to(device, non_blocking=True), [step.to(device) for step in self.ahead])
+
+
+def learnt_in(loss_mask: Tensor) -> Tensor:
+    """Where a mask `[b, s]` is not 0, in its rows laid end to end: int64 `[learnt]`."""
+    return loss_mask.reshape(-1).nonzero().squeeze(-1)
+
+
+def look_ahead(
+    input_ids: Tensor, labels: Tensor, loss_mask: Tensor, cu_seqlens: Tensor | None, depth: int
+) -> list[Ahead]:
+    """Of depths 1 to `depth`, on the host. All tensors `[b, s]`; cu_seqlens: bounds of the samples of a packed row."""
+    s = input_ids.size(-1)
+    if cu_seqlens is None:
+        left = torch.arange(s, 0, -1)
+    else:
+        lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+        left = torch.repeat_interleave(cu_seqlens[1:].long(), lengths) - torch.arange(s)
+    steps = []
+    for k in range(1, depth + 1):
+        inside = left > k  # as many tokens are left of the sample, this one included
+        ids, further, mask = (
+            torch.where(inside, x.roll(-k, dims=-1), 0) for x in (input_ids, labels, loss_mask)
+        )
+        steps.append(Ahead.of(ids, further, mask))
+    return steps
