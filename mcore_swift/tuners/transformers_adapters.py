@@ -40,10 +40,13 @@ def choose_parameters(model: nn.Module, args: Any) -> nn.Module:
         try:
             model = get_peft_model(model, config, adapter_name=ADAPTER)
         except ValueError as error:
-            raise UserError(
-                f"--target_modules {' '.join(args.target_modules)}: {str(error).splitlines()[0]}",
-                _nearest_modules(model, args.target_modules),
-            ) from None
+            reason = str(error).splitlines()[0]
+            if args.adapters:
+                remedy = "is it an adapter of another model? give its base with --model"
+                raise UserError(f"--adapters {args.adapters[0]}: {reason}", remedy) from None
+            asked = args.target_regex or " ".join(args.target_modules)
+            remedy = _nearest_modules(model, args.target_modules)
+            raise UserError(f"adapters on {asked}: {reason}", remedy) from None
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.requires_grad and parameter.dtype is not torch.float32:

@@ -145,6 +145,17 @@ def test_every_kind_of_adapter_begins_as_nothing_and_learns(runs, kind):
     )
 
 
+@pytest.mark.parametrize("mistake", transformers_plan.REFUSED)
+def test_a_mistake_is_told_in_words(runs, mistake):
+    runs(mistake)
+
+
+def test_frozen_parameters_have_no_part_in_the_gradient(runs):
+    whole, part = curve(runs("one"))[1], curve(runs("frozen"))[1]
+    assert part[0] == pytest.approx(whole[0], rel=1e-6)
+    assert 0 < part[1] < 0.9 * whole[1]
+
+
 def test_an_export_is_a_model_of_transformers(runs):
     from transformers import AutoModelForCausalLM
 

@@ -18,6 +18,7 @@ from mcore_swift.accelerator import get_accelerator
 from mcore_swift.cli.backend import loop_arguments
 from mcore_swift.config import MegatronSftArguments, SwiftSftArguments, parse
 from mcore_swift.engines.fsdp import processes
+from mcore_swift.errors import UserError
 from mcore_swift.plan.layout import Layout
 from mcore_swift.training.loop import train
 from mcore_swift.training.main import build_run
@@ -51,15 +52,28 @@ def merge_lora(argv: list[str]) -> None:
     merge(argv)
 
 
+def refused(argv: list[str], said: list[str]) -> None:
+    try:
+        on_transformers(argv)
+    except UserError as error:
+        assert all(text in str(error) for text in said), str(error)
+    else:
+        raise AssertionError("it was not refused")
+
+
 DONE: set[str] = set()
-DOES = {"swift": on_transformers, "megatron": on_megatron, "merge": merge_lora}
+DOES = {"swift": on_transformers, "megatron": on_megatron, "merge": merge_lora, "refused": refused}
 
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
     plan = json.loads((folder / "plan.json").read_text())
-    run_cases({case["name"]: partial(DOES[case["do"]], case["argv"]) for case in plan}, folder)
+    cases = {}
+    for case in plan:
+        more = {"said": case["said"]} if case["said"] else {}
+        cases[case["name"]] = partial(DOES[case["do"]], case["argv"], **more)
+    run_cases(cases, folder)
     dist.destroy_process_group()
 
 

@@ -45,6 +45,18 @@ KINDS: dict[str, dict] = {
     "vera": {"train_type": "vera", "vera_rank": 4},
 }
 """Adapters that all begin by changing nothing."""
+REFUSED: dict[str, tuple[dict, list[str]]] = {
+    "no-such-target": (LORA | {"target_modules": "q_prj"}, ["q_prj", "the nearest are: q_proj"]),
+    "another-base": (
+        LORA | GPT2 | {"adapters": f"{{runs}}/lora/checkpoint-{STEPS}"},
+        ["lora/checkpoint-6", "adapter of another model"],
+    ),
+    "nothing-so-named": (
+        {"freeze_parameters": "model.layer.0"},
+        ["--freeze_parameters model.layer.0", "model.layers.0"],
+    ),
+    "nothing-trains": ({"freeze_parameters_ratio": 1}, ["every parameter is frozen"]),
+}
 
 
 def resumed(run: str) -> dict[str, str]:
@@ -80,6 +92,7 @@ SWIFT: dict[int, dict[str, dict]] = {
         "lora": LORA | EXPORT,
         "lora-fsdp2-to-one": LORA | resumed("lora-fsdp2"),
         "lora-still": LORA | STILL | {"adapters": f"{{runs}}/lora/checkpoint-{STEPS}"},
+        "frozen": {"freeze_parameters": "model", "trainable_parameters": "model.layers.3"} | ONE_STEP,
         **{name: LORA | flags | {"max_steps": 3} for name, flags in KINDS.items()},
     },
 }
@@ -120,11 +133,12 @@ def plan(world_size: int, tiny: Tiny, folder: Path) -> list[dict]:
                 rows // given.get("per_device_train_batch_size", 1) // world_size
             )
         argv = [part for key, value in given.items() for part in (f"--{key}", str(value).format(**places))]
-        return {"name": name, "do": do, "argv": argv}
+        return {"name": name, "do": do, "argv": argv, "said": REFUSED[name][1] if do == "refused" else None}
 
     cases = [case(name, flags) for name, flags in SWIFT[world_size].items()]
     if world_size == 1:
         cases += [case(name, flags, "megatron") for name, flags in ON_MEGATRON.items()]
+        cases += [case(name, flags, "refused") for name, (flags, _) in REFUSED.items()]
         cases += [case(name, flags, "merge") for name, flags in MERGED.items()]
         cases += [case(name, flags) for name, flags in AFTERWARDS.items()]
     return cases
