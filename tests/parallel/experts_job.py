@@ -145,6 +145,7 @@ def main() -> None:
             without_losses, folder, layout, moe_token_dispatcher_type="allgather"
         )
     run_cases(cases, folder)
+    dist.destroy_process_group()  # or a rank that is still connected may abort as the interpreter ends
 
 
 if __name__ == "__main__":
