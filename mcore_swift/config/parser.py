@@ -16,6 +16,7 @@ from .files import SUFFIXES, apply_env, read_config
 from .known import NotYet
 from .not_yet import EXPORT_HARMLESS, NOT_YET
 from .not_yet_trainer import NOT_YET_TRAINER
+from .tuner import TunerArguments
 from .values import BadValue, convert, same_value
 
 # what describes the model and its text: taken from a checkpoint's args.json where the command is silent
@@ -261,6 +262,15 @@ class _Reader:
             return
         missing = [name for name in LOADED if name in self.flags and name not in self.given]
         taken = [name for name in missing if saved.get(name) is not None]
+        if issubclass(self.cls, TunerArguments):  # what has been trained goes on training
+            taken += [
+                name
+                for name, flag in flags_of(TunerArguments).items()
+                if name not in self.given
+                and name != "adapters"
+                and name in saved
+                and saved[name] != flag.default
+            ]
         for name in taken:
             try:
                 typed[name] = convert(self.flags[name], [saved[name]])

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -174,18 +174,18 @@ def adapter_tensors(folder: str, model: Any, shapes: Mapping[str, tuple[int, ...
     return found
 
 
-def base_names(base: Mapping[int, str], model: nn.Module) -> dict[str, str]:
-    """Tensor of a model with adapters -> its name in the model without. base: id of each of those tensors -> name.
+def base_names(base: Collection[str], model: nn.Module) -> dict[str, str]:
+    """Tensor of a model with adapters -> its name in the model without. base: the names of all tensors of the latter.
 
     Copies that peft makes of modules that train whole begin as what they are copies of.
     """
     names = {}
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if id(tensor) in base:
-            names[name] = base[id(tensor)]
-        elif f".modules_to_save.{ADAPTER}." in name:
-            plain = name.replace(f".modules_to_save.{ADAPTER}.", ".")
-            names[name] = plain.removeprefix("base_model.model.")
+    for name, _ in (*model.named_parameters(), *model.named_buffers()):
+        plain = name.removeprefix("base_model.model.")
+        for inserted in (".base_layer.", f".modules_to_save.{ADAPTER}.", ".original_module."):
+            plain = plain.replace(inserted, ".")
+        if plain in base:
+            names[name] = plain
     return names
 
 

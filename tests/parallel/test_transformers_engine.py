@@ -123,6 +123,11 @@ def test_dora_in_bf16_is_the_same_however_it_is_spread(runs):
         assert sharded[step][0] == pytest.approx(whole[step][0], rel=1e-4)
 
 
+def test_biases_that_train_beside_adapters_begin_as_those_of_the_model(runs):
+    beside, model = curve(runs("opt-lora-bias"))[1], curve(runs("opt-padded"))[1]
+    assert beside[0] == pytest.approx(model[0], rel=1e-2), "bf16 beside fp32"
+
+
 def test_an_adapter_goes_on_and_merged_by_peft_it_is_the_same_model(runs):
     """`merged` read the files with peft's own loader, so they are PEFT files with these values."""
     beside, inside = curve(runs("lora-still"))[1], curve(runs("merged-still"))[1]

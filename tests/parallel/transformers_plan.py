@@ -91,6 +91,7 @@ SWIFT: dict[int, dict[str, dict]] = {
         "eight-padded": EIGHT | {"per_device_train_batch_size": 4},
         "lora": LORA | EXPORT,
         "lora-fsdp2-to-one": LORA | resumed("lora-fsdp2"),
+        "opt-lora-bias": OPT | EIGHT | LORA | BF16 | {"lora_bias": "all"},
         "lora-still": LORA | STILL | {"adapters": f"{{runs}}/lora/checkpoint-{STEPS}"},
         "frozen": {"freeze_parameters": "model", "trainable_parameters": "model.layers.3"} | ONE_STEP,
         **{name: LORA | flags | {"max_steps": 3} for name, flags in KINDS.items()},

@@ -71,6 +71,14 @@ def test_args_json_keeps_what_the_user_gave(tmp_path):
     assert again == args and again.padding_free and again.attn_impl == "flash_attention_2"
 
 
+def test_a_resumed_run_trains_what_it_has_trained(tmp_path):
+    arguments("--train_type", "full", "--freeze_parameters", "model.embed").save(tmp_path)
+    args = arguments("--resume_from_checkpoint", str(tmp_path))
+    assert (args.tuner_type, args.freeze_parameters) == ("full", ["model.embed"])
+    args = arguments("--resume_from_checkpoint", str(tmp_path), "--freeze_parameters_ratio", "0.5")
+    assert args.freeze_parameters_ratio == 0.5, "the command line wins"
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [

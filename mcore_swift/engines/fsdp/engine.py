@@ -107,7 +107,7 @@ class TransformersEngine:
                 shards = weight_shards(self.base, dist.get_rank())
                 self._told = weights.load(self.args.model, self.base, shards, Ranks())
         tensors = (*self.base.named_parameters(), *self.base.named_buffers())
-        base = {id(tensor): name for name, tensor in tensors}
+        base = {name for name, _ in tensors}
         model = choose_parameters(self.base, self.args)
         self._base_names = base_names(base, model) if self.saves_adapter else {}
         return model
