@@ -56,8 +56,18 @@ def hf_weights(
     dtype: of the tensors given; None keeps the parameters'.
     Collective over `ranks` (the default process group): every rank must run the iterator to its end.
     """
+    yield from hf_tensors(live_shards(model_chunks), table, bucket_bytes, dtype, ranks)
+
+
+def hf_tensors(
+    shards: Sequence[LiveShard],
+    table: RuleTable,
+    bucket_bytes: int = BUCKET_BYTES,
+    dtype: torch.dtype | None = None,
+    ranks: Ranks | None = None,
+) -> Iterator[Bucket]:
+    """The same of any shards that the rules of `table` name."""
     ranks = ranks or Ranks()
-    shards = live_shards(model_chunks)
     plans = _plan(shards, table, bucket_bytes, dtype, ranks)
     for members in _gather(plans, shards, ranks):
         yield Bucket({plan.spec.name: tensor for plan, tensor in members})

@@ -10,6 +10,7 @@ from .base import Arguments
 from .checkpoint import CheckpointArguments, HFSaveArguments
 from .data import DataArguments, PackingArguments
 from .fields import arg, with_default
+from .megatron_tuner import MegatronTunerArguments
 from .model import ModelArguments, TemplateArguments
 from .moe import ExpertParallelArguments, MoEArguments
 from .optimizer import OptimizerArguments, ScheduleArguments
@@ -32,6 +33,7 @@ class MegatronSftArguments(
     TemplateArguments,
     PackingArguments,
     TrainArguments,
+    MegatronTunerArguments,
     ScheduleArguments,
     OptimizerArguments,
     ParallelArguments,

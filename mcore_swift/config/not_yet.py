@@ -183,19 +183,18 @@ _MEGATRON = table(
     ),
     # tuners
     settings(
-        _NO_ADAPTERS,
-        adapters=None,
-        mcore_adapter=None,
-        merge_lora=(None, False, True),  # with no adapter there is nothing to merge
-        target_modules=("all-linear", ["all-linear"]),
-        target_regex=None,
+        "with adapters it is not supported yet; merge afterwards with `swift export --adapters <checkpoint> "
+        "--merge_lora true`",
+        merge_lora=(None, False),
+    ),
+    settings(
+        "this kind of adapter is not supported yet",
         modules_to_save=None,
-        lora_rank=8,
-        lora_alpha=32,
-        lora_dropout=0.05,
         lora_bias="none",
         lora_dtype=None,
-        use_rslora=False,
+        use_dora=False,
+        lorap_lr_ratio=None,
+        init_weights=("true",),
     ),
     settings(
         "freezing a part of the parameters is not supported yet",

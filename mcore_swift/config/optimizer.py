@@ -9,6 +9,7 @@ from .base import Arguments
 from .fields import arg
 
 FULL_PARAMETER_LR = 1e-5
+ADAPTER_LR = 1e-4
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -72,7 +73,10 @@ class ScheduleArguments(Arguments):
     TITLE: ClassVar[str] = "Learning rate"
 
     lr: float | None = arg(
-        None, "highest learning rate", at_least=0, default_text=f"{FULL_PARAMETER_LR:g} for all parameters"
+        None,
+        "highest learning rate",
+        at_least=0,
+        default_text=f"{FULL_PARAMETER_LR:g} for all parameters, {ADAPTER_LR:g} for adapters",
     )
     min_lr: float = arg(0.0, "learning rate at the end of the decay", at_least=0)
     lr_decay_style: str = arg(
@@ -97,7 +101,7 @@ class ScheduleArguments(Arguments):
 
     def fill(self) -> None:
         if self.lr is None:
-            self.lr = FULL_PARAMETER_LR
+            self.lr = FULL_PARAMETER_LR if getattr(self, "tuner_type", "full") == "full" else ADAPTER_LR
 
     def check(self) -> Iterator[UserError]:
         for name in ("min_lr", "lr_warmup_init"):

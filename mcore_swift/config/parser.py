@@ -21,14 +21,9 @@ from .values import BadValue, convert, same_value
 
 # what describes the model and its text: taken from a checkpoint's args.json where the command is silent
 LOADED = (
-    "model",
-    "model_type",
-    "torch_dtype",
-    "mtp_num_layers",
-    "system",
-    "max_length",
-    "truncation_strategy",
-    "loss_scale",
+    *("model", "model_type", "torch_dtype", "mtp_num_layers"),
+    *("system", "max_length", "truncation_strategy", "loss_scale"),
+    *("tuner_type", "lora_rank", "lora_alpha", "use_rslora", "target_modules", "target_regex"),
 )
 
 _FLAG = re.compile(r"--([A-Za-z0-9_]+)")

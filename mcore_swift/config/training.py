@@ -17,12 +17,6 @@ _ONLY_CUDA = (
 class TrainArguments(Arguments):
     TITLE: ClassVar[str] = "Training"
 
-    tuner_type: str = arg(
-        "full",
-        "which parameters train",
-        choices=("full",),
-        refused=dict.fromkeys(("lora", "lora_llm"), "LoRA is not supported yet"),
-    )
     micro_batch_size: int = arg(1, "samples (with packing: rows) one process takes at a time", at_least=1)
     global_batch_size: int = arg(
         16, "samples (with packing: rows) of one step, over all processes", at_least=1

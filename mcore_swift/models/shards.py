@@ -19,6 +19,10 @@ MAIN_WEIGHT = "fp32_param"
 """State of the optimizer that is the exact weight, where the model's is rounded: `optimizer.fp32_param.<key>`."""
 
 
+ADAPTER = "adapter."
+"""Keys of adapters: 'adapter.<HF module>.lora_A.weight', in the shapes and places of the HF module."""
+
+
 @dataclass(frozen=True)
 class LiveShard:
     """One rank's part of one tensor of a checkpoint.
@@ -37,7 +41,7 @@ class LiveShard:
 
 def is_expert(key: str) -> bool:
     """Whether a parameter or checkpoint key is a weight of routed experts, which EP and ETP divide."""
-    return ".mlp.experts." in key
+    return ".experts." in key
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -51,11 +55,17 @@ def unwrap(model: nn.Module) -> nn.Module:
 def live_shards(model_chunks: nn.Module | Sequence[nn.Module]) -> list[LiveShard]:
     """All shards of this rank's model chunks. A tied output layer appears under the embedding's key.
 
+    Adapters are no weights of the model and are left out: `tuners.attach.adapter_shards`.
     Extra state (`..._extra_state`: FP8 scales of Transformer Engine) has no Hugging Face counterpart and is
     left out.
     """
     chunks: Iterable[nn.Module] = [model_chunks] if isinstance(model_chunks, nn.Module) else model_chunks
-    return [shard for chunk in chunks for _, shard in parameter_shards(unwrap(chunk))]
+    return [
+        shard
+        for chunk in chunks
+        for _, shard in parameter_shards(unwrap(chunk))
+        if not shard.key.startswith(ADAPTER)
+    ]
 
 
 def parameter_shards(model: nn.Module) -> Iterator[tuple[torch.Tensor, LiveShard]]:
@@ -69,6 +79,9 @@ def parameter_shards(model: nn.Module) -> Iterator[tuple[torch.Tensor, LiveShard
                 yield value.data, _shard(part)
         elif isinstance(value, ShardedTensor):
             yield value.data, _shard(value)
+    for module in model.modules():
+        if hasattr(module, "own_shards"):
+            yield from module.own_shards()
 
 
 def _shard(tensor) -> LiveShard:

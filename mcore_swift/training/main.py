@@ -217,10 +217,8 @@ def _fill(engine: Engine, args: Any, data: PreparedData, resume: Path | None, ra
             logger.warning(warning)
         logger.info(f"resumed from {resume}: step {state.step}")
         return state
-    if args.mcore_model:
-        load_checkpoint(
-            find_checkpoint(Path(args.mcore_model)), engine, parts=["weights"], notify=logger.info
-        )
+    if start := args.mcore_model or getattr(args, "mcore_adapter", None):
+        load_checkpoint(find_checkpoint(Path(start)), engine, parts=["weights"], notify=logger.info)
     elif args.perform_initialization:
         engine.initialize()
         engine.after_load(["weights"], optimizer_step=0)

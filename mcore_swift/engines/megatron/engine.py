@@ -1,6 +1,7 @@
 """The Megatron engine: one model in any layout, and its optimizer."""
 
 import importlib.util
+import logging
 import math
 import zlib
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from converters.budget import Budget
 from converters.export import check_budget, write_hf
 from converters.hf_reader import HFReader
 from converters.load import load_hf
+from converters.peft_files import read_adapter, write_adapter
 from converters.ranks import Ranks
 from mcore_swift.accelerator import get_accelerator
 from mcore_swift.data.batch import Batch
@@ -48,6 +50,10 @@ from mcore_swift.plan.layout import Layout
 from mcore_swift.plan.preflight import read_shape
 from mcore_swift.plan.shape import ModelShape
 from mcore_swift.plan.stages import is_uneven, render_stages, stage_letters
+from mcore_swift.tuners.attach import adapter_names, adapter_shards, attach
+from mcore_swift.tuners.settings import LoraSettings
+
+logger = logging.getLogger(__name__)
 
 
 class MegatronEngine:
@@ -57,11 +63,18 @@ class MegatronEngine:
     """
 
     name = "megatron"
-    saves_adapter = False
 
     def __init__(
-        self, plan: ModelPlan, layout: Layout, args: Any, dtype: torch.dtype, *, train: bool = True
+        self,
+        plan: ModelPlan,
+        layout: Layout,
+        args: Any,
+        dtype: torch.dtype,
+        *,
+        train: bool = True,
+        adapter: LoraSettings | None = None,
     ) -> None:
+        """adapter: train a low-rank adapter, and leave the model's own weights as they are."""
         self.plan = plan
         self.layout = layout
         self.args = args
@@ -76,6 +89,9 @@ class MegatronEngine:
             options["cp_comm_type"] = choose_cp_comm_type(args.cp_comm_type, self.implementation)
         config = transformer_config(plan, layout, dtype, options)
         self.chunks = build_model(plan, config, self.implementation)
+        self.adapter = adapter
+        self.saves_adapter = adapter is not None
+        self.adapted = attach(self.chunks, plan.table, adapter) if adapter else []
         self.model: list[Any] = wrap_for_gradients(self.chunks, args) if train else self.chunks
         self.optimizer = build_optimizer(self.model, args) if train else None
         per_layer = getattr(args, "moe_per_layer_logging", False)
@@ -131,10 +147,13 @@ class MegatronEngine:
         if self.optimizer is not None and self.args.overlap_param_gather and not for_loading:
             for chunk in self.model:
                 chunk.start_param_sync(force_sync=True)
-        shards = live_shards(self.chunks) if "weights" in holds else []
+        shards = self._trained_shards() if "weights" in holds else []
         if "optimizer" in holds:
             shards += optimizer_shards(self.optimizer, self.chunks, for_loading=for_loading)
         return shards
+
+    def _trained_shards(self) -> list[LiveShard]:
+        return adapter_shards(self.chunks) if self.adapter else live_shards(self.chunks)
 
     def writes(self, shard: LiveShard) -> bool:
         """Whether this rank, of those that hold the same values, is the one to save them."""
@@ -160,29 +179,59 @@ class MegatronEngine:
             self.optimizer.reload_model_params()
 
     def load_hf(self, model_dir: str, ranks: Ranks, budget: Budget) -> str:
-        """Fill the model from a Hugging Face folder; returns a line that tells how. Collective."""
+        """Fill the model from a Hugging Face folder; returns a line that tells how. Collective.
+
+        Weights beside an adapter are there already; the adapter is filled from `--adapters`, if it is given.
+        """
+        if self.adapter is None:
+            return self._read(model_dir, ranks, budget)
+        if not self.args.adapters:
+            return "adapter: A random, B zero"
+        folder = Path(self.args.adapters[0])
+        read_adapter(folder, self._trained_shards(), adapter_names(self.plan.table, self.adapter))
+        return f"adapter from {folder}"
+
+    def load_frozen(self, ranks: Ranks, budget: Budget) -> None:
+        """Fill the weights that stay as they are beside an adapter. Collective."""
+        if self.args.perform_initialization:
+            std = self.plan.hf.initializer_range
+            initialize(self.chunks, self.plan.table, std=std, seed=self.args.seed)
+        else:
+            logger.info(self._read(self.args.model, ranks, budget))
+
+    def _read(self, model_dir: str, ranks: Ranks, budget: Budget) -> str:
         with HFReader(model_dir, budget.staging) as reader:
             stats = load_hf(self.chunks, reader, self.plan.table, ranks)
         return f"read {stats.bytes_read / 1e6:.0f} MB of weights in {stats.seconds:.1f} s"
 
     def initialize(self) -> None:
-        """Fill the model with random weights, the same under every layout."""
+        """Fill what is trained with random weights, the same under every layout."""
+        if self.adapter is not None:
+            return  # drawn as it was attached
         std = self.plan.hf.initializer_range
         initialize(self.chunks, self.plan.table, std=std, seed=self.args.seed)
 
     def export_hf(self, folder: Path, max_shard_bytes: int, ranks: Ranks, budget: Budget) -> None:
-        """Write the model in Hugging Face form into an existing folder. Collective."""
+        """Write the model in Hugging Face form, or its adapter in PEFT's, into an existing folder. Collective."""
+        if self.adapter is not None:
+            write_adapter(folder, self._trained_shards(), self.adapter, self.args.model, ranks, self.dtype)
+            return
         write_hf(
             self.chunks, self.plan.table, self.args.model, folder, max_shard_bytes, self.dtype, ranks, budget
         )
 
     def check_budget(self, budget: Budget, ranks: Ranks) -> None:
         """Raise UserError, on every rank, if `export_hf` could not keep to the budget. Collective."""
-        check_budget(self.chunks, self.plan.table, budget, ranks)
+        if self.adapter is None:  # adapters are small, and are gathered whole
+            check_budget(self.chunks, self.plan.table, budget, ranks)
 
     def training_flops(self, tokens: float, squares: float) -> float:
-        """FLOPs of forward and backward pass over `tokens` tokens, from the model's shape."""
-        return training_flops_of_sums(self._shape, tokens, squares)
+        """FLOPs of forward and backward pass over `tokens` tokens, from the model's shape.
+
+        Beside an adapter a third less: frozen weights have no gradients.
+        """
+        share = 2 / 3 if self.adapter else 1.0
+        return share * training_flops_of_sums(self._shape, tokens, squares)
 
     @cached_property
     def _shape(self) -> ModelShape:
@@ -195,6 +244,8 @@ class MegatronEngine:
     @property
     def description(self) -> str:
         told = f"layers: {self.implementation}"
+        if self.adapter is not None:
+            told += f", LoRA of rank {self.adapter.rank}"
         if self.layout.pp == 1 or not is_uneven(self.args):
             return told
         letters = stage_letters(self.layout, self._shape.num_layers, self.args)

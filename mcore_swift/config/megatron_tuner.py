@@ -1,0 +1,72 @@
+"""Adapters on megatron-core's parallel layers: which layers get one, how large it is, and where it starts."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import ClassVar
+
+from ..errors import UserError
+from .base import Arguments
+from .fields import arg
+
+_ON_TRANSFORMERS = "on megatron-core's layers it is not supported yet; `swift sft --backend fsdp` has it"
+
+
+@dataclasses.dataclass(kw_only=True)
+class MegatronTunerArguments(Arguments):
+    TITLE: ClassVar[str] = "What trains"
+
+    tuner_type: str = arg(
+        "full",
+        "all parameters, or low-rank adapters beside frozen weights (lora), of which a checkpoint then holds the "
+        "adapter alone, in PEFT's form too",
+        choices=("full", "lora"),
+        refused={
+            "lora_llm": "it is for models with a vision part, which are not supported yet",
+            **dict.fromkeys(("loha", "lokr", "oft", "boft", "vera", "ia3"), _ON_TRANSFORMERS),
+        },
+    )
+    adapters: list[str] = arg(
+        [], "PEFT folder of the adapter to start from; its own rank, alpha and targets win over the command's"
+    )
+    mcore_adapter: str | None = arg(None, "checkpoint whose adapter to start from, at step 0")
+    target_modules: list[str] = arg(
+        ["all-linear"],
+        "layers with an adapter: ends of Hugging Face module names (q_proj), names of megatron-core's fused layers "
+        "(linear_qkv), or all-linear: every matrix of attention, MLP and experts",
+    )
+    target_regex: str | None = arg(
+        None, "layers with an adapter, by an expression that matches their whole Hugging Face name"
+    )
+    lora_rank: int = arg(8, "rows of A and columns of B", at_least=1)
+    lora_alpha: float = arg(32, "adapters count alpha / rank times", above=0)
+    lora_dropout: float = arg(0.05, "share of an adapter's inputs left out in training", at_least=0, below=1)
+    use_rslora: bool = arg(False, "alpha / sqrt(rank) in place of alpha / rank (arXiv:2312.03732)")
+
+    def check(self) -> Iterator[UserError]:
+        lora = self.tuner_type == "lora"
+        for name in ("adapters", "mcore_adapter") if not lora else ():
+            if getattr(self, name):
+                yield UserError(
+                    f"--{name} names an adapter, and all parameters are trained", "add --tuner_type lora"
+                )
+        if len(self.adapters) > 1:
+            yield UserError(f"--adapters names {len(self.adapters)}: one can be trained", "give one folder")
+        if self.adapters and self.mcore_adapter:
+            yield UserError("--adapters and --mcore_adapter both name what to start from", "give one of them")
+        for name in ("all-router", "all-embedding"):
+            if name in self.target_modules:
+                yield UserError(
+                    f"--target_modules {name}: adapters on router, embedding and output layer are not supported yet",
+                    "use all-linear",
+                )
+        if lora and getattr(self, "mcore_model", None):
+            yield UserError(
+                "--mcore_model gives the weights of a full training run, and with --tuner_type lora they are those "
+                "of --model",
+                "export it first with `megatron export --to_hf true` and give the folder to --model",
+            )
+        if lora and getattr(self, "transformer_impl", "") == "transformer_engine":
+            yield UserError(
+                "--transformer_impl transformer_engine: adapters are on megatron-core's own layers only yet",
+                "use --transformer_impl local",
+            )

@@ -1,0 +1,74 @@
+"""Putting adapters into a model that has been built, and finding them again."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from torch import nn
+
+from mcore_swift.models.rules import RuleTable
+from mcore_swift.models.shards import ADAPTER, LiveShard, parameter_shards, unwrap
+from mcore_swift.tuners.lora import LoraLinear
+from mcore_swift.tuners.parts import parts_by_weight
+from mcore_swift.tuners.settings import LoraSettings
+from mcore_swift.tuners.targets import choose
+
+
+def attach(chunks: Sequence[nn.Module], table: RuleTable, settings: LoraSettings) -> list[LoraLinear]:
+    """Freeze the model and give an adapter to every chosen linear layer of this rank; returns those layers.
+
+    What is chosen depends on the names of the whole model, so every rank comes to the same answer.
+    Raises UserError for a target that matches nothing.
+    """
+    chosen = choose(linear_modules(table), settings.target_modules, settings.target_regex)
+    for chunk in chunks:
+        chunk.requires_grad_(False)
+    parts = parts_by_weight(chunks, table)
+    adapted = []
+    for chunk in chunks:
+        for parent, name, layer, column in list(_parallel_linears(chunk)):
+            wanted = [part for part in parts.get(layer.weight, []) if part.module in chosen]
+            if wanted:
+                adapter = LoraLinear(layer, wanted, settings, column=column)
+                setattr(parent, name, adapter)
+                adapted.append(adapter)
+    return adapted
+
+
+def linear_modules(table: RuleTable) -> list[str]:
+    """HF names of the linear layers an adapter can be on: all that are split by output rows or input columns.
+
+    The output layer is none of them, as in peft's 'all-linear'.
+    """
+    return [
+        name.removesuffix(".weight") for rule in table.rules if _is_linear(rule.mcore) for name in rule.hf
+    ]
+
+
+def adapter_names(table: RuleTable, settings: LoraSettings) -> list[str]:
+    """Keys of the adapter's tensors in the whole model, whichever rank holds them."""
+    chosen = choose(linear_modules(table), settings.target_modules, settings.target_regex)
+    return [f"{ADAPTER}{module}.lora_{matrix}.weight" for module in sorted(chosen) for matrix in "AB"]
+
+
+def adapter_shards(chunks: Iterable[nn.Module]) -> list[LiveShard]:
+    """What this rank holds of the adapters."""
+    return [
+        shard
+        for chunk in chunks
+        for _, shard in parameter_shards(unwrap(chunk))
+        if shard.key.startswith(ADAPTER)
+    ]
+
+
+def _is_linear(key: str) -> bool:
+    *_, layer, kind = key.split(".")
+    return kind == "weight" and layer.startswith("linear_")
+
+
+def _parallel_linears(chunk: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module, bool]]:
+    """(parent, attribute, layer, whether column parallel) of every parallel linear layer inside the decoder."""
+    for parent in chunk.modules():
+        for name, child in parent.named_children():
+            kinds = [kind.__name__ for kind in type(child).__mro__]
+            column = "ColumnParallelLinear" in kinds
+            if (column or "RowParallelLinear" in kinds) and name.startswith("linear_"):
+                yield parent, name, child, column

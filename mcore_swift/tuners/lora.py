@@ -1,0 +1,205 @@
+"""A low-rank adapter on a parallel linear layer.
+
+Each HF weight inside the layer has an A and a B of its own, as it has in peft, so that an adapter goes to a PEFT
+folder and comes from one without arithmetic. Layouts, with t the size of the layer's tensor-parallel group:
+
+    column parallel (output rows split): A `[rank, in]` on every rank, B `[rows / t, rank]`
+    row parallel (input columns split):  A `[rank, columns / t]`, B `[out, rank]` on every rank
+"""
+
+import math
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core.parallel_state import get_expert_tensor_parallel_group, get_tensor_model_parallel_group
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+    get_cuda_rng_tracker,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mcore_swift.models.shards import ADAPTER, LiveShard
+from mcore_swift.tuners.parts import Part
+from mcore_swift.tuners.settings import LoraSettings
+
+
+class LoraLinear(nn.Module):
+    """`base` and its adapter: same call, same results of the call plus the adapter's share.
+
+    The base layer's checkpoint keys stay what they are; the adapter's tensors are told by `own_shards`.
+    """
+
+    def __init__(
+        self, base: nn.Module, parts: Sequence[Part], settings: LoraSettings, *, column: bool
+    ) -> None:
+        """parts: the HF weights inside `base` that are adapted. column: else row parallel."""
+        super().__init__()
+        self.base = base
+        self.parts = list(parts)
+        self.dropout = settings.dropout
+        self.column = column
+        self.is_expert = bool(getattr(base, "is_expert", False))
+        self.group = (
+            get_expert_tensor_parallel_group() if self.is_expert else get_tensor_model_parallel_group()
+        )
+        split = self.group.size() > 1
+        # Experts are given their tokens gathered, and what they give is summed outside: megatron-core's dispatcher.
+        self.summed_outside = self.is_expert and split
+        self.sequence_parallel = base.config.sequence_parallel and not self.is_expert and split
+        weight = base.weight
+        self.lora_A, self.lora_B = nn.ParameterList(), nn.ParameterList()
+        self.ranks = [settings.rank_of(part.module) for part in self.parts]
+        self.scalings = [settings.scaling_of(part.module) for part in self.parts]
+        for part, rank in zip(self.parts, self.ranks, strict=True):
+            drawn = draw(part, rank, settings.seed)
+            self.lora_A.append(self._parameter(drawn.to(weight), shared=column))
+            self.lora_B.append(self._parameter(weight.new_zeros(part.num_rows, rank), shared=not column))
+        places = torch.cat([part.local_rows for part in self.parts])
+        in_order = len(places) == weight.size(0) and bool((places[1:] > places[:-1]).all())
+        # Where each row of the parts laid end to end comes in the layer's output.
+        self.places = None if in_order else places.to(weight.device)
+
+    def _parameter(self, values: Tensor, *, shared: bool) -> nn.Parameter:
+        """shared: every tensor-parallel rank has it."""
+        parameter = nn.Parameter(values)
+        parameter.allreduce = getattr(self.base.weight, "allreduce", True)
+        # The gradient norm counts a shared matrix once: on the first rank of the group.
+        parameter.tensor_model_parallel = True
+        parameter.shared = shared and self.group.rank() > 0
+        # Without sequence parallelism all ranks compute the same gradient of a shared matrix; with it, each
+        # computes that of its tokens, and megatron-core sums what is marked so.
+        parameter.sequence_parallel = shared and self.sequence_parallel
+        return parameter
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The frozen weight, for code that looks at the layer."""
+        return self.base.weight
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """x as `base` takes it: `[s, b, in]`, or `[tokens, in]` in an expert."""
+        output, bias = self.base(x, *args, **kwargs)
+        return output + self._delta(x), bias
+
+    def _delta(self, x: Tensor) -> Tensor:
+        x = self._dropped(x)
+        down, up = list(self.lora_A), list(self.lora_B)
+        if self.summed_outside:
+            shared = down if self.column else up
+            shared[:] = [_SumGradient.apply(matrix, self.group) for matrix in shared]
+        hidden = functional.linear(x, torch.cat(down) if len(down) > 1 else down[0])
+        hidden = self._cross(hidden)
+        pieces = [
+            scaling * functional.linear(part, matrix)
+            for part, matrix, scaling in zip(hidden.split(self.ranks, dim=-1), up, self.scalings, strict=True)
+        ]
+        delta = torch.cat(pieces, dim=-1) if len(pieces) > 1 else pieces[0]
+        if self.places is not None:
+            size = (*delta.shape[:-1], self.base.weight.size(0))
+            delta = delta.new_zeros(size).index_copy(-1, self.places, delta)
+        if self.column and getattr(self.base, "gather_output", False):
+            delta = gather_from_tensor_model_parallel_region(delta, group=self.group)
+        return delta
+
+    def _cross(self, hidden: Tensor) -> Tensor:
+        """Between A and B, where ranks that hold different parts meet: `[..., parts * rank]` is little to send."""
+        if self.group.size() == 1 or self.summed_outside:
+            return hidden
+        if self.column:
+            if self.sequence_parallel:
+                return gather_from_sequence_parallel_region(hidden, group=self.group)
+            return _CopyToRanks.apply(hidden, self.group)
+        if self.sequence_parallel:
+            return reduce_scatter_to_sequence_parallel_region(hidden, group=self.group)
+        return reduce_from_tensor_model_parallel_region(hidden, group=self.group)
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        if not (self.training and self.dropout):
+            return x
+        if self.column and not self.sequence_parallel:  # the same tokens on all ranks
+            return functional.dropout(x, self.dropout)
+        with get_cuda_rng_tracker().fork():
+            return functional.dropout(x, self.dropout)
+
+    def merged(self) -> Tensor:
+        """The layer's weight with the adapter in it, a new tensor; nothing is communicated and nothing changed."""
+        with torch.no_grad():
+            merged = self.base.weight.to(torch.float32, copy=True)
+            for part, scaling, down, up in zip(
+                self.parts, self.scalings, self.lora_A, self.lora_B, strict=True
+            ):
+                rows = part.local_rows.to(merged.device)
+                merged.index_add_(0, rows, scaling * (up.float() @ down.float()))
+            return merged.to(self.base.weight.dtype)
+
+    def own_shards(self) -> Iterator[tuple[nn.Parameter, LiveShard]]:
+        """Each matrix of the adapter with its place in the whole one, in PEFT's shapes."""
+        for part, rank, down, up in zip(self.parts, self.ranks, self.lora_A, self.lora_B, strict=True):
+            name = f"{ADAPTER}{part.module}"
+            copies = (*part.replica[:1], self.group.rank(), *part.replica[2:])
+            rows, columns = part.shape
+            yield (
+                down,
+                LiveShard(
+                    f"{name}.lora_A.weight",
+                    down.detach(),
+                    ((0, rank), part.columns),
+                    (rank, columns),
+                    copies if self.column else part.replica,
+                ),
+            )
+            first = 0
+            for start, stop in part.rows:
+                run = up.detach()[first : first + stop - start]
+                first += stop - start
+                yield (
+                    up,
+                    LiveShard(
+                        f"{name}.lora_B.weight",
+                        run,
+                        ((start, stop), (0, rank)),
+                        (rows, rank),
+                        part.replica if self.column else copies,
+                    ),
+                )
+
+    def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The base layer's, under its own keys."""
+        return self.base.sharded_state_dict(prefix, *args, **kwargs)
+
+
+def draw(part: Part, rank: int, seed: int) -> Tensor:
+    """This rank's columns of A, drawn whole as torch draws a Linear's weight: the same under every layout.
+
+    Kaiming uniform with a = sqrt(5), which is U(-1/sqrt(in), 1/sqrt(in)): peft's initialisation.
+    """
+    columns = part.shape[1]
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {part.module}.lora_A".encode()))
+    bound = 1 / math.sqrt(columns)
+    whole = torch.empty(rank, columns).uniform_(-bound, bound, generator=generator)
+    return whole[:, slice(*part.columns)].contiguous()
+
+
+class _CopyToRanks(torch.autograd.Function):
+    """Identity whose backward pass sums over a group."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        gradient = gradient.contiguous().clone()
+        torch.distributed.all_reduce(gradient, group=ctx.group)
+        return gradient, None
+
+
+class _SumGradient(_CopyToRanks):
+    """The same on a matrix: each rank's gradient is of its share of a sum."""

@@ -1,0 +1,97 @@
+"""Which Hugging Face weights a parallel linear layer of a running model holds, and which rows and columns of them.
+
+A fused layer (queries, keys and values; gate and up; an expert's pair) is several HF weights. The weight rules say
+which of its local rows belong to which, so that adapters need to know no family and no layout.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from mcore_swift.models.rules import RuleTable, Shape
+from mcore_swift.models.shards import LiveShard, parameter_shards, unwrap
+
+Run = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Part:
+    """The local share of one HF weight `[rows, columns]` inside one linear layer.
+
+    name: of the HF weight. shape: of the whole HF weight.
+    rows: runs of its rows that are held here, in order; local: the rows of the layer's weight where each run lies.
+    columns: its columns that are held here.
+    replica: megatron-core's coordinates of this copy among the ranks that hold the same values.
+    """
+
+    name: str
+    shape: Shape
+    rows: tuple[Run, ...]
+    local: tuple[Run, ...]
+    columns: Run
+    replica: tuple[int, ...]
+
+    @property
+    def module(self) -> str:
+        """Full name of the HF module whose weight it is."""
+        return self.name.removesuffix(".weight")
+
+    @property
+    def num_rows(self) -> int:
+        return sum(stop - start for start, stop in self.rows)
+
+    @property
+    def num_columns(self) -> int:
+        return self.columns[1] - self.columns[0]
+
+    @property
+    def local_rows(self) -> torch.Tensor:
+        """Place of each held row in the layer's weight, int64 `[num_rows]`."""
+        return torch.cat([torch.arange(start, stop) for start, stop in self.local])
+
+
+def parts_by_weight(chunks: Iterable[nn.Module], table: RuleTable) -> dict[nn.Parameter, list[Part]]:
+    """The parts of every matrix of a rank's model chunks that the rules know, in the order of its rows."""
+    shards: dict[nn.Parameter, list[LiveShard]] = {}
+    for chunk in chunks:
+        for parameter, shard in parameter_shards(unwrap(chunk)):
+            if parameter.dim() == 2 and shard.key in table.by_mcore:
+                shards.setdefault(parameter, []).append(shard)
+    return {parameter: _parts(parameter, held, table) for parameter, held in shards.items()}
+
+
+def _parts(parameter: nn.Parameter, shards: Iterable[LiveShard], table: RuleTable) -> list[Part]:
+    runs: dict[str, list[tuple[Run, Run]]] = {}
+    about: dict[str, tuple[Shape, Run, tuple[int, ...]]] = {}
+    for shard in shards:
+        rule = table.by_mcore[shard.key]
+        shapes: Mapping[str, Shape] = rule.hf_shapes(shard.global_shape)
+        first = (
+            (shard.data.data_ptr() - parameter.data_ptr()) // parameter.element_size() // parameter.size(1)
+        )
+        for block in rule.blocks(shard.region, shapes):
+            if len(block.hf) != 2:
+                raise ValueError(f"{block.name} holds several matrices in one tensor, which no adapter fits")
+            start, stop = block.mcore[-2]
+            runs.setdefault(block.name, []).append((block.hf[0], (first + start, first + stop)))
+            about[block.name] = (shapes[block.name], block.hf[1], shard.replica)
+    parts = []
+    for name, pairs in runs.items():
+        rows, local = zip(*_joined(sorted(pairs)), strict=True)
+        shape, columns, replica = about[name]
+        parts.append(Part(name, shape, rows, local, columns, replica))
+    return parts
+
+
+def _joined(pairs: Iterable[tuple[Run, Run]]) -> list[tuple[Run, Run]]:
+    """Neighbouring runs made one where they are neighbours on both sides."""
+    joined: list[tuple[Run, Run]] = []
+    for rows, local in pairs:
+        if joined and joined[-1][0][1] == rows[0] and joined[-1][1][1] == local[0]:
+            (first, _), (low, _) = joined[-1]
+            joined[-1] = ((first, rows[1]), (low, local[1]))
+        else:
+            joined.append((rows, local))
+    return joined

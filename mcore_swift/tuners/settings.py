@@ -1,0 +1,48 @@
+"""What the user asks of an adapter."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """LoRA (arXiv:2106.09685): W x + scaling * B A x, with W frozen.
+
+    rank: columns of B, rows of A. use_rslora: scale by alpha / sqrt(rank) (arXiv:2312.03732) and not alpha / rank.
+    target_modules: HF module names or ends of them, megatron-core module names, or 'all-linear'.
+    target_regex: matches whole HF module names; takes the place of target_modules.
+    rank_pattern, alpha_pattern: other values for single HF modules, by full name.
+    """
+
+    rank: int = 8
+    alpha: float = 32.0
+    dropout: float = 0.05
+    use_rslora: bool = False
+    target_modules: tuple[str, ...] = ("all-linear",)
+    target_regex: str | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    seed: int = 42
+
+    @classmethod
+    def from_args(cls, args: Any) -> "LoraSettings":
+        """From the flags of a command."""
+        return cls(
+            rank=args.lora_rank,
+            alpha=args.lora_alpha,
+            dropout=args.lora_dropout,
+            use_rslora=args.use_rslora,
+            target_modules=tuple(args.target_modules),
+            target_regex=args.target_regex,
+            seed=args.seed,
+        )
+
+    def rank_of(self, module: str) -> int:
+        return self.rank_pattern.get(module, self.rank)
+
+    def scaling_of(self, module: str) -> float:
+        rank = self.rank_of(module)
+        alpha = self.alpha_pattern.get(module, self.alpha)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)

@@ -1,0 +1,55 @@
+"""Which HF modules get an adapter."""
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+
+from mcore_swift.errors import UserError
+
+ALL_LINEAR = "all-linear"
+
+# megatron-core's names of fused layers, for the HF modules they are made of
+MEGATRON_NAMES = {
+    "linear_qkv": ("q_proj", "k_proj", "v_proj", "qkv_proj"),
+    "linear_proj": ("o_proj",),
+    "linear_fc1": ("gate_proj", "up_proj", "gate_up_proj"),
+    "linear_fc2": ("down_proj",),
+}
+
+
+def choose(modules: Iterable[str], targets: Sequence[str], regex: str | None = None) -> set[str]:
+    """The modules (full HF names, such as 'model.layers.0.self_attn.q_proj') that the targets mean, as peft reads them.
+
+    A target is 'all-linear' (every module given), the end of a module's name, or a megatron-core name. With `regex`,
+    it must match the whole name, and targets are not looked at. Raises UserError for a target that matches nothing.
+    """
+    modules = list(modules)
+    if regex is not None:
+        return _by_regex(modules, regex)
+    if ALL_LINEAR in targets:
+        return set(modules)
+    chosen: set[str] = set()
+    for target in targets:
+        ends = MEGATRON_NAMES.get(target, (target,))
+        matched = {name for name in modules if any(name == end or name.endswith(f".{end}") for end in ends)}
+        if not matched:
+            raise _nothing_matches(f"--target_modules {target}", target, modules)
+        chosen |= matched
+    return chosen
+
+
+def _by_regex(modules: Sequence[str], regex: str) -> set[str]:
+    try:
+        pattern = re.compile(regex)
+    except re.error as error:
+        raise UserError(f"--target_regex {regex}: is no regular expression ({error})") from None
+    chosen = {name for name in modules if pattern.fullmatch(name)}
+    if not chosen:
+        raise _nothing_matches(f"--target_regex {regex}", regex, modules)
+    return chosen
+
+
+def _nothing_matches(flag: str, target: str, modules: Sequence[str]) -> UserError:
+    ends = sorted({name.rpartition(".")[2] for name in modules} | set(MEGATRON_NAMES))
+    near = difflib.get_close_matches(target, ends, n=3, cutoff=0.4) or ends
+    return UserError(f"{flag} matches no linear layer of this model", f"nearest names: {', '.join(near)}")

@@ -1,0 +1,135 @@
+"""One process of the adapters' grid: forward, gradients and one step equal peft's, in every layout."""
+
+import json
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from jobs import run_cases
+from lora_models import LEARNING_RATE, AdapterReference
+from parity_job import (
+    ADAM_EPS,
+    GRADIENT_RTOL,
+    LOSS_RTOL,
+    ROWS,
+    WEIGHT_ATOL,
+    compare_logits,
+    microbatches,
+    possible,
+    start,
+)
+from safetensors.torch import load_file
+
+from converters.hf_reader import HFReader
+from converters.load import load_hf
+from converters.peft_files import read_adapter, read_settings, write_adapter
+from mcore_swift.accelerator import get_accelerator
+
+get_accelerator().install()
+
+from megatron.core import parallel_state  # noqa: E402
+
+from mcore_swift.config import MegatronSftArguments  # noqa: E402
+from mcore_swift.engines.megatron.engine import MegatronEngine  # noqa: E402
+from mcore_swift.models.reading import read_model  # noqa: E402
+from mcore_swift.models.shards import live_shards  # noqa: E402
+from mcore_swift.objectives.sft import NextToken  # noqa: E402
+from mcore_swift.plan import Layout  # noqa: E402
+from mcore_swift.tuners.attach import adapter_names, adapter_shards  # noqa: E402
+
+LAYOUTS = {
+    1: [Layout()],
+    2: [
+        Layout(tp=2),
+        Layout(tp=2, sequence_parallel=True),
+        Layout(pp=2, vpp=2),
+        Layout(dp=2),
+        Layout(dp=2, ep=2),
+        Layout(tp=2, sequence_parallel=True, etp=2),
+    ],
+    4: [Layout(tp=2, pp=2, sequence_parallel=True), Layout(tp=2, dp=2, sequence_parallel=True, ep=2)],
+}
+
+
+def engine_with(folder: Path, adapter: Path, layout: Layout, packed: bool) -> MegatronEngine:
+    args = MegatronSftArguments(
+        optimizer="adam",
+        adam_beta1=0.0,
+        adam_beta2=0.0,
+        adam_eps=ADAM_EPS,  # plain SGD, as in the parity grid
+        clip_grad=1e9,
+        weight_decay=0.0,
+        recompute_granularity="none" if packed else "selective",
+    )
+    plan = read_model(str(folder / "model"))
+    engine = MegatronEngine(plan, layout, args, torch.float32, adapter=read_settings(adapter))
+    with HFReader(folder / "model") as reader:
+        load_hf(engine.chunks, reader, engine.plan.table)
+    read_adapter(adapter, adapter_shards(engine.chunks), adapter_names(plan.table, engine.adapter))
+    engine.after_load(["weights"], optimizer_step=0)
+    return engine
+
+
+def agrees_with_peft(folder: Path, adapter: Path, layout: Layout, packed: bool) -> None:
+    """Logits, loss, gradient norm, A and B after one SGD step; what was written is what peft wrote; W untouched."""
+    reference: AdapterReference = torch.load(adapter / "reference.pt", weights_only=False)
+    start(layout)
+    engine = engine_with(folder, adapter / "adapter", layout, packed)
+    frozen = [shard.data.clone() for shard in live_shards(engine.chunks)]
+    written = adapter / f"written-{layout}-{packed}".replace("·", "-")
+    if dist.get_rank() == 0:
+        written.mkdir(exist_ok=True)
+    dist.barrier()
+    write_adapter(written, adapter_shards(engine.chunks), engine.adapter, str(folder / "model"))
+    if dist.get_rank() == 0:
+        first, second = (
+            load_file(place / "adapter_model.safetensors") for place in (adapter / "adapter", written)
+        )
+        assert first.keys() == second.keys()
+        assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    batches = microbatches(reference.samples, packed)
+    share = len(batches) // layout.dp
+    begin = parallel_state.get_data_parallel_rank() * share
+    batches = batches[begin : begin + share]
+    compare_logits(engine, batches, reference, begin * ROWS)
+    result = engine.train_step(batches, NextToken(), lr=LEARNING_RATE * ADAM_EPS, weight_decay=0.0)
+    assert abs(result.loss / reference.loss - 1) < LOSS_RTOL, (result.loss, reference.loss)
+    assert abs(result.grad_norm / reference.grad_norm - 1) < GRADIENT_RTOL, (
+        result.grad_norm,
+        reference.grad_norm,
+    )
+    write_adapter(written, adapter_shards(engine.chunks), engine.adapter, str(folder / "model"))
+    if dist.get_rank() == 0:
+        stepped = load_file(written / "adapter_model.safetensors")
+        assert stepped.keys() == reference.after.keys()
+        for name, expected in reference.after.items():
+            torch.testing.assert_close(
+                stepped[name], expected, atol=WEIGHT_ATOL, rtol=0, msg=lambda text, n=name: f"{n}: {text}"
+            )
+    for before, shard in zip(frozen, live_shards(engine.chunks), strict=True):
+        assert torch.equal(before, shard.data), f"{shard.key} is frozen and has changed"
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    world_size = int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo")
+    cases = {}
+    adapters: dict[str, list[str]] = json.loads((folder / "adapters.json").read_text())
+    for layout in LAYOUTS[world_size]:
+        for variant, names in adapters.items():
+            if not possible(layout, folder / variant):
+                continue
+            for number, name in enumerate(names):
+                packed = bool(number % 2)
+                cases[f"{variant} {name} {layout}"] = partial(
+                    agrees_with_peft, folder / variant, folder / variant / name, layout, packed
+                )
+    run_cases(cases, folder)
+
+
+if __name__ == "__main__":
+    main()

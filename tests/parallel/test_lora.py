@@ -1,0 +1,54 @@
+"""Adapters on parallel layers equal peft's on transformers: forward, gradients, one step, files, in every layout."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from jobs import assert_all_passed, run_job  # noqa: E402
+from lora_models import make_adapter, make_expert_adapter  # noqa: E402
+from parity_models import make_reference  # noqa: E402
+
+ADAPTERS = {
+    "qwen3": {
+        "all": {},
+        "some": {"target_modules": ["q_proj", "v_proj", "down_proj"], "use_rslora": True},
+        "uneven": {
+            "rank_pattern": {"model.layers.1.mlp.up_proj": 5},
+            "alpha_pattern": {"model.layers.0.self_attn.k_proj": 9.0},
+        },
+    },
+    "qwen2": {
+        "one": {"target_modules": ["k_proj"]},
+        "mlp": {"target_modules": ["gate_proj", "up_proj", "o_proj"]},
+    },
+}
+EXPERTS = "qwen3-moe"
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lora")
+    for variant, adapters in ADAPTERS.items():
+        (folder / variant).mkdir()
+        make_reference(variant, folder / variant)
+        for name, settings in adapters.items():
+            (folder / variant / name).mkdir()
+            make_adapter(folder / variant / "model", folder / variant / name, **settings)
+    (folder / EXPERTS).mkdir()
+    make_reference(EXPERTS, folder / EXPERTS)
+    (folder / EXPERTS / "all").mkdir()
+    make_expert_adapter(folder / EXPERTS / "model", folder / EXPERTS / "all")
+    names = {name: list(kinds) for name, kinds in ADAPTERS.items()} | {EXPERTS: ["all"]}
+    (folder / "adapters.json").write_text(json.dumps(names))
+    return folder
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_adapters_equal_pefts(references, world_size):
+    results = run_job(Path(__file__).with_name("lora_job.py"), world_size, references)
+    assert len(results) >= sum(map(len, ADAPTERS.values()))
+    assert_all_passed(results)
