@@ -242,6 +242,11 @@ EXPORT_HARMLESS: Mapping[str, NotYet] = table(
         "attention takes the fastest kernel it finds; naming one is not supported yet",
         attention_backend=("unfused", "flash", "auto"),
     ),
-    settings("no adapters are supported yet, so all parameters are exported", tuner_type="full"),
+    settings(
+        "whole models are converted; merge an adapter with `swift export --adapters <folder> --merge_lora true`",
+        tuner_type="full",
+        adapters=(None, []),
+        mcore_adapter=None,
+    ),
     settings("export to Hugging Face always writes safetensors", save_safetensors=True),
 )

@@ -46,7 +46,7 @@ LAYOUTS = {
         Layout(tp=2),
         Layout(tp=2, sequence_parallel=True),
         Layout(pp=2, vpp=2),
-        Layout(dp=2),
+        Layout(cp=2),
         Layout(dp=2, ep=2),
         Layout(tp=2, sequence_parallel=True, etp=2),
     ],
@@ -90,7 +90,7 @@ def agrees_with_peft(folder: Path, adapter: Path, layout: Layout, packed: bool) 
         )
         assert first.keys() == second.keys()
         assert [name for name in first if not torch.equal(first[name], second[name])] == []
-    batches = microbatches(reference.samples, packed)
+    batches = microbatches(reference.samples, packed, layout)
     share = len(batches) // layout.dp
     begin = parallel_state.get_data_parallel_rank() * share
     batches = batches[begin : begin + share]

@@ -179,8 +179,8 @@ def test_a_value_that_asks_for_nothing_is_accepted_silently(argv):
         (["--moe_token_dispatcher_type", "flex"], ["flex", "deep_ep"]),
         (["--streaming", "true"], ["--streaming true", "streaming"]),
         (["--streaming"], ["--streaming:", "streaming"]),
-        (["--tuner_type", "lora"], ["lora", "not supported"]),
-        (["--lora_rank", "16"], ["--lora_rank 16", "LoRA"]),
+        (["--tuner_type", "vera"], ["vera", "not supported"]),
+        (["--lora_bias", "all"], ["--lora_bias all", "adapter"]),
         (["--fp8_format", "hybrid"], ["--fp8_format hybrid", "FP8"]),
         (["--reward_funcs", "a", "b"], ["--reward_funcs a b", "RL"]),
         (["--learning_rate", "1e-4"], ["--learning_rate", "--lr"]),
@@ -228,7 +228,7 @@ def test_a_name_of_v3_is_accepted_with_a_notice(old, new):
 
 def test_mistakes_under_an_old_name_tell_both_names():
     assert "--save_interval (now --save_steps) takes an integer" in refusal("--save_interval", "often")
-    assert "--train_type (now --tuner_type) lora" in refusal("--train_type", "lora")
+    assert "--train_type (now --tuner_type) vera" in refusal("--train_type", "vera")
     assert "--no_rope_fusion takes true or false" in refusal("--no_rope_fusion", "perhaps")
     assert "--distributed_timeout_minutes takes a number" in refusal("--distributed_timeout_minutes", "long")
     assert "--save (now --output_dir) needs a value" in refusal("--save")
