@@ -7,21 +7,19 @@ from torch import Tensor
 
 
 class ExpertRowLinear(RowParallelLinear):
-    """Gives its bias to the expert, which adds it times the router's weight, before ranks' outputs are added up.
+    """Gives its bias to the expert, which adds it times the router's weight.
 
-    So each expert-tensor-parallel rank adds its share of the bias, and its gradient is that of the whole. (In
-    megatron-core each adds all of it, in place, where autograd allows no such thing.)
+    megatron-core adds it in place to what autograd protects, and takes it for a bias that tensor-parallel ranks have
+    in common. (Experts with biases are never split over ranks; the plan refuses it.)
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.bias is not None:
-            # Summed over the ranks that hold copies of the expert, and not over tensor-parallel ranks once more.
+            # Its gradient is not summed over tensor-parallel ranks, nor left out of the norm on all but the first.
             self.bias.sequence_parallel = False
+            self.bias.tensor_model_parallel = True
 
     def forward(self, input_: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         output, bias = super().forward(input_, **kwargs)
-        if bias is None:
-            return output, None
-        fixed = bias.detach()
-        return output.clone(), fixed / self.tp_group.size() + (bias - fixed)
+        return output.clone(), bias

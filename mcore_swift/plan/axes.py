@@ -92,6 +92,11 @@ def _expert_problems(layout: Layout, shape: ModelShape, args: Any) -> Iterator[U
             f"--{FLAGS['ep']} {ep} does not divide the model's {experts} experts",
             _nearest_flag("ep", ep, lambda size: experts % size == 0, experts),
         )
+    if shape.expert_bias and etp > 1:
+        yield UserError(
+            f"--{FLAGS['etp']} {etp}: experts with biases are not split (megatron-core refuses it)",
+            f"use --{FLAGS['etp']} 1, and --{FLAGS['ep']} to spread whole experts",
+        )
     if width % etp:
         yield UserError(
             f"--{FLAGS['etp']} {etp} does not divide the {width} wide experts",
