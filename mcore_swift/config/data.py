@@ -40,6 +40,11 @@ class DataArguments(Arguments):
     columns: dict[str, Any] | None = arg(
         None, 'rename columns, JSON: {"question": "query", "answer": "response"}'
     )
+    model_name: list[str] = arg(
+        [],
+        "who the model is: {{NAME}} in rows becomes this; two values are for rows in Chinese and in English",
+    )
+    model_author: list[str] = arg([], "who made it: {{AUTHOR}} in rows becomes this, likewise")
     strict: bool | None = arg(
         None,
         "true: rows that cannot be used stop the run, and are listed; false: they are dropped, counted and "
@@ -67,6 +72,11 @@ class DataArguments(Arguments):
     dataloader_prefetch_factor: int = arg(2, "steps whose batches it keeps ready", at_least=1)
 
     def check(self) -> Iterator[UserError]:
+        for name in ("model_name", "model_author"):
+            if len(getattr(self, name)) > 2:
+                yield UserError(
+                    f"--{name} has more than two values", "give one, or the Chinese and the English"
+                )
         if self.val_dataset and self.split_dataset_ratio > 0:
             yield UserError(
                 "--val_dataset and --split_dataset_ratio both say what to validate on", "give one of them"

@@ -51,8 +51,6 @@ SHARED_WITH_SWIFT = table(
         shuffle_buffer_size=1000,
         custom_dataset_info=None,
         val_dataset_shuffle=False,
-        model_name=None,
-        model_author=None,
     ),
     settings("no effect here: columns that are not used are not kept", remove_unused_columns=ANY),
     settings("no effect here: nothing is downloaded", download_mode=ANY, local_repo_path=ANY),

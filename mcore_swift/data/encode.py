@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from .messages import Conversation
+from .naming import with_names
 from .problems import Problem, RowError
 from .readers import parse_row
 from .rows import to_conversation
@@ -101,11 +102,11 @@ class Encoder:
 
     def _conversations(self, rows: Sequence[RawRow]) -> list[tuple[RawRow, Conversation | Problem]]:
         found: list[tuple[RawRow, Conversation | Problem]] = []
+        s = self._settings
         for row in rows:
             try:
-                found.append(
-                    (row, to_conversation(parse_row(row.data), self._settings.columns, self._settings.system))
-                )
+                named = with_names(parse_row(row.data), s.model_name, s.model_author)
+                found.append((row, to_conversation(named, s.columns, s.system)))
             except RowError as error:
                 found.append((row, Problem(row.where, error.kind, error.message)))
         return found

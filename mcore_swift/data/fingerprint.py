@@ -34,6 +34,7 @@ def store_key(part: Part, tokenizer_hash: str, settings: DataSettings, max_lengt
             "use_chat_template": s.use_chat_template,
             "enable_thinking": s.enable_thinking,
             "drops_bad_rows": s.strict is False,
+            **({"names": [s.model_name, s.model_author]} if s.model_name or s.model_author else {}),
         }
     )
 

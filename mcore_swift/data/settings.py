@@ -30,6 +30,8 @@ class DataSettings:
     interleave_prob: tuple[float, ...] = ()  # a weight for each of `dataset`; empty: they are joined
     stopping_strategy: str = "first_exhausted"
 
+    model_name: tuple[str, ...] = ()
+    model_author: tuple[str, ...] = ()
     system: str | None = None
     max_length: int | None = None
     truncation_strategy: str = "delete"
@@ -58,6 +60,8 @@ class DataSettings:
             given = values.get(name) or ()
             values[name] = (given,) if isinstance(given, str) else tuple(given)
         values["interleave_prob"] = tuple(values.get("interleave_prob") or ())
+        for name in ("model_name", "model_author"):
+            values[name] = tuple(values.get(name) or ())
         values["columns"] = _columns(values.get("columns"))
         values["system"] = _system(values.get("system"))
         values["split_dataset_ratio"] = float(values.get("split_dataset_ratio") or 0.0)

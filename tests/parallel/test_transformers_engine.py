@@ -88,6 +88,7 @@ def test_random_weights_are_the_same_under_every_spread(runs):
         ("eight-packed", "eight-padded"),
         ("eight-eager", "eight-padded"),
         ("opt-packed", "opt-padded"),
+        ("opt-fsdp2", "opt-padded"),
         ("gpt2-packed-fsdp2", "gpt2-padded"),
     ],
 )

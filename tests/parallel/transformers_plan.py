@@ -73,6 +73,7 @@ SWIFT: dict[int, dict[str, dict]] = {
         "ddp2-bf16": BF16 | DDP,
         "random-fsdp2": RANDOM,
         "gpt2-packed-fsdp2": GPT2 | EIGHT | {"padding_free": "true", "per_device_train_batch_size": 4},
+        "opt-fsdp2": OPT | EIGHT | {"per_device_train_batch_size": 2},
         "moe-still": MOE | EXPORT | STILL,
         "lora-fsdp2": LORA | EXPORT,
         "dora-ddp2": LORA | BF16 | DDP | {"use_dora": "true", "max_steps": 2},
