@@ -1,8 +1,10 @@
 """Putting adapters into a model that has been built, and finding them again."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from mcore_swift.models.rules import RuleTable
 from mcore_swift.models.shards import ADAPTER, LiveShard, parameter_shards, unwrap
@@ -21,6 +23,8 @@ def attach(chunks: Sequence[nn.Module], table: RuleTable, settings: LoraSettings
     chosen = choose(linear_modules(table), settings.target_modules, settings.target_regex)
     for chunk in chunks:
         chunk.requires_grad_(False)
+        if getattr(chunk, "embedding", None) is not None:
+            chunk.embedding.register_forward_hook(_start_gradient)
     parts = parts_by_weight(chunks, table)
     adapted = []
     for chunk in chunks:
@@ -31,6 +35,11 @@ def attach(chunks: Sequence[nn.Module], table: RuleTable, settings: LoraSettings
                 setattr(parent, name, adapter)
                 adapted.append(adapter)
     return adapted
+
+
+def _start_gradient(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    """Layers that are computed again in the backward pass have one only if their input asks for a gradient."""
+    return output.requires_grad_() if torch.is_grad_enabled() else output
 
 
 def linear_modules(table: RuleTable) -> list[str]:

@@ -117,6 +117,13 @@ def test_lora_trains_alike_and_goes_on_under_any_number_of_processes(runs):
     assert losses[-1] < 0.95 * losses[0]
 
 
+def test_adapters_learn_on_megatron_when_layers_are_computed_again(runs):
+    """Their first gradient is about that of peft's adapters, whose A is drawn from the same distribution."""
+    megatron, peft = curve(runs("lora-recomputed"))[1], curve(runs("lora"))[1]
+    assert megatron[0] == pytest.approx(peft[0], rel=1e-6)
+    assert 0.5 * peft[1] < megatron[1] < 2 * peft[1]
+
+
 def test_dora_in_bf16_is_the_same_however_it_is_spread(runs):
     whole, sharded = curve(runs("dora-ddp2")), curve(runs("dora-fsdp2"))
     assert sorted(whole) == [1, 2]

@@ -102,6 +102,7 @@ MEGATRON_NAMES = {"max_steps": "train_iters", "learning_rate": "lr", "global_bat
 NOT_MEGATRON = ("train_type", "gradient_checkpointing", "backend")
 ON_MEGATRON = {
     "megatron": EXPORT,
+    "lora-recomputed": {"tuner_type": "lora", "lora_dropout": 0, "recompute_granularity": "full"} | ONE_STEP,
     "fsdp2-to-megatron": {"model": f"{{runs}}/fsdp2/checkpoint-{SAVED}", "max_steps": 1},
 }
 MERGED = {"merged": {"adapters": f"{{runs}}/lora/checkpoint-{STEPS}", "merge_lora": "true"}}
