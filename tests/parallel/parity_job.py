@@ -61,6 +61,11 @@ ALL_LAYOUTS = {
         Layout(pp=2, ep=2, dp=2),
         Layout(ep=4, dp=4),
     ],
+    8: [
+        Layout(tp=2, pp=2, cp=2, sequence_parallel=True),
+        Layout(tp=2, pp=2, dp=2, ep=2, sequence_parallel=True),
+        Layout(cp=2, pp=2, dp=2, ep=4),
+    ],
 }
 SOME_LAYOUTS = {
     1: [Layout()],
@@ -75,6 +80,7 @@ SOME_LAYOUTS = {
         Layout(tp=2, ep=2, dp=2, sequence_parallel=True),
         Layout(tp=2, cp=2, sequence_parallel=True),
     ],
+    8: [],
 }
 ROWS, LENGTH = 2, 24
 ADAM_EPS = 1e6
@@ -254,7 +260,7 @@ def main() -> None:
                 or not possible(layout, folder / variant)
             ):
                 continue
-            both = thorough or world_size == 1
+            both = (thorough and world_size < 8) or world_size == 1
             for packed in (False, True) if both else [(number + len(cases)) % 2 == 0]:
                 name = f"{variant} {layout} {'packed' if packed else 'unpacked'}"
                 # Both optimizers and both exchanges are covered without doubling the grid.

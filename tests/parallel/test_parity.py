@@ -21,7 +21,7 @@ from parity_table import missing_rows, render  # noqa: E402
 from mcore_swift.models.catalog import SUPPORTED_ARCHITECTURES, proven  # noqa: E402
 
 TABLE = Path(__file__).parents[2] / "docs" / "parity.md"
-WORLD_SIZES = (1, 2, 4)
+WORLD_SIZES = (1, 2, 4, 8)
 
 
 @pytest.fixture(scope="module")
