@@ -18,8 +18,9 @@ class MultiToken(Family):
         layers = [f"model.layers.{number}" for number in range(first, first + self.multi_token_layers(hf))]
         embeddings = [f"{layer}.embed_tokens.weight" for layer in layers]
         heads = [f"{layer}.shared_head.head.weight" for layer in layers]
+        tied = [] if output else heads  # one matrix then, by all these names
         return [
-            replace(embedding, hf=(*embedding.hf, *embeddings)),
+            replace(embedding, hf=(*embedding.hf, *embeddings, *tied)),
             norm,
             *[replace(rule, hf=(*rule.hf, *heads)) for rule in output],
         ]
