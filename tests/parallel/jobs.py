@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -64,7 +65,7 @@ def run_cases(cases: Mapping[str, Callable[[], None]], folder: Path) -> None:
 
     results = {}
     for name, case in cases.items():
-        error = ""
+        error, started = "", time.monotonic()
         try:
             case()
         except Exception:
@@ -72,5 +73,6 @@ def run_cases(cases: Mapping[str, Callable[[], None]], folder: Path) -> None:
         errors: list[str] = [""] * dist.get_world_size()
         dist.all_gather_object(errors, error)
         results[name] = next((text for text in errors if text), "")
+        print(f"{name}: {time.monotonic() - started:.2f} s", flush=True)
     if dist.get_rank() == 0:
         (folder / "results.json").write_text(json.dumps(results))

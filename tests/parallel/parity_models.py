@@ -108,6 +108,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "topk_group": 2,
             "attention_bias": True,
             "tie_word_embeddings": True,
+            "num_nextn_predict_layers": 0,
         },
     ),
     "qwen3-moe": (

@@ -11,6 +11,12 @@ class MultiToken(Family):
 
     multi_token_key = "num_nextn_predict_layers"
 
+    def unsupported(self, hf: HFConfig) -> list[str]:
+        refused = super().unsupported(hf)
+        if getattr(hf, "tie_word_embeddings", False) and self.multi_token_layers(hf):
+            refused.append(f"tie_word_embeddings true beside {self.multi_token_key} (multi-token layers)")
+        return refused
+
     def outer_rules(self, hf: HFConfig) -> list[Rule]:
         """The checkpoint has embedding and output layer once more in every multi-token layer."""
         embedding, norm, *output = super().outer_rules(hf)
@@ -18,9 +24,8 @@ class MultiToken(Family):
         layers = [f"model.layers.{number}" for number in range(first, first + self.multi_token_layers(hf))]
         embeddings = [f"{layer}.embed_tokens.weight" for layer in layers]
         heads = [f"{layer}.shared_head.head.weight" for layer in layers]
-        tied = [] if output else heads  # one matrix then, by all these names
         return [
-            replace(embedding, hf=(*embedding.hf, *embeddings, *tied)),
+            replace(embedding, hf=(*embedding.hf, *embeddings)),
             norm,
             *[replace(rule, hf=(*rule.hf, *heads)) for rule in output],
         ]
