@@ -50,7 +50,6 @@ LAYOUTS = {
         Layout(dp=2, ep=2),
         Layout(tp=2, sequence_parallel=True, etp=2),
     ],
-    4: [Layout(tp=2, pp=2, sequence_parallel=True), Layout(tp=2, dp=2, sequence_parallel=True, ep=2)],
 }
 
 
