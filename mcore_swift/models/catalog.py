@@ -48,6 +48,15 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "cohere": ("attention beside MLP", "logit scale", "norms on query and key heads"),
     "cohere2": ("attention beside MLP", "sliding window", "layers without rotary embedding", "logit scale"),
     "cwm": ("sliding window",),
+    "deepseek_v2": ("latent attention", "experts", "shared experts", "yarn"),
+    "deepseek_v3": (
+        "latent attention",
+        "experts",
+        "shared experts",
+        "router with a bias",
+        "multi-token layers",
+        "yarn",
+    ),
     "ernie4_5": ("biases",),
     "exaone4": (
         "norms behind",
@@ -65,7 +74,14 @@ FEATURES: dict[str, tuple[str, ...]] = {
     ),
     "glm": ("partial rotary embedding",),
     "glm4": ("partial rotary embedding", "norms on both sides"),
-    "glm4_moe": ("experts", "shared experts", "router with a bias", "partial rotary embedding"),
+    "glm4_moe": (
+        "experts",
+        "shared experts",
+        "router with a bias",
+        "multi-token layers",
+        "partial rotary embedding",
+    ),
+    "gpt_oss": ("experts", "sinks", "sliding window", "biases", "yarn", "MXFP4 checkpoints"),
     "gpt_neox": (
         "LayerNorm",
         "attention beside MLP",
@@ -99,12 +115,15 @@ FEATURES: dict[str, tuple[str, ...]] = {
 }
 """Family -> what its models have beyond Llama's layers."""
 
-PROVEN_DENSE = ("TP", "SP", "PP", "VPP")
+PROVEN_DENSE = ("TP", "SP", "PP", "VPP", "CP")
 PROVEN: dict[str, tuple[str, ...]] = {
     "llama": (*PROVEN_DENSE, "DP"),
     "qwen3": (*PROVEN_DENSE, "DP"),
     "qwen3_moe": (*PROVEN_DENSE, "DP", "EP", "ETP"),
-    **dict.fromkeys(("glm4_moe", "mixtral", "olmoe", "qwen2_moe"), (*PROVEN_DENSE, "DP", "EP")),
+    **dict.fromkeys(
+        ("deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss", "mixtral", "olmoe", "qwen2_moe"),
+        (*PROVEN_DENSE, "DP", "EP"),
+    ),
 }
 """Family -> the kinds of parallelism in which tests/parallel/test_parity.py compares its logits, loss and every
 gradient with transformers' (docs/parity.md has the errors); `PROVEN_DENSE` for a family that is not here.

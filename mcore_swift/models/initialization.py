@@ -30,10 +30,10 @@ def initialize(chunks: Sequence[nn.Module], table: RuleTable, *, std: float, see
 
 
 def draw(rule: Rule, name: str, shape: Shape, std: float, seed: int) -> Tensor:
-    """Initial values of the HF tensor `name`, one of the rule's, whole."""
+    """Initial values of the HF tensor `name`, one of the rule's, whole. Sinks, a logit a head, are drawn too."""
     if isinstance(rule, Norm):
         return torch.full(shape, rule.initial)
-    if len(shape) == 1:
+    if len(shape) == 1 and not name.endswith("sinks"):
         return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
     # torch's generator for CPU looks at the lowest 32 bits of a seed only
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))

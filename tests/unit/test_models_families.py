@@ -1,5 +1,6 @@
 """Every family of the parity grid, without processes: names and shapes of its weights, how a fresh model starts."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -25,6 +26,11 @@ def hf_config(variant: str):
     return config
 
 
+def layer_of(name: str) -> int:
+    found = re.match(r"model\.layers\.(\d+)\.", name)
+    return int(found[1]) if found else -1
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_table_names_exactly_the_tensors_of_transformers_model_and_starts_them_alike(variant, tmp_path):
     config = hf_config(variant)
@@ -32,8 +38,12 @@ def test_the_table_names_exactly_the_tensors_of_transformers_model_and_starts_th
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")  # a checkpoint may name them otherwise than the model
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    assert set(table.by_hf) == set(shapes)
+    # transformers has no multi-token layers: what is behind the last layer is compared by the parity grid
+    behind = {name for name in table.by_hf if layer_of(name) >= config.num_hidden_layers}
+    assert set(table.by_hf) - behind == set(shapes)
     for rule in table.rules:
+        if behind.intersection(rule.hf):
+            continue
         assert rule.hf_shapes(rule.shape(shapes)) == {name: shapes[name] for name in rule.hf}
         for name in rule.hf:
             fresh = draw(rule, name, shapes[name], 0.02, 1)
@@ -41,7 +51,7 @@ def test_the_table_names_exactly_the_tensors_of_transformers_model_and_starts_th
                 assert not fresh.any()  # transformers starts them at 1, as if it did not add another 1
             elif tensors[name].std() == 0:  # norm weights and biases, which start at a constant
                 assert torch.equal(fresh, tensors[name]), name
-            else:
+            elif not name.endswith("router.bias"):  # GPT-OSS's, which transformers draws: an even start is ours
                 assert fresh.std() > 0, name
 
 
