@@ -33,8 +33,10 @@ def draw(rule: Rule, name: str, shape: Shape, std: float, seed: int) -> Tensor:
     """Initial values of the HF tensor `name`, one of the rule's, whole. Sinks, a logit a head, are drawn too."""
     if isinstance(rule, Norm):
         return torch.full(shape, rule.initial)
+    if name.endswith("bias"):  # an expert's too, which come as a matrix
+        return torch.zeros(shape)
     if len(shape) == 1 and not name.endswith("sinks"):
-        return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+        return torch.ones(shape)
     # torch's generator for CPU looks at the lowest 32 bits of a seed only
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     return torch.empty(shape).normal_(0.0, std, generator=generator)
