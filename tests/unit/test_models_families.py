@@ -51,7 +51,9 @@ def test_the_table_names_exactly_the_tensors_of_transformers_model_and_starts_th
                 assert not fresh.any()  # transformers starts them at 1, as if it did not add another 1
             elif tensors[name].std() == 0:  # norm weights and biases, which start at a constant
                 assert torch.equal(fresh, tensors[name]), name
-            elif not name.endswith("router.bias"):  # GPT-OSS's, which transformers draws: an even start is ours
+            elif not name.endswith(
+                "router.bias"
+            ):  # GPT-OSS's, which transformers draws: an even start is ours
                 assert fresh.std() > 0, name
 
 
