@@ -32,7 +32,6 @@ LAYOUTS = {
         Layout(pp=2),
         Layout(cp=2, ep=2),
     ],
-    4: [Layout(tp=2, pp=2, etp=2, sequence_parallel=True), Layout(tp=2, ep=4, dp=2, sequence_parallel=True)],
 }
 
 

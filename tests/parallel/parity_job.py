@@ -260,7 +260,7 @@ def main() -> None:
                 some = some[number % 2 :: 2]
             if (not thorough and layout not in some) or not possible(layout, folder / variant):
                 continue
-            both = (thorough and world_size == 2) or world_size == 1
+            both = world_size == 1
             for packed in (False, True) if both else [(number + len(cases)) % 2 == 0]:
                 name = f"{variant} {layout} {'packed' if packed else 'unpacked'}"
                 # Both optimizers and both exchanges are covered without doubling the grid.
