@@ -67,7 +67,6 @@ class Engine(Protocol):
     description: str
     dp_rank: int
     saves_adapter: bool
-    is_first_replica: bool
     generators_name: str
 
     def train_step(
@@ -113,7 +112,7 @@ class Engine(Protocol):
         ...
 
     def random_state(self) -> dict[str, Any]:
-        """This rank's random generators, to be kept under `generators_name` if `is_first_replica`."""
+        """This rank's random generators, to be kept under `generators_name`."""
         ...
 
     def set_random_state(self, state: dict[str, Any]) -> None:

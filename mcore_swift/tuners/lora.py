@@ -92,7 +92,8 @@ class LoraLinear(nn.Module):
         down, up = list(self.lora_A), list(self.lora_B)
         if self.summed_outside:
             shared = down if self.column else up
-            shared[:] = [_SumGradient.apply(matrix, self.group) for matrix in shared]
+            # each rank's gradient of a shared matrix is of its share of the sum
+            shared[:] = [_CopyToRanks.apply(matrix, self.group) for matrix in shared]
         hidden = functional.linear(x, torch.cat(down) if len(down) > 1 else down[0])
         hidden = self._cross(hidden)
         pieces = [
@@ -199,7 +200,3 @@ class _CopyToRanks(torch.autograd.Function):
         gradient = gradient.contiguous().clone()
         torch.distributed.all_reduce(gradient, group=ctx.group)
         return gradient, None
-
-
-class _SumGradient(_CopyToRanks):
-    """The same on a matrix: each rank's gradient is of its share of a sum."""

@@ -17,7 +17,7 @@ from converters.ranks import Ranks
 from mcore_swift.accelerator import get_accelerator
 from mcore_swift.cli.backend import loop_arguments
 from mcore_swift.config import MegatronSftArguments, SwiftSftArguments, parse
-from mcore_swift.engines.fsdp import processes
+from mcore_swift.engines import processes
 from mcore_swift.errors import UserError
 from mcore_swift.plan.layout import Layout
 from mcore_swift.training.loop import train
@@ -26,7 +26,7 @@ from mcore_swift.training.main import build_run
 
 def on_transformers(argv: list[str]) -> None:
     args = loop_arguments(parse(SwiftSftArguments, argv, notify=lambda notice: None))
-    processes.seed_everything(args.seed + dist.get_rank())
+    processes.seed_libraries(args.seed + dist.get_rank())
     train(build_run(args, Layout.from_args(args, dist.get_world_size()), Ranks()))
     if "megatron" not in DONE:
         assert not any(name.startswith("megatron.core") for name in sys.modules), "it is not needed"

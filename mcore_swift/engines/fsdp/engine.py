@@ -263,10 +263,6 @@ class TransformersEngine:
         return total if is_tied else total - table.weight.numel()
 
     @property
-    def is_first_replica(self) -> bool:
-        return True  # every rank has random numbers of its own
-
-    @property
     def generators_name(self) -> str:
         """File name of this rank's random state."""
         return f"rank{dist.get_rank()}of{dist.get_world_size()}.pt"

@@ -194,8 +194,7 @@ class MegatronEngine:
     def load_frozen(self, ranks: Ranks, budget: Budget) -> None:
         """Fill the weights that stay as they are beside an adapter. Collective."""
         if self.args.perform_initialization:
-            std = self.plan.hf.initializer_range
-            initialize(self.chunks, self.plan.table, std=std, seed=self.args.seed)
+            self._draw()
         else:
             logger.info(self._read(self.args.model, ranks, budget))
 
@@ -206,8 +205,10 @@ class MegatronEngine:
 
     def initialize(self) -> None:
         """Fill what is trained with random weights, the same under every layout."""
-        if self.adapter is not None:
-            return  # drawn as it was attached
+        if self.adapter is None:  # an adapter was drawn as it was attached
+            self._draw()
+
+    def _draw(self) -> None:
         std = self.plan.hf.initializer_range
         initialize(self.chunks, self.plan.table, std=std, seed=self.args.seed)
 

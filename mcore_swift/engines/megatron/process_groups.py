@@ -1,38 +1,18 @@
 """Starting and ending the process groups of a run, and its random number generators."""
 
-import os
-import random
-from datetime import timedelta
-
-import numpy as np
-import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from mcore_swift.accelerator import get_accelerator
+from mcore_swift.engines import processes
 from mcore_swift.plan.layout import Layout
 
 
 def start(layout: Layout, *, seed: int, timeout_s: float = 600, backend: str | None = None) -> None:
-    """Join the other processes of the run and seed this one.
-
-    Reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; without them it is a run of one process. A collective
-    that does not finish within `timeout_s` seconds raises instead of hanging.
-    """
-    accelerator = get_accelerator()
-    accelerator.install()
-    if not dist.is_initialized():
-        if "RANK" in os.environ:
-            where = {"init_method": "env://"}
-        else:
-            where = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group(
-            backend or accelerator.backend,
-            timeout=timedelta(seconds=timeout_s),
-            device_id=accelerator.device if accelerator.is_cuda else None,
-            **where,
-        )
+    """Join the other processes of the run, as `processes.join` says, and seed this one."""
+    get_accelerator().install()
+    processes.join(timeout_s=timeout_s, backend=backend)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
@@ -56,9 +36,7 @@ def seed_everything(seed: int) -> None:
     """
     seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
     seed += 1_000_000 * parallel_state.get_data_parallel_rank(with_context_parallel=True)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    processes.seed_libraries(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
