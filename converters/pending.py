@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.ranks import Ranks
-from mcore_swift.errors import UserError
+from mcore_swift.errors import DiskFull, UserError
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 """Files of an earlier export that must not stay beside those of a new one."""
@@ -182,7 +182,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
+            raise DiskFull(
                 f"no space left for {path}", remedy="free space, or choose an --output_dir on another disk"
             ) from None
         raise UserError(

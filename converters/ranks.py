@@ -4,7 +4,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from mcore_swift.errors import UserError, raise_together
+from mcore_swift.errors import DiskFull, UserError, raise_together
 
 
 class Ranks:
@@ -48,7 +48,10 @@ class Ranks:
             return
         if error is not None and not isinstance(error, UserError):
             raise error
-        mistakes = {str(failure): failure for _, failure in failures if isinstance(failure, UserError)}
+        mistakes: dict[Any, UserError] = {}
+        for _, failure in failures:
+            if isinstance(failure, UserError):
+                mistakes.setdefault(DiskFull if isinstance(failure, DiskFull) else str(failure), failure)
         defects = [f"rank {rank}: {failure}" for rank, failure in failures if isinstance(failure, str)]
         if defects:
             raise RuntimeError("; ".join(defects))

@@ -34,6 +34,10 @@ class TrainingStopped(UserError):
     exit_code = 1
 
 
+class DiskFull(UserError):
+    """A disk without room for a file. Ranks that share the disk each find it at a file of their own; one tells it."""
+
+
 class UserErrors(UserError):
     """Several mistakes found together, so that a user mends them in one go and not one a run."""
 

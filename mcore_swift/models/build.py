@@ -140,7 +140,8 @@ class Model(GPTModel):
         """padding_mask: bool `[b, s]`, true at padding, for the routers of experts."""
         rotary = self.rotary_pos_emb
         if any(kind.by_length for kind in rotary.kinds):
-            rotary.lengths = None if kwargs.get("packed_seq_params") is not None else _lengths(position_ids)
+            packed = kwargs.get("packed_seq_params") is not None
+            rotary.lengths = None if packed else _lengths(position_ids, padding_mask)
         targets, local = kwargs.get("loss_mask"), padding_mask
         if padding_mask is not None and self.config.sequence_parallel:
             rank, size = (
@@ -188,9 +189,9 @@ class Model(GPTModel):
         return torch.stack(losses)
 
 
-def _lengths(position_ids: Tensor) -> list[int]:
-    """Tokens of each row `[b, s]`, whose padding has position 0; of the whole rows, not of this rank's part."""
-    last = position_ids.amax(dim=1)
+def _lengths(position_ids: Tensor, padding: Tensor | None) -> list[int]:
+    """Tokens of each row `[b, s]`; of the whole rows, not of this rank's part. Padding has position 0 if not told."""
+    last = (position_ids if padding is None else position_ids.masked_fill(padding, 0)).amax(dim=1)
     if parallel_state.get_context_parallel_world_size() > 1:
         torch.distributed.all_reduce(
             last, torch.distributed.ReduceOp.MAX, parallel_state.get_context_parallel_group()

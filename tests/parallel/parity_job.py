@@ -114,7 +114,8 @@ def microbatches(samples: list[torch.Tensor], packed: bool, layout: Layout) -> l
         rows = samples[first : first + ROWS]
         shape = (1, padded_length(ROWS * LENGTH + 2, length_multiple(layout))) if packed else (ROWS, LENGTH)
         ids, labels = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-        mask, positions = torch.zeros(shape), torch.zeros(shape, dtype=torch.long)
+        mask, positions = torch.zeros(shape), torch.arange(shape[1]).repeat(shape[0], 1)
+        padding = torch.ones(shape, dtype=torch.bool)
         ends = [0]
         for index, sample in enumerate(rows):
             row, start = (0, ends[-1]) if packed else (index, 0)
@@ -123,11 +124,12 @@ def microbatches(samples: list[torch.Tensor], packed: bool, layout: Layout) -> l
             labels[row, start : stop - 1] = sample[1:]
             mask[row, start + PROMPT - 1 : stop - 1] = 1
             positions[row, start:stop] = torch.arange(len(sample))
+            padding[row, start:stop] = False
             ends.append(padded_length(stop, each))
         cu_seqlens = torch.tensor([*ends, shape[1]], dtype=torch.int32) if packed else None
         longest = max(map(len, rows)) if packed else None
         batches.append(
-            Batch(ids, labels, mask, positions, cu_seqlens, longest, len(rows), sum(map(len, rows)))
+            Batch(ids, labels, mask, positions, cu_seqlens, longest, len(rows), sum(map(len, rows)), padding)
         )
     return batches
 
