@@ -17,7 +17,8 @@ class Architecture:
     """A family as `ModelShape.from_config_dict` reads it.
 
     defaults: keys that a config.json may leave out. qkv_bias, output_bias, mlp_bias: of linear layers.
-    norms_per_layer: norms of hidden size in a layer; norm_bias: they have a bias. gated: the MLP has a gate.
+    norms_per_layer: norms of hidden size in a layer, one less where the key `one_less_if` of config.json is true;
+    norm_bias: they have a bias. gated: the MLP has a gate.
     qk_norm: of each head's queries and keys, or what a key says; qk_norm_full: with a weight for every head.
     windows: 'none'; 'all' layers have `sliding_window`, or 'types': those that layer_types (or its default, every
     layer but each `full_every`-th) calls sliding.
@@ -31,6 +32,7 @@ class Architecture:
     output_bias: Bias = "attention_bias"
     mlp_bias: Bias = False
     norms_per_layer: int = 2
+    one_less_if: str = ""
     qk_norm: Bias = False
     qk_norm_full: bool = False
     gated: bool = True
@@ -208,7 +210,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "StableLmForCausalLM": _family(
         "stablelm",
-        {"qkv_bias": "use_qkv_bias", "output_bias": False, "norm_bias": True},
+        {
+            "qkv_bias": "use_qkv_bias",
+            "output_bias": False,
+            "norm_bias": True,
+            "one_less_if": "use_parallel_residual",
+        },
         num_key_value_heads=32,
         max_position_embeddings=4096,
     ),

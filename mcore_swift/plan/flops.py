@@ -11,8 +11,8 @@ there and here.
 
 s_i are the lengths of the sequences that attend within themselves: with block-diagonal packing the
 samples, not the row. M are the weights each token is multiplied with (`ModelShape.matmul_parameters`:
-grouped key/value heads, the three matrices of the gated MLP, of routed experts those that a token sees,
-router and shared experts, the projections of latent attention in their training form, where keys and
+grouped key/value heads, the three matrices of a gated MLP, the two of a plain one, of routed experts those that
+a token sees, router and shared experts, the projections of latent attention in their training form, where keys and
 values are made for every head, the output embedding). K = heads * head_dim is the width of the scores'
 product Q K^T, V = heads * value_dim that of the weighted sum of values. pairs(s) = s^2, and where a window w
 is shorter than s, twice the causal pairs that it leaves: 2 w s - w^2.

@@ -281,8 +281,11 @@ def _attention_bytes(shape: ModelShape, layout: Layout, run: Run) -> float:
 
 
 def _mlp_bytes(shape: ModelShape, layout: Layout, run: Run) -> float:
-    """Gate, up projection and their product; unfused the gate's own activation and its input again."""
-    return run.weight_bytes * (3 if run.fused else 5) * shape.ffn_hidden_size / layout.tp
+    """Gate, up projection and their product; unfused the gate's own activation and its input again.
+
+    Without a gate the input of the activation and of the second matrix."""
+    parts = (3 if run.fused else 5) if shape.gated else 2
+    return run.weight_bytes * parts * shape.ffn_hidden_size / layout.tp
 
 
 def _expert_bytes(shape: ModelShape, layout: Layout, run: Run) -> float:

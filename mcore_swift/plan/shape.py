@@ -96,7 +96,7 @@ class ModelShape:
             qk_norm_full=facts.qk_norm_full and _switch(facts.qk_norm, given),
             gated=facts.gated,
             norm_bias=facts.norm_bias,
-            norms_per_layer=facts.norms_per_layer,
+            norms_per_layer=facts.norms_per_layer - bool(given.get(facts.one_less_if)),
             sinks=facts.sinks,
             max_position_embeddings=given["max_position_embeddings"] or 2048,
             rope_theta=theta,

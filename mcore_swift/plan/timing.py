@@ -205,7 +205,8 @@ def layer_time(shape: ModelShape, layout: Layout, run: Run, index: int, cluster:
     attention = _linear_attention_s(shape, layout, tokens, cluster)
     scores = _scores_s(shape, layout, run, index, cluster)
     mlp, copies = _mlp_s(shape, layout, tokens, is_moe, cluster)
-    width = shape.query_size + 2 * shape.kv_size + (0 if is_moe else 3 * shape.ffn_hidden_size)
+    matrices = 2 + shape.gated
+    width = shape.query_size + 2 * shape.kv_size + (0 if is_moe else matrices * shape.ffn_hidden_size)
     around = cluster.traffic_s(tokens * w * (10 * h / split + 2 * width / layout.tp) + copies * w * 8 * h)
     dispatch = DISPATCH_S if is_moe else 0.0
     forward = attention + scores + mlp + around + dispatch
@@ -250,7 +251,7 @@ def _mlp_s(
     """(forward seconds, copies of tokens that this rank's experts see)."""
     h = shape.hidden_size
     if not is_moe:
-        return 3 * cluster.gemm_s(tokens, shape.ffn_hidden_size / layout.tp, h), 0.0
+        return (2 + shape.gated) * cluster.gemm_s(tokens, shape.ffn_hidden_size / layout.tp, h), 0.0
     split = layout.tp if layout.sequence_parallel else 1
     copies = tokens / split * shape.num_experts_per_token * layout.etp
     local = shape.num_experts / layout.ep

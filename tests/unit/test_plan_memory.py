@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from mcore_swift.plan import Layout, ModelShape, active_parameters, parameters
+from mcore_swift.plan.gpus import GPUS
 from mcore_swift.plan.memory import (
     Recompute,
     Run,
@@ -17,6 +18,7 @@ from mcore_swift.plan.memory import (
     stages_of,
 )
 from mcore_swift.plan.search import spread_layers
+from mcore_swift.plan.timing import Cluster, layer_time
 
 DENSE = ModelShape(
     family="llama", num_layers=8, hidden_size=64, ffn_hidden_size=160, num_heads=8, num_query_groups=4,
@@ -46,6 +48,19 @@ def test_a_dense_model_on_one_gpu_by_hand() -> None:
     working = 2 * 3 * 160 + 2 * 2 * 64
     assert memory.activations == 128 * (8 * layer + 2 * 2 * 64 + working)
     assert memory.logits == 128 * 1024 * (2 + 4 + 4)
+
+
+def test_a_plain_mlp_has_two_matrices_and_keeps_two_activations() -> None:
+    plain = dataclasses.replace(DENSE, gated=False)
+    assert parameters(DENSE) - parameters(plain) == 8 * 64 * 160
+    kept = layer_bytes(DENSE, Layout(), RUN, False)[0] - layer_bytes(plain, Layout(), RUN, False)[0]
+    assert kept == 2 * 160
+    cluster = Cluster(GPUS["h100"], gpus_per_node=8)
+    gated_s, plain_s = (
+        layer_time(shape, Layout(), RUN, 0, cluster).work - layer_time(thin, Layout(), RUN, 0, cluster).work
+        for shape, thin in ((each, dataclasses.replace(each, ffn_hidden_size=0)) for each in (DENSE, plain))
+    )
+    assert plain_s / gated_s == pytest.approx(2 / 3)
 
 
 def test_experts_and_their_share_by_hand() -> None:

@@ -1,9 +1,16 @@
 """Parameters, total and active, against transformers' own models and against published totals."""
 
+import sys
+from pathlib import Path
+
 import pytest
 
-from mcore_swift.plan import ModelShape, active_parameters, parameters
-from mcore_swift.plan.count import mtp_sizes
+sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))
+
+from parity_models import SIZES, VARIANTS, config_class  # noqa: E402
+
+from mcore_swift.plan import ModelShape, active_parameters, parameters  # noqa: E402
+from mcore_swift.plan.count import mtp_sizes  # noqa: E402
 
 SMALL = {
     "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 4, "num_attention_heads": 6,
@@ -61,20 +68,24 @@ CASES = [
 ]
 
 
+CASES += [(family, SIZES | changes) for family, changes in VARIANTS.values()]  # every family we train
+
+
 @pytest.mark.parametrize("family, sizes", CASES)
 def test_parameters_are_counted_as_transformers_counts(family: str, sizes: dict) -> None:
     import torch
     import transformers
 
     model_class = getattr(transformers, f"{family}ForCausalLM")
-    config = model_class.config_class(**sizes)
+    config = config_class(family)(**sizes)
     with torch.device("meta"):
         model = model_class(config)
     shape = ModelShape.from_config_dict(config.to_dict() | {"architectures": [model_class.__name__]})
     assert parameters(shape) == sum(parameter.numel() for parameter in model.parameters())
-    # what a token does not see are all routed experts but two, which transformers keeps as [experts, ...]
+    # what a token does not see are all routed experts but a few, which transformers keeps as [experts, ...]
+    seen = getattr(config, "num_experts_per_tok", 0)
     routed = [value for name, value in model.named_parameters() if ".experts." in name]
-    idle = sum(value.numel() // len(value) * (len(value) - 2) for value in routed)
+    idle = sum(value.numel() // len(value) * (len(value) - seen) for value in routed)
     assert active_parameters(shape) == parameters(shape) - idle
     linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
     gates = [
@@ -82,7 +93,7 @@ def test_parameters_are_counted_as_transformers_counts(family: str, sizes: dict)
     ]
     multiplied = {id(module.weight): module.weight.numel() for module in linear}
     multiplied |= {id(value): value.numel() for value in gates}
-    multiplied |= {id(value): value.numel() // len(value) * 2 for value in routed if value.dim() == 3}
+    multiplied |= {id(value): value.numel() // len(value) * seen for value in routed if value.dim() == 3}
     assert shape.matmul_parameters == sum(multiplied.values())
 
 
