@@ -7,6 +7,7 @@ from typing import ClassVar
 from ..errors import UserError
 from .base import Arguments
 from .fields import arg
+from .tuner import check_freezing
 
 _ON_TRANSFORMERS = "on megatron-core's layers it is not supported yet; `swift sft --backend fsdp` has it"
 
@@ -42,7 +43,22 @@ class MegatronTunerArguments(Arguments):
     lora_dropout: float = arg(0.05, "share of an adapter's inputs left out in training", at_least=0, below=1)
     use_rslora: bool = arg(False, "alpha / sqrt(rank) in place of alpha / rank (arXiv:2312.03732)")
 
+    freeze_parameters: list[str] = arg(
+        [], "with full: weights that stay as they are, by the beginnings of their Hugging Face names"
+    )
+    freeze_parameters_regex: str | None = arg(
+        None, "with full: weights that stay, by an expression found in their Hugging Face names"
+    )
+    freeze_parameters_ratio: float = arg(
+        0.0, "with full: share of the parameters that stays, counted from the input", at_least=0, at_most=1
+    )
+    trainable_parameters: list[str] = arg(
+        [], "with full: weights that train all the same, by the beginnings of their Hugging Face names"
+    )
+    trainable_parameters_regex: str | None = arg(None, "the same by an expression found in their names")
+
     def check(self) -> Iterator[UserError]:
+        yield from check_freezing(self)
         lora = self.tuner_type == "lora"
         for name in ("adapters", "mcore_adapter") if not lora else ():
             if getattr(self, name):

@@ -196,14 +196,6 @@ _MEGATRON = table(
         lorap_lr_ratio=None,
         init_weights=("true",),
     ),
-    settings(
-        "freezing a part of the parameters is not supported yet",
-        freeze_parameters=None,
-        freeze_parameters_regex=None,
-        freeze_parameters_ratio=0,
-        trainable_parameters=None,
-        trainable_parameters_regex=None,
-    ),
     # heads and overrides
     settings(
         "only language modelling is supported yet",

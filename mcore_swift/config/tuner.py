@@ -81,13 +81,7 @@ class TunerArguments(Arguments):
         for name in lora_only if self.tuner_type != "lora" else ():
             if getattr(self, name):
                 yield UserError(f"--{name} is for --tuner_type lora, not {self.tuner_type}", f"drop --{name}")
-        frozen = ("freeze_parameters", "freeze_parameters_regex", "freeze_parameters_ratio")
-        for name in (*frozen, "trainable_parameters", "trainable_parameters_regex"):
-            if getattr(self, name) and self.tuner_type != "full":
-                yield UserError(
-                    f"--{name} is for --tuner_type full; with {self.tuner_type} all but the adapters is frozen",
-                    "name whole modules to train with --modules_to_save",
-                )
+        yield from check_freezing(self)
         if len(self.adapters) > 1:
             yield UserError("--adapters names several: one can be trained", "give one folder")
         if self.adapters and self.tuner_type == "full":
@@ -99,3 +93,20 @@ class TunerArguments(Arguments):
             yield UserError(
                 "--target_modules and --target_regex both say what gets adapters", "give one of them"
             )
+
+
+def check_freezing(args: Arguments) -> Iterator[UserError]:
+    """What the flags that freeze a part of a model ask for and cannot be."""
+    frozen = ("freeze_parameters", "freeze_parameters_regex", "freeze_parameters_ratio")
+    thawed = ("trainable_parameters", "trainable_parameters_regex")
+    given = [name for name in (*frozen, *thawed) if getattr(args, name)]
+    for name in given if args.tuner_type != "full" else ():
+        yield UserError(
+            f"--{name} is for --tuner_type full; with {args.tuner_type} all but the adapters is frozen",
+            "name whole modules to train with --modules_to_save",
+        )
+    if args.tuner_type == "full" and given and not any(name in frozen for name in given):
+        yield UserError(
+            f"--{given[0]} names what trains in spite of being frozen, and nothing is frozen",
+            "add --freeze_parameters_ratio 1 to freeze all else",
+        )

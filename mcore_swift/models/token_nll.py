@@ -103,7 +103,14 @@ class _VocabParallelNLL(torch.autograd.Function):
         if slope is not None:
             gradient.mul_(slope)
         gradient = gradient.to(weight.dtype)
-        return gradient @ weight, gradient.t() @ hidden, None, None, None, None, None
+        of_hidden, of_weight = ctx.needs_input_grad[:2]
+        return (
+            gradient @ weight if of_hidden else None,
+            gradient.t() @ hidden
+            if of_weight
+            else None,  # the largest matrix product of all: not if it is frozen
+            *(None,) * 5,
+        )
 
 
 def _softcap_slope(capped: Tensor, softcap: float) -> Tensor:

@@ -1,10 +1,8 @@
 """Putting adapters into a model that has been built, and finding them again."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mcore_swift.models.rules import RuleTable
 from mcore_swift.models.shards import ADAPTER, LiveShard, parameter_shards, unwrap
@@ -12,6 +10,7 @@ from mcore_swift.tuners.lora import LoraLinear
 from mcore_swift.tuners.parts import parts_by_weight
 from mcore_swift.tuners.settings import LoraSettings
 from mcore_swift.tuners.targets import choose
+from mcore_swift.tuners.whole import start_gradients
 
 
 def attach(chunks: Sequence[nn.Module], table: RuleTable, settings: LoraSettings) -> list[LoraLinear]:
@@ -23,8 +22,7 @@ def attach(chunks: Sequence[nn.Module], table: RuleTable, settings: LoraSettings
     chosen = choose(linear_modules(table), settings.target_modules, settings.target_regex)
     for chunk in chunks:
         chunk.requires_grad_(False)
-        if getattr(chunk, "embedding", None) is not None:
-            chunk.embedding.register_forward_hook(_start_gradient)
+        start_gradients(chunk)
     parts = parts_by_weight(chunks, table)
     adapted = []
     for chunk in chunks:
@@ -35,11 +33,6 @@ def attach(chunks: Sequence[nn.Module], table: RuleTable, settings: LoraSettings
                 setattr(parent, name, adapter)
                 adapted.append(adapter)
     return adapted
-
-
-def _start_gradient(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-    """Layers that are computed again in the backward pass have one only if their input asks for a gradient."""
-    return output.requires_grad_() if torch.is_grad_enabled() else output
 
 
 def linear_modules(table: RuleTable) -> list[str]:

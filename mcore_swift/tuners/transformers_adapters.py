@@ -1,8 +1,7 @@
 """peft's tuners on a transformers model, and adapters as PEFT files."""
 
 import difflib
-import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from converters.pending import disk_errors
 from mcore_swift.errors import UserError
+from mcore_swift.tuners.freezing import frozen_names
 
 ADAPTER = "default"
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
@@ -199,35 +199,8 @@ def learning_rate_factors(model: nn.Module, args: Any) -> dict[str, float]:
 
 def _freeze(model: nn.Module, args: Any) -> None:
     parameters = dict(model.named_parameters())
-    stays = set(_named(parameters, args.freeze_parameters, "freeze_parameters"))
-    stays |= set(_matching(parameters, args.freeze_parameters_regex))
-    budget = args.freeze_parameters_ratio * sum(parameter.numel() for parameter in parameters.values())
-    for name, parameter in parameters.items():
-        budget -= parameter.numel()
-        if budget < 0:
-            break
-        stays.add(name)
-    stays -= set(_named(parameters, args.trainable_parameters, "trainable_parameters"))
-    stays -= set(_matching(parameters, args.trainable_parameters_regex))
-    if len(stays) == len(parameters):
-        raise UserError("every parameter is frozen: nothing trains", "name some in --trainable_parameters")
-    for name in stays:
+    for name in frozen_names({name: value.numel() for name, value in parameters.items()}, args):
         parameters[name].requires_grad_(False)
-
-
-def _named(parameters: Mapping[str, Any], starts: list[str], flag: str) -> Iterator[str]:
-    for start in starts:
-        found = [name for name in parameters if name.startswith(start)]
-        if not found:
-            near = difflib.get_close_matches(start, parameters, n=3, cutoff=0.3)
-            raise UserError(
-                f"--{flag} {start}: no parameter begins so", f"the nearest are: {', '.join(near)}"
-            )
-        yield from found
-
-
-def _matching(parameters: Mapping[str, Any], pattern: str | None) -> list[str]:
-    return [name for name in parameters if re.search(pattern, name)] if pattern else []
 
 
 def _nearest_modules(model: nn.Module, targets: list[str]) -> str:

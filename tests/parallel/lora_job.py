@@ -5,7 +5,9 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from jobs import run_cases
@@ -21,8 +23,10 @@ from parity_job import (
     possible,
     start,
 )
+from parity_models import Reference
 from safetensors.torch import load_file
 
+from converters.export import hf_weights
 from converters.hf_reader import HFReader
 from converters.load import load_hf
 from converters.peft_files import read_adapter, read_settings, write_adapter
@@ -33,12 +37,15 @@ get_accelerator().install()
 from megatron.core import parallel_state  # noqa: E402
 
 from mcore_swift.config import MegatronSftArguments  # noqa: E402
+from mcore_swift.data import Batch  # noqa: E402
 from mcore_swift.engines.megatron.engine import MegatronEngine  # noqa: E402
+from mcore_swift.errors import UserError  # noqa: E402
 from mcore_swift.models.reading import read_model  # noqa: E402
 from mcore_swift.models.shards import live_shards  # noqa: E402
 from mcore_swift.objectives.sft import NextToken  # noqa: E402
 from mcore_swift.plan import Layout  # noqa: E402
 from mcore_swift.tuners.attach import adapter_names, adapter_shards  # noqa: E402
+from mcore_swift.tuners.freezing import frozen_names  # noqa: E402
 
 LAYOUTS = {
     1: [Layout()],
@@ -53,16 +60,29 @@ LAYOUTS = {
 }
 
 
-def engine_with(folder: Path, adapter: Path, layout: Layout, packed: bool) -> MegatronEngine:
-    args = MegatronSftArguments(
+FROZEN = {
+    "half": {"freeze_parameters_ratio": 0.5, "trainable_parameters": ["model.norm"]},
+    "names": {"freeze_parameters": ["model.embed_tokens"], "freeze_parameters_regex": r"layers\.[01]\.|norm"},
+    "last": {"freeze_parameters_ratio": 1.0, "trainable_parameters_regex": r"layers\.3\.mlp"},
+}
+"""Under PP the first stage of "last" has nothing that trains."""
+
+
+def plain_sgd(packed: bool, **flags: Any) -> MegatronSftArguments:
+    """Adam that is plain SGD, as in the parity grid."""
+    return MegatronSftArguments(
         optimizer="adam",
         adam_beta1=0.0,
         adam_beta2=0.0,
-        adam_eps=ADAM_EPS,  # plain SGD, as in the parity grid
+        adam_eps=ADAM_EPS,
         clip_grad=1e9,
         weight_decay=0.0,
-        recompute_granularity="none" if packed else "selective",
+        **{"recompute_granularity": "none" if packed else "selective"} | flags,
     )
+
+
+def engine_with(folder: Path, adapter: Path, layout: Layout, packed: bool) -> MegatronEngine:
+    args = plain_sgd(packed)
     plan = read_model(str(folder / "model"))
     engine = MegatronEngine(plan, layout, args, torch.float32, adapter=read_settings(adapter))
     with HFReader(folder / "model") as reader:
@@ -89,11 +109,8 @@ def agrees_with_peft(folder: Path, adapter: Path, layout: Layout, packed: bool) 
         )
         assert first.keys() == second.keys()
         assert [name for name in first if not torch.equal(first[name], second[name])] == []
-    batches = microbatches(reference.samples, packed, layout)
-    share = len(batches) // layout.dp
-    begin = parallel_state.get_data_parallel_rank() * share
-    batches = batches[begin : begin + share]
-    compare_logits(engine, batches, reference, begin * ROWS)
+    batches, begin = own_batches(reference, packed, layout)
+    compare_logits(engine, batches, reference, begin)
     result = engine.train_step(batches, NextToken(), lr=LEARNING_RATE * ADAM_EPS, weight_decay=0.0)
     assert abs(result.loss / reference.loss - 1) < LOSS_RTOL, (result.loss, reference.loss)
     assert abs(result.grad_norm / reference.grad_norm - 1) < GRADIENT_RTOL, (
@@ -112,6 +129,53 @@ def agrees_with_peft(folder: Path, adapter: Path, layout: Layout, packed: bool) 
         assert torch.equal(before, shard.data), f"{shard.key} is frozen and has changed"
 
 
+def own_batches(reference: Any, packed: bool, layout: Layout) -> tuple[list[Batch], int]:
+    """This data-parallel rank's microbatches, and the number of their first sample."""
+    batches = microbatches(reference.samples, packed, layout)
+    share = len(batches) // layout.dp
+    begin = parallel_state.get_data_parallel_rank() * share
+    return batches[begin : begin + share], begin * ROWS
+
+
+def trains_a_part(folder: Path, layout: Layout, packed: bool, **flags: Any) -> None:
+    """What is not frozen goes where it goes when all trains, and the norm is that of its gradients alone."""
+    reference: Reference = torch.load(folder / "reference.pt", weights_only=False)
+    before = load_file(folder / "model/model.safetensors")
+    start(layout)
+    args = plain_sgd(packed, recompute_granularity="none" if packed else "full", **flags)
+    engine = MegatronEngine(read_model(str(folder / "model")), layout, args, torch.float32)
+    stays = frozen_names({name: before[name].numel() for name in engine.plan.table.by_hf}, args)
+    trains = [name for name in before if name not in stays]
+    if args.freeze_parameters_ratio == 0.5:  # a tensor of several weights trains if the share ends in it
+        trains = [name for name in trains if ".layers.1." not in name and ".layers.2." not in name]
+    assert trains and stays
+    with HFReader(folder / "model") as reader:
+        load_hf(engine.chunks, reader, engine.plan.table)
+    engine.after_load(["weights"], optimizer_step=0)
+    batches, _ = own_batches(reference, packed, layout)
+    result = engine.train_step(batches, NextToken(), lr=LEARNING_RATE * ADAM_EPS, weight_decay=0.0)
+    assert abs(result.loss / reference.loss - 1) < LOSS_RTOL, (result.loss, reference.loss)
+    if args.freeze_parameters_ratio != 0.5:
+        moved = [(reference.weights[name] - before[name]).norm() / LEARNING_RATE for name in trains]
+        norm = torch.stack(moved).norm().item()
+        assert abs(result.grad_norm / norm - 1) < GRADIENT_RTOL, (result.grad_norm, norm)
+    for bucket in hf_weights(engine.chunks, engine.plan.table):
+        for name, tensor in bucket.tensors.items():
+            if name in trains:
+                torch.testing.assert_close(tensor, reference.weights[name], atol=WEIGHT_ATOL, rtol=0)
+            elif name in stays:
+                assert torch.equal(tensor, before[name]), f"{name} is frozen and has changed"
+
+
+def divided_tensor_is_refused(folder: Path) -> None:
+    start(Layout(dp=dist.get_world_size()))
+    args = plain_sgd(True, freeze_parameters_regex="layers.3.*q_proj")
+    with pytest.raises(
+        UserError, match=r"k_proj\.weight is to train and .*3\.self_attn\.q_proj\.weight to stay"
+    ):
+        MegatronEngine(read_model(str(folder / "model")), Layout(), args, torch.float32)
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     world_size = int(os.environ["WORLD_SIZE"])
@@ -127,6 +191,14 @@ def main() -> None:
                 cases[f"{variant} {name} {layout}"] = partial(
                     agrees_with_peft, folder / variant, folder / variant / name, layout, packed
                 )
+        name = "last" if layout.pp > 1 else list(FROZEN)[len(cases) % 2]
+        variant = "qwen2" if name == "names" else "qwen3-moe" if layout.ep > 1 else "qwen3"
+        cases[f"{name} frozen {layout}"] = partial(
+            trains_a_part, folder / variant, layout, bool(len(cases) % 2), **FROZEN[name]
+        )
+    cases["divided tensor"] = partial(divided_tensor_is_refused, folder / "qwen3")
+
+    cases = {k: v for k, v in cases.items() if _re.search(os.environ.get("ONLY", ""), k)}
     run_cases(cases, folder)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
@@ -51,7 +52,9 @@ from mcore_swift.plan.preflight import read_shape
 from mcore_swift.plan.shape import ModelShape
 from mcore_swift.plan.stages import is_uneven, render_stages, stage_letters
 from mcore_swift.tuners.attach import adapter_names, adapter_shards, attach
+from mcore_swift.tuners.freezing import freezes
 from mcore_swift.tuners.settings import LoraSettings
+from mcore_swift.tuners.whole import freeze
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +95,9 @@ class MegatronEngine:
         self.adapter = adapter
         self.saves_adapter = adapter is not None
         self.adapted = attach(self.chunks, plan.table, adapter) if adapter else []
+        self.trained_share = 0.0 if adapter else 1.0
+        if not adapter and freezes(args):
+            self.trained_share = freeze(self.chunks, plan.table, args)
         self.model: list[Any] = wrap_for_gradients(self.chunks, args) if train else self.chunks
         self.optimizer = build_optimizer(self.model, args) if train else None
         per_layer = getattr(args, "moe_per_layer_logging", False)
@@ -166,8 +172,10 @@ class MegatronEngine:
         return data_copy == zlib.crc32(shard.key.encode()) % copies  # share the writing out
 
     def optimizer_step(self) -> int:
-        """Steps the optimizer has taken, as it counts them itself."""
-        return optimizer_step(self.optimizer)
+        """Steps the optimizer has taken, as it counts them itself. Collective: a rank may have nothing that trains."""
+        taken = torch.tensor(optimizer_step(self.optimizer), device=get_accelerator().device)
+        dist.all_reduce(taken, dist.ReduceOp.MAX)
+        return int(taken)
 
     def after_load(self, parts: Sequence[str], *, optimizer_step: int) -> None:
         """Make the optimizer agree with weights that have been filled from outside."""
@@ -229,10 +237,9 @@ class MegatronEngine:
     def training_flops(self, tokens: float, squares: float) -> float:
         """FLOPs of forward and backward pass over `tokens` tokens, from the model's shape.
 
-        Beside an adapter a third less: frozen weights have no gradients.
+        Frozen weights have no gradients, which are a third of the work.
         """
-        share = 2 / 3 if self.adapter else 1.0
-        return share * training_flops_of_sums(self._shape, tokens, squares)
+        return (2 + self.trained_share) / 3 * training_flops_of_sums(self._shape, tokens, squares)
 
     @cached_property
     def _shape(self) -> ModelShape:
@@ -247,6 +254,8 @@ class MegatronEngine:
         told = f"layers: {self.implementation}"
         if self.adapter is not None:
             told += f", LoRA of rank {self.adapter.rank}"
+        elif self.trained_share < 1:
+            told += f", {self.trained_share:.0%} of the weights train"
         if self.layout.pp == 1 or not is_uneven(self.args):
             return told
         letters = stage_letters(self.layout, self._shape.num_layers, self.args)

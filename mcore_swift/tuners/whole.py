@@ -1,0 +1,114 @@
+"""Weights of a megatron-core model that train, or stay, as they are: chosen by their Hugging Face names.
+
+Several HF weights can be one tensor here (queries, keys and values; gate and up). Such a tensor has one gradient, one
+main weight and one decay: it trains or stays whole, and a choice that divides it is refused.
+"""
+
+import math
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from converters.ranks import Ranks
+from mcore_swift.errors import UserError
+from mcore_swift.models.rules import Rule, RuleTable, Vocab
+from mcore_swift.models.shards import LiveShard, parameter_shards, unwrap
+from mcore_swift.tuners.freezing import frozen_names
+
+Names = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The trainable kind of a model's weights, buffers left out.
+
+    held: of each parameter of this rank, the HF weights it holds, or parts of which it holds.
+    fused: the same of the whole model, from the input on, each combination once.
+    sizes: elements of each whole HF weight, in the same order.
+    """
+
+    held: dict[nn.Parameter, Names]
+    fused: list[Names]
+    sizes: dict[str, int]
+
+
+def weights_of(chunks: Iterable[nn.Module], table: RuleTable, ranks: Ranks | None = None) -> Weights:
+    """What the parameters of all ranks hold. Collective."""
+    names: dict[Tensor, dict[str, int]] = {}
+    for chunk in chunks:
+        for parameter, shard in parameter_shards(unwrap(chunk)):
+            if isinstance(parameter, nn.Parameter) and shard.key in table.by_mcore:
+                names.setdefault(parameter, {}).update(_hf_sizes(table.by_mcore[shard.key], shard))
+    place = {name: number for number, name in enumerate(name for rule in table.rules for name in rule.hf)}
+    held = {parameter: tuple(sorted(of_one, key=place.get)) for parameter, of_one in names.items()}
+    sizes: dict[str, int] = {}
+    fused: dict[Names, None] = {}
+    for of_rank in (ranks or Ranks()).gather([(held[parameter], names[parameter]) for parameter in held]):
+        for together, of_one in of_rank:
+            sizes.update(of_one)
+            fused[together] = None
+    ordered = sorted(fused, key=lambda together: place[together[0]])
+    return Weights(
+        held=held,
+        fused=ordered,
+        sizes={name: sizes[name] for together in ordered for name in together},
+    )
+
+
+def _hf_sizes(rule: Rule, shard: LiveShard) -> dict[str, int]:
+    shapes = rule.hf_shapes(shard.global_shape)
+    if isinstance(rule, Vocab):  # copies are no weights of their own, and a rank's rows may all be padding
+        return {rule.hf[0]: math.prod(shapes[rule.hf[0]])}
+    return {block.name: math.prod(shapes[block.name]) for block in rule.blocks(shard.region, shapes)}
+
+
+def freeze(chunks: Sequence[nn.Module], table: RuleTable, args: Any) -> float:
+    """Leave as they are the weights that the flags of `tuners.freezing` name; returns the share that trains.
+
+    Collective. Raises UserError as `frozen_names` does, and for a choice that divides a tensor.
+    """
+    weights = weights_of(chunks, table)
+    stays = frozen_names(weights.sizes, args, weights.fused)
+    train_only(weights, weights.sizes.keys() - stays)
+    for chunk in chunks:
+        if _recomputes(chunk.config):
+            start_gradients(chunk)
+    kept = sum(weights.sizes[name] for name in stays)
+    return 1 - kept / sum(weights.sizes.values())
+
+
+def train_only(weights: Weights, wanted: Collection[str]) -> None:
+    """Ask for a gradient of the parameters that hold the `wanted` HF weights, and of no others.
+
+    Raises UserError if a parameter holds others too; on every rank, whichever holds it.
+    """
+    for together in weights.fused:
+        trains = [name for name in together if name in wanted]
+        if trains and len(trains) < len(together):
+            stays = next(name for name in together if name not in wanted)
+            raise UserError(
+                f"{trains[0]} is to train and {stays} to stay, and megatron-core keeps them in one tensor",
+                f"train or freeze all of {', '.join(together)}; `swift sft --backend fsdp` has them apart",
+            )
+    for parameter, names in weights.held.items():
+        parameter.requires_grad_(names[0] in wanted)
+
+
+def start_gradients(chunk: nn.Module) -> None:
+    """Let the layers' input ask for a gradient, without which layers that are computed again have none."""
+    if getattr(chunk, "embedding", None) is not None:
+        chunk.embedding.register_forward_hook(_start_gradient)
+
+
+def _start_gradient(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    return output.requires_grad_() if torch.is_grad_enabled() else output
+
+
+def _recomputes(config: Any) -> bool:
+    """Whether anything is computed again that holds weights: attention's core holds none."""
+    if config.recompute_granularity == "selective":
+        return bool(set(config.recompute_modules) - {"core_attn"})
+    return config.recompute_granularity is not None
