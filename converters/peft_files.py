@@ -5,25 +5,23 @@ and columns, and one rank writes what the ranks of one model copy give.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from converters.export import hf_tensors
+from converters.peft_config import DOWN, config_of, module_of, refuse_other_kinds, settings_of
 from converters.pending import disk_errors
 from converters.ranks import Ranks
-from mcore_swift.errors import UserError
-from mcore_swift.models.rules import RuleTable, Same, as_slices
+from mcore_swift.errors import UserError, raise_together
+from mcore_swift.models.rules import Experts, Region, RuleTable, Same, as_slices
 from mcore_swift.models.shards import ADAPTER, LiveShard
+from mcore_swift.plan.adapter import CONFIG, PREFIX, WEIGHTS, PeftFolder, matrix_problems, read_peft_folder
 from mcore_swift.tuners.settings import LoraSettings
-
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-PEFT_PREFIX = "base_model.model."
 
 
 def write_adapter(
@@ -31,11 +29,13 @@ def write_adapter(
     shards: Sequence[LiveShard],
     settings: LoraSettings,
     base_model: str,
+    linear: Iterable[str],
     ranks: Ranks | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
     """Write the adapter that all ranks hold together. Collective.
 
+    linear: HF modules of the whole model that could have an adapter.
     Raises UserError on every rank if the disk refuses.
     """
     ranks = ranks or Ranks()
@@ -53,108 +53,188 @@ def write_adapter(
     if ranks.is_first:
         tensors = {name: tensor for part in collected for name, tensor in part.items()}
         try:
-            with disk_errors(folder):
-                save_file(dict(sorted(tensors.items())), folder / WEIGHTS, metadata={"format": "pt"})
-                config = adapter_config(settings, tensors, base_model)
-                (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            save_peft(folder, tensors, settings, base_model, linear)
         except Exception as raised:
             error = raised
     ranks.agree(error)
 
 
+def save_peft(
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor],
+    settings: LoraSettings,
+    base_model: str,
+    linear: Iterable[str],
+) -> None:
+    """Write whole matrices, by their names in the file, and the config beside them."""
+    with disk_errors(folder):
+        save_file(dict(sorted(tensors.items())), folder / WEIGHTS, metadata={"format": "pt"})
+    write_config(folder, settings, map(module_of, tensors), linear, base_model)
+
+
+def write_config(
+    folder: Path, settings: LoraSettings, modules: Iterable[str], linear: Iterable[str], base_model: str
+) -> None:
+    """Write adapter_config.json. modules: HF modules that have an adapter; linear: that could have one."""
+    config = config_of(settings, set(modules), linear, base_model)
+    with disk_errors(folder):
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
 def peft_name(key: str) -> str:
-    return PEFT_PREFIX + key.removeprefix(ADAPTER)
+    """Name in adapter_model.safetensors of an adapter's key."""
+    return PREFIX + key.removeprefix(ADAPTER)
 
 
-def adapter_config(settings: LoraSettings, names: Iterable[str], base_model: str) -> dict[str, Any]:
-    """What peft needs to build the adapter again. target_modules: the modules that really have one."""
-    modules = sorted({name.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0] for name in names})
-    ends = sorted({module.rpartition(".")[2] for module in modules})
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
-        "r": settings.rank,
-        "lora_alpha": settings.alpha,
-        "lora_dropout": settings.dropout,
-        "use_rslora": settings.use_rslora,
-        "use_dora": False,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "inference_mode": True,
-        "target_modules": ends if not settings.target_regex else modules,
-        "rank_pattern": dict(settings.rank_pattern),
-        "alpha_pattern": dict(settings.alpha_pattern),
-        "modules_to_save": None,
-    }
+@dataclass(frozen=True)
+class Place:
+    """Where a matrix lies in the file: the tensor, and its rows and columns there (None: all)."""
+
+    name: str
+    rows: slice | None = None
+    columns: slice | None = None
+
+    def extent(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of the matrix in a tensor of the shape given."""
+        parts = (self.rows, self.columns)
+        return tuple(
+            len(range(*parts[axis].indices(size))) if axis < 2 and parts[axis] is not None else size
+            for axis, size in enumerate(shape)
+        )
 
 
-def read_settings(folder: Path) -> LoraSettings:
-    """The adapter's settings. Raises UserError for a kind of adapter, or an option of one, that is not supported."""
-    path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+class PeftAdapter:
+    """The matrices of a PEFT folder, one A and one B for each HF module of the base.
+
+    Where peft keeps those of all experts of a layer in one tensor (`target_parameters`), each expert's are found in it:
+    A is `[experts * rank, in]`, B `[out, rank * experts]`, the expert counting fastest.
+    """
+
+    def __init__(self, folder: str | Path, table: RuleTable) -> None:
+        """table: of the base model, with a name for each expert's matrices.
+
+        Raises UserError for a kind of adapter that is not supported, and for files that are broken or do not agree.
+        """
+        held = read_peft_folder(folder)
+        refuse_other_kinds(held.config, held.folder / CONFIG)
+        raise_together(matrix_problems(held))
+        self.folder = held.folder
+        self.path = held.weights
+        self._places = {name: Place(name) for name in held.shapes}
+        self._split_experts(held, table)
+        self.shapes = {name: place.extent(held.shapes[place.name]) for name, place in self._places.items()}
+        self.held = replace(held, shapes=self.shapes)
+        self.settings = settings_of(self.held)
+        self._config_of_experts(held)
+
+    def read(self, key: str, region: Region) -> torch.Tensor:
+        """A region of a matrix, by its key. Raises UserError if the file cannot be read."""
+        place = self._places[peft_name(key)]
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                if place.rows is None:
+                    return file.get_slice(place.name)[as_slices(region)]
+                whole = file.get_slice(place.name)[place.rows]
+                own = whole if place.columns is None else whole[:, place.columns]
+                return own[as_slices(region)]
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{self.path}: cannot be read ({error})", "copy the file again") from None
+
+    def _split_experts(self, held: PeftFolder, table: RuleTable) -> None:
+        for layer, rules in _expert_layers(table).items():
+            for module in (f"{layer}.experts.base_layer", f"{layer}.experts"):
+                if module in held.modules:
+                    rule = _rule_of(held, module, rules)
+                    for matrix in "AB":
+                        del self._places[f"{PREFIX}{module}.lora_{matrix}.weight"]
+                    self._places |= _experts_places(held, module, rule)
+
+    def _config_of_experts(self, held: PeftFolder) -> None:
+        """Alpha of experts in one tensor, which peft looks up by the tensor's name."""
+        alphas = dict(self.settings.alpha_pattern)
+        for name, place in self._places.items():
+            if place.name == name:
+                continue
+            module, source = module_of(name), module_of(place.name)
+            end = "down_proj" if module.endswith(DOWN) else "gate_up_proj"
+            alpha = held.alpha_of(f"{source.removesuffix('.base_layer')}.{end}")
+            if alpha != self.settings.alpha:
+                alphas[module] = alpha
+        self.settings = replace(self.settings, alpha_pattern=alphas)
+
+
+def _expert_layers(table: RuleTable) -> dict[str, list[Experts]]:
+    """Layer, as transformers calls it and as the files do -> rules of its experts: gate and up, down."""
+    layers: dict[str, list[Experts]] = {}
+    for rule in table.rules:
+        if isinstance(rule, Experts):
+            layer = rule.hf[0].partition(".experts.")[0]
+            for name in dict.fromkeys((layer, layer.rpartition(".")[0] + ".mlp")):
+                layers.setdefault(name, []).append(rule)
+    return layers
+
+
+def _rule_of(held: PeftFolder, module: str, rules: Sequence[Experts]) -> Experts:
+    """Which of the two tensors of experts the matrices are of. peft wraps them one in the other."""
+    gate_up, down = rules
+    container = module.removesuffix(".base_layer")
+    asked = [str(name).rpartition(".")[2] for name in held.config.get("target_parameters") or ()]
+    both = f"{container}.base_layer" in held.modules
+    if both:
+        return gate_up if module.endswith(".base_layer") else down
+    return down if "down_proj" in asked and "gate_up_proj" not in asked else gate_up
+
+
+def _experts_places(held: PeftFolder, module: str, rule: Experts) -> dict[str, Place]:
+    """Name of each expert's matrices -> where they lie. Raises UserError if the shapes are not those of experts."""
+    experts = len(rule.hf) // rule.parts
+    (rows, _), (out, columns) = held.modules[module]["A"], held.modules[module]["B"]
+    if rows != columns or rows % experts or out % rule.parts:
         raise UserError(
-            f"{path}: cannot be read ({error})", "give a folder that peft or this program saved"
-        ) from None
-    refused = [
-        f"{name} {config[name]!r}" for name, fine in _FIXED.items() if config.get(name, fine[0]) not in fine
-    ]
-    if refused:
-        raise UserError(f"{path} asks for what is not supported: {', '.join(refused)}")
-    targets = config["target_modules"]
-    return LoraSettings(
-        rank=config["r"],
-        alpha=config["lora_alpha"],
-        dropout=config.get("lora_dropout", 0.0),
-        use_rslora=config.get("use_rslora", False),
-        target_modules=tuple(targets) if isinstance(targets, list) else (targets,),
-        target_regex=None if isinstance(targets, list) or targets == "all-linear" else targets,
-        rank_pattern=config.get("rank_pattern") or {},
-        alpha_pattern=config.get("alpha_pattern") or {},
-    )
+            f"{held.weights}: {module} has matrices {list(held.modules[module]['A'])} and "
+            f"{list(held.modules[module]['B'])}, which {experts} experts cannot share",
+            "it is an adapter of another base model",
+        )
+    rank, height = rows // experts, out // rule.parts
+    name = f"{PREFIX}{module}"
+    places = {}
+    for number, weight in enumerate(rule.hf):
+        expert, part = divmod(number, rule.parts)
+        target = PREFIX + weight.removesuffix(".weight")
+        places[f"{target}.lora_A.weight"] = Place(
+            f"{name}.lora_A.weight", slice(expert * rank, (expert + 1) * rank)
+        )
+        places[f"{target}.lora_B.weight"] = Place(
+            f"{name}.lora_B.weight",
+            slice(part * height, (part + 1) * height),
+            slice(expert, None, experts),
+        )
+    return places
 
 
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "use_dora": (False,),
-    "bias": ("none",),
-    "fan_in_fan_out": (False,),
-    "modules_to_save": (None, []),
-    "layers_to_transform": (None,),
-    "lora_bias": (False,),
-    "target_parameters": (None, []),
-}
-
-
-def read_adapter(folder: Path, shards: Iterable[LiveShard], names: Iterable[str]) -> None:
-    """Fill this rank's adapter shards from a PEFT folder. Not collective.
+def read_adapter(source: PeftAdapter, shards: Iterable[LiveShard], names: Iterable[str]) -> None:
+    """Fill this rank's adapter shards. Not collective.
 
     names: keys of all adapter tensors of the model, this rank's and others', to find what the model does not take.
     Raises UserError for a matrix of another shape, one that is missing, and one that no layer takes.
     """
-    path = folder / WEIGHTS
-    try:
-        with safe_open(path, framework="pt") as file, torch.no_grad():
-            stored = set(file.keys())
-            wanted = {peft_name(key) for key in names}
-            _refuse(path, sorted(wanted - stored), "lacks")
-            _refuse(
-                path, sorted(stored - wanted), "holds, for layers this model or its settings do not adapt,"
+    wanted, stored = {peft_name(key) for key in names}, set(source.shapes)
+    _refuse(source.path, sorted(wanted - stored), "lacks")
+    _refuse(
+        source.path, sorted(stored - wanted), "holds, for layers this model or its settings do not adapt,"
+    )
+    shards = list(shards)
+    for shard in shards:
+        shape = source.shapes[peft_name(shard.key)]
+        if shape != shard.global_shape:
+            raise UserError(
+                f"{source.path}: {peft_name(shard.key)} is {list(shape)}, and the model takes "
+                f"{list(shard.global_shape)}",
+                "it is an adapter of another base model, or of another rank",
             )
-            for shard in shards:
-                slices = file.get_slice(peft_name(shard.key))
-                if tuple(slices.get_shape()) != shard.global_shape:
-                    raise UserError(
-                        f"{path}: {peft_name(shard.key)} is {slices.get_shape()}, and the model takes "
-                        f"{list(shard.global_shape)}",
-                        "it is an adapter of another base model, or of another rank",
-                    )
-                shard.data.copy_(slices[as_slices(shard.region)])
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read ({error})", "copy the file again") from None
+    with torch.no_grad():
+        for shard in shards:
+            shard.data.copy_(source.read(shard.key, shard.region))
 
 
 def _refuse(path: Path, names: Sequence[str], verb: str) -> None:

@@ -18,8 +18,9 @@ from converters.pending import disk_errors
 from converters.regions import intersection, numel, relative
 from converters.tensor_file import TensorFile
 from converters.torch_dist_reader import MCoreReader
+from mcore_swift.errors import UserError
 from mcore_swift.models.rules import Region, Shape, as_slices
-from mcore_swift.models.shards import LiveShard
+from mcore_swift.models.shards import ADAPTER, LiveShard
 
 MEGATRON_METADATA = {
     "sharded_backend": "torch_dist",
@@ -126,6 +127,7 @@ def read_shards(
             if name is None:
                 missing[shard.key] = None
                 continue
+            _check_shape(folder, name, reader.specs[name].shape, shard)
             whole = tuple((0, size) for size in reader.specs[name].shape)
             common = intersection(shard.region, whole)
             if common is None or numel(common) < shard.data.numel():
@@ -133,3 +135,13 @@ def read_shards(
             if common is not None:
                 reader.copy_into(name, common, shard.data[as_slices(relative(common, shard.region))])
     return list(missing)
+
+
+def _check_shape(folder: Path, name: str, stored: Shape, shard: LiveShard) -> None:
+    """Only a vocabulary, the first dimension, may have another size than when it was saved."""
+    free = 0 if ADAPTER in name else 1
+    if tuple(stored)[free:] != shard.global_shape[free:] or len(stored) != len(shard.global_shape):
+        raise UserError(
+            f"{folder}: {name} is {list(stored)}, and the model takes {list(shard.global_shape)}",
+            "it is a checkpoint of another model, or of an adapter of another rank",
+        )

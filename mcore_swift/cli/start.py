@@ -110,14 +110,12 @@ def memory_notices(args: Arguments, world_size: int) -> list[str]:
 def folder_problems(args: Arguments) -> list[UserError]:
     """Folders that the arguments name and that are missing, or are in the way."""
     problems = []
-    for name in ("mcore_model", "resume", "resume_from_checkpoint"):
+    for name in ("mcore_model", "mcore_adapter", "resume", "resume_from_checkpoint"):
         value = getattr(args, name, None)
         if value not in (None, "none", "auto") and not Path(value).is_dir():
             problems.append(UserError(f"--{name} {value}: no such folder", "give the folder of a checkpoint"))
     for folder in getattr(args, "adapters", ()):
-        if not (Path(folder) / "adapter_config.json").is_file():
-            what = "holds no adapter_config.json" if Path(folder).is_dir() else "no such folder"
-            problems.append(UserError(f"--adapters {folder}: {what}", "give the folder of a PEFT adapter"))
+        problems += adapter_problems(folder, args)
     if not args.output_dir:
         return problems
     output = Path(args.output_dir)
@@ -128,6 +126,16 @@ def folder_problems(args: Arguments) -> list[UserError]:
             UserError(f"--output_dir {output} is not empty", "give another, or add --exist_ok true")
         )
     return problems
+
+
+def adapter_problems(folder: str, args: Arguments) -> list[UserError]:
+    """What shows of an adapter in its files: kind, whether they are whole, and whether it fits `--model`."""
+    from ..plan.adapter import folder_problems as problems_of
+
+    if not Path(folder).is_dir():
+        return [UserError(f"--adapters {folder}: no such folder", "give the folder of a PEFT adapter")]
+    base = Path(args.model).expanduser() if getattr(args, "model", None) else None
+    return problems_of(folder, base if base and base.is_dir() else None)
 
 
 def family_problems(args: Arguments) -> list[UserError]:

@@ -71,6 +71,8 @@ class StartArguments(Arguments):
         if self.mcore_model and not self.finetune and self.resume == "none":
             # ms-swift's way to continue a run; from here on there is one way only
             self.resume, self.mcore_model = self.mcore_model, None
+        if getattr(self, "mcore_adapter", None) and not self.finetune and self.resume == "none":
+            self.resume, self.mcore_adapter = self.mcore_adapter, None
 
     def check(self) -> Iterator[UserError]:
         if self.mcore_model and self.resume != "none":

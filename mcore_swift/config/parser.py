@@ -246,7 +246,10 @@ class _Reader:
     def _load_args(self, typed: dict[str, Any]) -> None:
         """Complete `typed` from the args.json of the checkpoint that is resumed, started from or exported."""
         resume = typed.get("resume") or typed.get("resume_from_checkpoint")
-        folder = resume if resume not in (None, "none", "auto") else typed.get("mcore_model")
+        starts = [typed.get("mcore_model"), typed.get("mcore_adapter")]
+        if self.cls.COMMAND == "export":
+            starts += typed.get("adapters", [])
+        folder = resume if resume not in (None, "none", "auto") else next(filter(None, starts), None)
         path = find_args_file(folder) if folder and typed.get("load_args", True) else None
         if path is None:
             return

@@ -47,8 +47,10 @@ class Backend(Protocol):
         """What is known of the model before it is built; `hf` is its transformers config. Raises UserError."""
         ...
 
-    def build(self, plan: Any, layout: "Layout", args: Any, dtype: "torch.dtype") -> "Engine":
-        """The model and its optimizer, the weights still to come. Collective."""
+    def build(
+        self, plan: Any, layout: "Layout", args: Any, dtype: "torch.dtype", start: Path | None = None
+    ) -> "Engine":
+        """The model and its optimizer, the weights still to come (from the checkpoint `start`, if any). Collective."""
         ...
 
 
@@ -101,6 +103,10 @@ class Engine(Protocol):
 
     def export_hf(self, folder: Path, max_shard_bytes: int, ranks: "Ranks", budget: "Budget") -> None:
         """Write the weights, and what makes them a Hugging Face checkpoint, into an existing folder. Collective."""
+        ...
+
+    def describe_adapter(self, folder: Path) -> None:
+        """Write the config of the adapter, where `saves_adapter`, into a checkpoint's folder. On one rank."""
         ...
 
     def check_budget(self, budget: "Budget", ranks: "Ranks") -> None:

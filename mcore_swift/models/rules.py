@@ -345,13 +345,15 @@ class RuleTable:
 
     `optional_hf` names HF tensors that may be in a checkpoint and carry nothing of their own: buffers of old
     exports, or the output layer of a model with tied embeddings. `config` is what config.json beside these tensors
-    says, where that is not what it said where the model was read.
+    says, where that is not what it said where the model was read. `matrices`: the table that names each expert's
+    matrices, whatever form the checkpoint has: what adapters are named by.
     """
 
     def __init__(
         self, rules: Iterable[Rule], optional_hf: Iterable[str] = (), config: Mapping[str, Any] | None = None
     ) -> None:
         self.config = dict(config or {})
+        self.matrices = self
         self.rules: list[Rule] = list(rules)
         self.by_mcore = {rule.mcore: rule for rule in self.rules}
         self.by_hf = {name: rule for rule in self.rules for name in rule.hf}
@@ -364,7 +366,9 @@ class RuleTable:
     def as_held(self, names: Collection[str]) -> "RuleTable":
         """The table for a checkpoint that holds HF tensors of these names; of a form it knows, or as it is."""
         held = set(names)
-        return RuleTable([rule.as_held(held) for rule in self.rules], self.optional_hf, self.config)
+        table = RuleTable([rule.as_held(held) for rule in self.rules], self.optional_hf, self.config)
+        table.matrices = self.matrices
+        return table
 
     def missing_hf(self, names: Iterable[str]) -> list[str]:
         """HF tensors the model needs that are not among `names`."""

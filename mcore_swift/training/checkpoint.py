@@ -178,6 +178,8 @@ class Checkpoints:
             copy_side_files(self.source_dir, folder, self.engine.dtype, changes)
         with disk_errors(folder):
             self.args.save(folder)
+        if self.engine.saves_adapter:
+            self.engine.describe_adapter(folder)
 
     def _write_generators(self, folder: Path) -> None:
         if "rng" in self.holds:

@@ -71,8 +71,9 @@ def _build_run(args: Any, layout: Layout, ranks: Ranks, resume: Path | None, run
     backend = backend_of(args)
     plan = backend.read(args)
     data = _prepare_data(args, layout, plan, run_dir, ranks)
-    engine = backend.build(plan, layout, args, model_dtype(args, plan))
-    state = _fill(engine, args, data, resume, ranks)
+    start = resume or _starts_from(args)
+    engine = backend.build(plan, layout, args, model_dtype(args, plan), start)
+    state = _fill(engine, args, data, resume, start, ranks)
     ranks.agree(_args_saved(args, run_dir) if ranks.is_first else None)
     budget = Budget.of(args.memory_budget)
     engine.check_budget(budget, ranks)
@@ -206,7 +207,15 @@ def _prepare_data(args: Any, layout: Layout, plan: Any, run_dir: Path, ranks: Ra
     return data
 
 
-def _fill(engine: Engine, args: Any, data: PreparedData, resume: Path | None, ranks: Ranks) -> TrainState:
+def _starts_from(args: Any) -> Path | None:
+    """The checkpoint of whose weights, or adapter, a new run starts."""
+    place = args.mcore_model or getattr(args, "mcore_adapter", None)
+    return find_checkpoint(Path(place)) if place else None
+
+
+def _fill(
+    engine: Engine, args: Any, data: PreparedData, resume: Path | None, start: Path | None, ranks: Ranks
+) -> TrainState:
     """Give the engine its first weights, or all that a checkpoint holds; returns the state to go on from."""
     if resume is not None:
         wanted = {"weights": True, "optimizer": not args.no_load_optim, "rng": not args.no_load_rng}
@@ -217,8 +226,8 @@ def _fill(engine: Engine, args: Any, data: PreparedData, resume: Path | None, ra
             logger.warning(warning)
         logger.info(f"resumed from {resume}: step {state.step}")
         return state
-    if start := args.mcore_model or getattr(args, "mcore_adapter", None):
-        load_checkpoint(find_checkpoint(Path(start)), engine, parts=["weights"], notify=logger.info)
+    if start is not None:
+        load_checkpoint(start, engine, parts=["weights"], notify=logger.info)
     elif args.perform_initialization:
         engine.initialize()
         engine.after_load(["weights"], optimizer_step=0)

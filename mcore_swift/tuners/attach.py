@@ -9,7 +9,7 @@ from mcore_swift.models.shards import ADAPTER, LiveShard, parameter_shards, unwr
 from mcore_swift.tuners.lora import LoraLinear
 from mcore_swift.tuners.parts import parts_by_weight
 from mcore_swift.tuners.settings import LoraSettings
-from mcore_swift.tuners.targets import choose
+from mcore_swift.tuners.targets import choose, linear_modules
 from mcore_swift.tuners.whole import start_gradients
 
 
@@ -35,16 +35,6 @@ def attach(chunks: Sequence[nn.Module], table: RuleTable, settings: LoraSettings
     return adapted
 
 
-def linear_modules(table: RuleTable) -> list[str]:
-    """HF names of the linear layers an adapter can be on: all that are split by output rows or input columns.
-
-    The output layer is none of them, as in peft's 'all-linear'.
-    """
-    return [
-        name.removesuffix(".weight") for rule in table.rules if _is_linear(rule.mcore) for name in rule.hf
-    ]
-
-
 def adapter_names(table: RuleTable, settings: LoraSettings) -> list[str]:
     """Keys of the adapter's tensors in the whole model, whichever rank holds them."""
     chosen = choose(linear_modules(table), settings.target_modules, settings.target_regex)
@@ -59,11 +49,6 @@ def adapter_shards(chunks: Iterable[nn.Module]) -> list[LiveShard]:
         for _, shard in parameter_shards(unwrap(chunk))
         if shard.key.startswith(ADAPTER)
     ]
-
-
-def _is_linear(key: str) -> bool:
-    *_, layer, kind = key.split(".")
-    return kind == "weight" and layer.startswith("linear_")
 
 
 def _parallel_linears(chunk: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module, bool]]:

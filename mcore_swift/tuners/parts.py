@@ -54,6 +54,7 @@ class Part:
 
 def parts_by_weight(chunks: Iterable[nn.Module], table: RuleTable) -> dict[nn.Parameter, list[Part]]:
     """The parts of every matrix of a rank's model chunks that the rules know, in the order of its rows."""
+    table = table.matrices
     shards: dict[nn.Parameter, list[LiveShard]] = {}
     for chunk in chunks:
         for parameter, shard in parameter_shards(unwrap(chunk)):
@@ -73,7 +74,7 @@ def _parts(parameter: nn.Parameter, shards: Iterable[LiveShard], table: RuleTabl
         )
         for block in rule.blocks(shard.region, shapes):
             if len(block.hf) != 2:
-                raise ValueError(f"{block.name} holds several matrices in one tensor, which no adapter fits")
+                return []  # several matrices in one tensor: no module of transformers', so no adapter of peft's
             start, stop = block.mcore[-2]
             runs.setdefault(block.name, []).append((block.hf[0], (first + start, first + stop)))
             about[block.name] = (shapes[block.name], block.hf[1], shard.replica)

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from mcore_swift.errors import UserError
+from mcore_swift.models.rules import RuleTable
 
 ALL_LINEAR = "all-linear"
 
@@ -53,3 +54,22 @@ def _nothing_matches(flag: str, target: str, modules: Sequence[str]) -> UserErro
     ends = sorted({name.rpartition(".")[2] for name in modules} | set(MEGATRON_NAMES))
     near = difflib.get_close_matches(target, ends, n=3, cutoff=0.4) or ends
     return UserError(f"{flag} matches no linear layer of this model", f"nearest names: {', '.join(near)}")
+
+
+def linear_modules(table: RuleTable) -> list[str]:
+    """HF names of the linear layers an adapter can be on: all that are split by output rows or input columns.
+
+    The output layer is none of them, as in peft's 'all-linear'.
+    """
+    return [
+        name.removesuffix(".weight")
+        for rule in table.matrices.rules
+        if _is_linear(rule.mcore)
+        for name in rule.hf
+        if name.endswith(".weight")  # else several matrices in one tensor
+    ]
+
+
+def _is_linear(key: str) -> bool:
+    *_, layer, kind = key.split(".")
+    return kind == "weight" and layer.startswith("linear_")

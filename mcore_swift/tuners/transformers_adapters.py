@@ -145,10 +145,16 @@ def save_adapter(model: Any, folder: Path, tensors: Mapping[str, Tensor]) -> Non
             folder / WEIGHTS_FILE,
             metadata={"format": "pt"},
         )
-        config = model.peft_config[ADAPTER]
-        training, config.inference_mode = config.inference_mode, True
+    save_config(model, folder)
+
+
+def save_config(model: Any, folder: Path) -> None:
+    """Write adapter_config.json."""
+    config = model.peft_config[ADAPTER]
+    training, config.inference_mode = config.inference_mode, True
+    with disk_errors(folder):
         config.save_pretrained(str(folder))
-        config.inference_mode = training
+    config.inference_mode = training
 
 
 def adapter_tensors(folder: str, model: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from converters.export import hf_weights
 from converters.hf_reader import HFReader
 from converters.load import load_hf
-from converters.peft_files import read_adapter, read_settings, write_adapter
+from converters.peft_files import PeftAdapter, read_adapter, write_adapter
 from mcore_swift.accelerator import get_accelerator
 
 get_accelerator().install()
@@ -46,6 +46,7 @@ from mcore_swift.objectives.sft import NextToken  # noqa: E402
 from mcore_swift.plan import Layout  # noqa: E402
 from mcore_swift.tuners.attach import adapter_names, adapter_shards  # noqa: E402
 from mcore_swift.tuners.freezing import frozen_names  # noqa: E402
+from mcore_swift.tuners.targets import linear_modules  # noqa: E402
 
 LAYOUTS = {
     1: [Layout()],
@@ -84,10 +85,11 @@ def plain_sgd(packed: bool, **flags: Any) -> MegatronSftArguments:
 def engine_with(folder: Path, adapter: Path, layout: Layout, packed: bool) -> MegatronEngine:
     args = plain_sgd(packed)
     plan = read_model(str(folder / "model"))
-    engine = MegatronEngine(plan, layout, args, torch.float32, adapter=read_settings(adapter))
+    source = PeftAdapter(adapter, plan.table.matrices)
+    engine = MegatronEngine(plan, layout, args, torch.float32, adapter=source.settings)
     with HFReader(folder / "model") as reader:
         load_hf(engine.chunks, reader, engine.plan.table)
-    read_adapter(adapter, adapter_shards(engine.chunks), adapter_names(plan.table, engine.adapter))
+    read_adapter(source, adapter_shards(engine.chunks), adapter_names(plan.table, engine.adapter))
     engine.after_load(["weights"], optimizer_step=0)
     return engine
 
@@ -98,11 +100,12 @@ def agrees_with_peft(folder: Path, adapter: Path, layout: Layout, packed: bool) 
     start(layout)
     engine = engine_with(folder, adapter / "adapter", layout, packed)
     frozen = [shard.data.clone() for shard in live_shards(engine.chunks)]
+    linear = linear_modules(engine.plan.table)
     written = adapter / f"written-{layout}-{packed}".replace("·", "-")
     if dist.get_rank() == 0:
         written.mkdir(exist_ok=True)
     dist.barrier()
-    write_adapter(written, adapter_shards(engine.chunks), engine.adapter, str(folder / "model"))
+    write_adapter(written, adapter_shards(engine.chunks), engine.adapter, str(folder / "model"), linear)
     if dist.get_rank() == 0:
         first, second = (
             load_file(place / "adapter_model.safetensors") for place in (adapter / "adapter", written)
@@ -117,7 +120,7 @@ def agrees_with_peft(folder: Path, adapter: Path, layout: Layout, packed: bool) 
         result.grad_norm,
         reference.grad_norm,
     )
-    write_adapter(written, adapter_shards(engine.chunks), engine.adapter, str(folder / "model"))
+    write_adapter(written, adapter_shards(engine.chunks), engine.adapter, str(folder / "model"), linear)
     if dist.get_rank() == 0:
         stepped = load_file(written / "adapter_model.safetensors")
         assert stepped.keys() == reference.after.keys()

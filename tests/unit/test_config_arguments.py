@@ -65,7 +65,10 @@ def test_what_is_not_given_follows_from_the_rest(given, follows):
         ({"finetune": False}, ["--finetune false", "--resume"]),
         ({"max_shard_size": "5 potatoes"}, ["--max_shard_size", "potatoes"]),
         ({"greater_is_better": True}, ["--greater_is_better"]),
-        ({"tuner_type": "lora", "freeze_parameters": ["model"]}, ["--freeze_parameters", "--tuner_type full"]),
+        (
+            {"tuner_type": "lora", "freeze_parameters": ["model"]},
+            ["--freeze_parameters", "--tuner_type full"],
+        ),
         ({"trainable_parameters": ["lm_head"]}, ["--trainable_parameters", "--freeze_parameters_ratio 1"]),
         ({"model": None}, ["--model is missing"]),
         ({"dataset": []}, ["--dataset is missing"]),

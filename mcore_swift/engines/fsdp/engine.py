@@ -56,6 +56,7 @@ from mcore_swift.tuners.transformers_adapters import (
     choose_parameters,
     learning_rate_factors,
     needs_weights,
+    save_config,
 )
 
 
@@ -224,6 +225,10 @@ class TransformersEngine:
         else:
             source = self.args.model
             weights.export(folder, self.model, shards, source, max_shard_bytes, self.dtype, ranks, budget)
+
+    def describe_adapter(self, folder: Path) -> None:
+        """Write the adapter's config, by which a checkpoint tells what adapter it holds. On one rank."""
+        save_config(self.model, folder)
 
     def check_budget(self, budget: Budget, ranks: Ranks) -> None:
         """Raise UserError, on every rank, if `export_hf` could not keep to the budget. Collective."""

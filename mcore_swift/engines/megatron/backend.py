@@ -1,18 +1,24 @@
 """How a run on megatron-core starts, what it reads of a model, and its engine."""
 
+import difflib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from converters.budget import Budget
-from converters.peft_files import read_settings
+from converters.peft_config import settings_of
+from converters.peft_files import PeftAdapter
 from converters.ranks import Ranks
 from mcore_swift.engines.megatron import process_groups
 from mcore_swift.engines.megatron.engine import MegatronEngine
+from mcore_swift.errors import UserError
 from mcore_swift.models.reading import ModelPlan, read_model
+from mcore_swift.plan.adapter import CONFIG, PeftFolder, read_config
 from mcore_swift.plan.layout import Layout
 from mcore_swift.tuners.settings import LoraSettings
+from mcore_swift.tuners.targets import linear_modules
 
 
 def start(args: Any, layout: Layout) -> None:
@@ -30,21 +36,42 @@ def read(args: Any) -> ModelPlan:
     return read_model(args.model, args.mtp_num_layers)
 
 
-def build(plan: ModelPlan, layout: Layout, args: Any, dtype: torch.dtype) -> MegatronEngine:
+def build(
+    plan: ModelPlan, layout: Layout, args: Any, dtype: torch.dtype, start: Path | None = None
+) -> MegatronEngine:
     """The model and its optimizer; weights come afterwards, but those that an adapter leaves as they are. Collective.
 
-    Raises UserError for an adapter to start from that is of a kind that is not supported.
+    start: the checkpoint whose weights will come. Raises UserError for an adapter to start from that is of a kind
+    that is not supported, or of another base model.
     """
-    adapter = _adapter(args)
+    adapter = _adapter(args, plan, start)
     engine = MegatronEngine(plan, layout, args, dtype, adapter=adapter)
     if adapter is not None:
         engine.load_frozen(Ranks(), Budget.of(args.memory_budget))
     return engine
 
 
-def _adapter(args: Any) -> LoraSettings | None:
+def _adapter(args: Any, plan: ModelPlan, start: Path | None) -> LoraSettings | None:
+    """Settings of the adapter that trains: its own where one is gone on with, else those of the command."""
     if args.tuner_type != "lora":
         return None
-    if args.adapters:
-        return read_settings(Path(args.adapters[0]))
+    if start is not None and (start / CONFIG).is_file():
+        saved = settings_of(PeftFolder(start, read_config(start)))
+        return replace(saved, dropout=args.lora_dropout, seed=args.seed)
+    if start is None and args.adapters:
+        return _fitting(PeftAdapter(args.adapters[0], plan.table.matrices), plan)
     return LoraSettings.from_args(args)
+
+
+def _fitting(source: PeftAdapter, plan: ModelPlan) -> LoraSettings:
+    linear = linear_modules(plan.table)
+    unknown = sorted(set(source.held.modules) - set(linear))
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], linear, n=3, cutoff=0.4)
+        shown = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
+        raise UserError(
+            f"{source.folder}: is for layers that take no adapter in this model: {shown}",
+            "it is an adapter of another base model, or of layers that are not supported"
+            + (f"; nearest names: {', '.join(near)}" if near else ""),
+        )
+    return source.settings

@@ -19,7 +19,8 @@ from converters.budget import Budget
 from converters.export import check_budget, write_hf
 from converters.hf_reader import HFReader
 from converters.load import load_hf
-from converters.peft_files import read_adapter, write_adapter
+from converters.peft_config import module_of
+from converters.peft_files import PeftAdapter, read_adapter, write_adapter, write_config
 from converters.ranks import Ranks
 from mcore_swift.accelerator import get_accelerator
 from mcore_swift.data.batch import Batch
@@ -54,6 +55,7 @@ from mcore_swift.plan.stages import is_uneven, render_stages, stage_letters
 from mcore_swift.tuners.attach import adapter_names, adapter_shards, attach
 from mcore_swift.tuners.freezing import freezes
 from mcore_swift.tuners.settings import LoraSettings
+from mcore_swift.tuners.targets import linear_modules
 from mcore_swift.tuners.whole import freeze
 
 logger = logging.getLogger(__name__)
@@ -195,9 +197,9 @@ class MegatronEngine:
             return self._read(model_dir, ranks, budget)
         if not self.args.adapters:
             return "adapter: A random, B zero"
-        folder = Path(self.args.adapters[0])
-        read_adapter(folder, self._trained_shards(), adapter_names(self.plan.table, self.adapter))
-        return f"adapter from {folder}"
+        source = PeftAdapter(self.args.adapters[0], self.plan.table.matrices)
+        read_adapter(source, self._trained_shards(), adapter_names(self.plan.table, self.adapter))
+        return f"adapter from {source.folder}"
 
     def load_frozen(self, ranks: Ranks, budget: Budget) -> None:
         """Fill the weights that stay as they are beside an adapter. Collective."""
@@ -223,11 +225,19 @@ class MegatronEngine:
     def export_hf(self, folder: Path, max_shard_bytes: int, ranks: Ranks, budget: Budget) -> None:
         """Write the model in Hugging Face form, or its adapter in PEFT's, into an existing folder. Collective."""
         if self.adapter is not None:
-            write_adapter(folder, self._trained_shards(), self.adapter, self.args.model, ranks, self.dtype)
+            linear = linear_modules(self.plan.table)
+            shards = self._trained_shards()
+            write_adapter(folder, shards, self.adapter, self.args.model, linear, ranks, self.dtype)
             return
         write_hf(
             self.chunks, self.plan.table, self.args.model, folder, max_shard_bytes, self.dtype, ranks, budget
         )
+
+    def describe_adapter(self, folder: Path) -> None:
+        """Write the adapter's config, by which a checkpoint tells what adapter it holds. On one rank."""
+        linear = linear_modules(self.plan.table)
+        modules = dict.fromkeys(map(module_of, adapter_names(self.plan.table, self.adapter)))
+        write_config(folder, self.adapter, modules, linear, self.args.model)
 
     def check_budget(self, budget: Budget, ranks: Ranks) -> None:
         """Raise UserError, on every rank, if `export_hf` could not keep to the budget. Collective."""

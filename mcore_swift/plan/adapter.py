@@ -1,0 +1,218 @@
+"""What a PEFT folder says of itself, read before anything heavy: its config, and names and shapes of its tensors."""
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from .weights import INDEX, SINGLE, BrokenFile, read_header
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+_COPY_AGAIN = "copy or download the file again"
+_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+_MATRIX = re.compile(r"(.+)\.lora_([AB])\.weight")
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PeftFolder:
+    """config: adapter_config.json. shapes: of the tensors, by the names in the file."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    shapes: Mapping[str, Shape] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / WEIGHTS
+
+    @property
+    def kind(self) -> str:
+        """peft's name of the kind of adapter, such as LORA."""
+        return str(self.config.get("peft_type"))
+
+    @cached_property
+    def modules(self) -> dict[str, dict[str, Shape]]:
+        """Module of the base with low-rank matrices -> shapes of its 'A' and 'B', as far as they are there."""
+        found: dict[str, dict[str, Shape]] = {}
+        for name, shape in self.shapes.items():
+            if match := _MATRIX.fullmatch(name):
+                found.setdefault(match[1].removeprefix(PREFIX), {})[match[2]] = shape
+        return found
+
+    def rank_of(self, module: str) -> int:
+        """Rank that the config means for a module; patterns are peft's: ends of names, or expressions for them."""
+        return self._by_pattern("rank_pattern", module, self.config.get("r", 8))
+
+    def alpha_of(self, module: str) -> float:
+        return self._by_pattern("alpha_pattern", module, self.config.get("lora_alpha", 8))
+
+    def scaling_of(self, module: str, rank: int) -> float:
+        """What B A of a module counts, with `rank` rows in its A."""
+        alpha = self.alpha_of(module)
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+    def _by_pattern(self, patterns: str, module: str, otherwise: Any) -> Any:
+        for pattern, value in (self.config.get(patterns) or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return value
+        return otherwise
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """adapter_config.json of a folder. Raises UserError if it is missing or makes no sense."""
+    path = Path(folder) / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder}: holds no {CONFIG}", "give the folder of a PEFT adapter") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error})", _COPY_AGAIN) from None
+    if not isinstance(config, dict) or "peft_type" not in config:
+        raise UserError(f"{path}: names no peft_type", "give the folder of a PEFT adapter")
+    return config
+
+
+def read_peft_folder(folder: str | Path) -> PeftFolder:
+    """A PEFT folder by its config and the header of its weights.
+
+    Raises UserError for a file that is missing, truncated or damaged.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    path = folder / WEIGHTS
+    try:
+        header = read_header(path)
+    except FileNotFoundError:
+        others = sorted(entry.name for entry in folder.glob("adapter_model.*"))
+        if others:
+            remedy = "load it with peft and save it again with save_pretrained, which makes safetensors"
+            raise UserError(
+                f"{folder}: weights are in {others[0]}, and only safetensors are read", remedy
+            ) from None
+        raise UserError(f"{folder}: holds no {WEIGHTS}", "copy or download the adapter again") from None
+    except BrokenFile as error:
+        raise UserError(f"{path}: {error}", _COPY_AGAIN) from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})", "check its permissions") from None
+    return PeftFolder(folder, config, {name: tuple(tensor["shape"]) for name, tensor in header.items()})
+
+
+def folder_problems(folder: str | Path, base: Path | None) -> list[UserError]:
+    """What shows in the files of an adapter that is to be used beside the model in the folder `base`.
+
+    Of kinds other than LoRA only whether the files are whole.
+    """
+    try:
+        adapter = read_peft_folder(folder)
+    except UserError as error:
+        return [error]
+    if adapter.kind != "LORA":
+        return []
+    return matrix_problems(adapter) or (base_problems(adapter, base) if base else [])
+
+
+def matrix_problems(adapter: PeftFolder) -> list[UserError]:
+    """Whether every A has its B, and both the rank that the config tells."""
+    if not adapter.modules:
+        return [UserError(f"{adapter.weights}: holds no low-rank matrices", "is it a LoRA adapter?")]
+    alone = [name for name, shapes in adapter.modules.items() if len(shapes) < 2]
+    if alone:
+        return [UserError(f"{adapter.weights}: of A and B only one is there for {_some(alone)}", _COPY_AGAIN)]
+    wrong = []
+    for module, shapes in adapter.modules.items():
+        told, held = adapter.rank_of(module), (shapes["A"][0], shapes["B"][-1])
+        if held[0] != held[1] or (held[0] != told and not _of_experts(module)):
+            wrong.append(f"{module} has rank {' and '.join(map(str, dict.fromkeys(held)))} and not {told}")
+    if not wrong:
+        return []
+    more = f", and {len(wrong) - 1} more like it" if len(wrong) > 1 else ""
+    remedy = "config and weights are of different adapters: copy both again"
+    return [UserError(f"{adapter.weights}: {wrong[0]}, as {CONFIG} says{more}", remedy)]
+
+
+def base_problems(adapter: PeftFolder, base: Path) -> list[UserError]:
+    """Whether the adapter's modules are those of the model whose safetensors files are in `base`."""
+    stored = _headers(base)
+    if not stored:
+        return []  # said by whoever looks at the base
+    remedy = "it is an adapter of another base model"
+    if named := adapter.config.get("base_model_name_or_path"):
+        remedy += f": it says {named}; give that to --model"
+    missing, shaped = [], []
+    for module, shapes in adapter.modules.items():
+        weight = stored.get(f"{module}.weight")
+        if weight is None:
+            if not _in_one_tensor(module, stored):
+                missing.append(module)
+        elif weight["dtype"] in _FLOATS and len(weight["shape"]) == 2:
+            fits = (shapes["B"][0], shapes["A"][-1])
+            if tuple(weight["shape"]) != fits:
+                shaped.append(f"{module} takes {list(fits)} and is {weight['shape']} there")
+    problems = []
+    if missing:
+        linear = [
+            name.removesuffix(".weight") for name, tensor in stored.items() if len(tensor["shape"]) == 2
+        ]
+        near = difflib.get_close_matches(missing[0], linear, n=1, cutoff=0.4)
+        hint = f" (nearest: {near[0]})" if near else ""
+        problems.append(
+            UserError(
+                f"--adapters {adapter.folder}: is for layers that {base} lacks: {_some(missing)}{hint}",
+                remedy,
+            )
+        )
+    elif shaped:
+        problems.append(
+            UserError(f"--adapters {adapter.folder}: does not fit {base}: {_some(shaped)}", remedy)
+        )
+    return problems
+
+
+def _of_experts(module: str) -> bool:
+    """Whether its matrices are those of all experts of a layer, one below the other."""
+    return module.endswith((".experts", ".experts.base_layer"))
+
+
+def _in_one_tensor(module: str, stored: Mapping[str, Any]) -> bool:
+    """Whether the module may be a part of a tensor that holds all experts of a layer, or the other way round."""
+    if _of_experts(module):
+        prefix = module.removesuffix(".base_layer").rpartition(".")[0].rpartition(".")[0]
+        return any(name.startswith(f"{prefix}.") and ".experts." in name for name in stored)
+    if match := _EXPERT.search(module):
+        prefix = module[: match.start()] + ".experts."
+        return any(name.startswith(prefix) and not _EXPERT.search(name) for name in stored)
+    return False
+
+
+def _headers(base: Path) -> dict[str, Any]:
+    """Every tensor of a checkpoint folder as its safetensors header tells it; {} if that cannot be read."""
+    tensors: dict[str, Any] = {}
+    try:
+        for path in _files(base):
+            tensors |= read_header(path)
+    except (OSError, ValueError, KeyError, BrokenFile):
+        return {}
+    return tensors
+
+
+def _files(base: Path) -> Iterator[Path]:
+    if (base / SINGLE).is_file():
+        yield base / SINGLE
+        return
+    names = json.loads((base / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+    yield from (base / name for name in sorted(set(names)))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
