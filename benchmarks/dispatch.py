@@ -11,9 +11,9 @@ machine hits all alike:
     EP2 alltoall    half of the experts each; tokens are sent to those who hold theirs
     EP2 allgather   half of the experts each; all tokens are gathered on both
 
-Attention, embeddings, tokens and data parallelism are the same in all four, and experts are evenly enough loaded
-(the largest load is printed). Printed are medians of tokens/s, and of each round's ratios to dense and to EP1. On CPU
-over gloo this compares our layouts with each other; it says nothing of NCCL.
+Attention, embeddings, tokens and data parallelism are the same in all four. Routers are random, so experts are
+unevenly loaded, as they are early in training; how much is printed too. Printed are medians of tokens/s, and of each
+round's ratios to dense and to EP1. On CPU over gloo this compares our layouts with each other; it says nothing of NCCL.
 """
 
 import argparse
