@@ -1,6 +1,6 @@
 """What an engine can do. Objectives and the training loop know no more of it than this."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,6 +22,7 @@ class StepResult:
 
     loss: mean over the global batch. count: terms that mean is over (tokens to learn).
     grad_norm: of all parameters, before clipping; None when evaluating.
+    metrics: further means; counts: terms of those that are not means over `count`.
     phases_s: seconds of each phase of the step on this rank.
     """
 
@@ -29,7 +30,24 @@ class StepResult:
     count: int
     grad_norm: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
     phases_s: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def mean(cls, results: "Iterable[StepResult]") -> "StepResult":
+        """Loss and metrics over the terms of all results together."""
+        total = cls(0.0, 0)
+        for result in results:
+            total.loss += result.loss * result.count
+            total.count += result.count
+            for name, value in result.metrics.items():
+                terms = result.counts.get(name, result.count)
+                total.metrics[name] = total.metrics.get(name, 0.0) + value * terms
+                total.counts[name] = total.counts.get(name, 0) + terms
+        total.loss /= max(total.count, 1)
+        for name, terms in total.counts.items():
+            total.metrics[name] /= max(terms, 1)
+        return total
 
 
 class Backend(Protocol):

@@ -1,6 +1,5 @@
 """From a HF config to the model chunks of this rank."""
 
-from copy import copy
 from functools import partial
 from typing import Any
 
@@ -12,6 +11,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from torch import Tensor
 
 from mcore_swift.accelerator import get_accelerator
+from mcore_swift.errors import UserError
 from mcore_swift.models.decoder_layer import set_attention_factor
 from mcore_swift.models.expert_groups import GroupChoice
 from mcore_swift.models.latent_attention import LatentAttention
@@ -73,9 +73,25 @@ def transformer_config(
     kinds = plan.family.rotary(plan.hf)
     if fields.get("rotary_interleaved") or any(kind.attention_factor != 1.0 for kind in kinds):
         fields["apply_rope_fusion"] = False  # the fused kernels of packed rows know neither
-    config = TransformerConfig(**fields)
+    config = _unsplit_config(fields)
     if len(kinds) == 1 and kinds[0].attention_factor != 1.0:
         set_attention_factor(config, kinds[0].attention_factor)
+    return config
+
+
+def _unsplit_config(fields: dict[str, Any]) -> TransformerConfig:
+    """megatron-core's config, which refuses experts that have biases and are split. Ours can be: `ExpertRowLinear`."""
+    split = fields["expert_tensor_parallel_size"]
+    if split == 1 or not fields.get("num_moe_experts") or not fields.get("add_bias_linear"):
+        return TransformerConfig(**fields)
+    if fields["transformer_impl"] != "local":
+        raise UserError(
+            f"--expert_tensor_parallel_size {split}: Transformer Engine adds the bias of an expert once on every "
+            "process that has a part of it",
+            remedy="add --transformer_impl local, or use --expert_model_parallel_size in its place",
+        )
+    config = TransformerConfig(**(fields | {"expert_tensor_parallel_size": 1}))
+    config.expert_tensor_parallel_size = split
     return config
 
 
@@ -103,9 +119,7 @@ def _windows(plan: ModelPlan) -> dict[str, Any]:
 
 def pipeline_options(plan: ModelPlan, layout: Layout, args: Any) -> dict[str, Any]:
     """Fields of TransformerConfig that the flags of an uneven pipeline ask for."""
-    args = copy(args)
-    args.mtp_num_layers = plan.multi_token_layers  # as the checkpoint has them, unless the user said so
-    stages = megatron_stages(layout, plan.hf.num_hidden_layers, args)
+    stages = megatron_stages(layout, plan.hf.num_hidden_layers, args, mtp=plan.multi_token_layers)
     return {"pipeline_model_parallel_layout": stages} if stages else {}
 
 

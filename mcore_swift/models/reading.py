@@ -1,7 +1,5 @@
 """A model as its config.json tells it. Needs no megatron-core, so converting files does not wait for its import."""
 
-import contextlib
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +8,7 @@ from typing import Any
 from mcore_swift.errors import UserError
 from mcore_swift.models.family import Family, HFConfig, family_of
 from mcore_swift.models.rules import RuleTable
+from mcore_swift.plan.weights import multi_token_names, tensor_names
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +49,8 @@ def read_model(model_dir: str, multi_token_layers: int | None = None) -> ModelPl
     if refused:
         raise UserError(f"{model_dir}/config.json asks for what is not supported: {'; '.join(refused)}")
     family.rotary(hf)
-    names = _tensor_names(Path(model_dir))
-    layers = range(hf.num_hidden_layers, hf.num_hidden_layers + family.multi_token_layers(hf))
-    prefixes = tuple(f"model.layers.{number}." for number in layers)
-    further = {name for name in names if name.startswith(prefixes)}
+    names = tensor_names(Path(model_dir))
+    further = multi_token_names(names, hf.num_hidden_layers, family.multi_token_layers(hf))
     without = _without_multi_token_layers(
         model_dir, hf, family, not names or bool(further), multi_token_layers
     )
@@ -78,6 +75,11 @@ def _without_multi_token_layers(
         )
     if not told or (held and wanted != 0):
         return {}
+    if not held and wanted:
+        raise UserError(
+            f"--mtp_num_layers {wanted}: {model_dir} holds no weights of multi-token layers",
+            remedy="leave --mtp_num_layers out, to train without them",
+        )
     if not held:
         logger.warning(
             "%s holds no weights of the %d multi-token layers that its config.json tells of: they are left out",
@@ -86,20 +88,3 @@ def _without_multi_token_layers(
         )
     setattr(hf, family.multi_token_key, 0)
     return {family.multi_token_key: 0}
-
-
-def _tensor_names(folder: Path) -> list[str]:
-    """Names of the weights in a checkpoint folder; none if it holds a config only, or files no reader understands.
-
-    Which form the weights have is all this is for: whether they are complete and sound is for their reader to say.
-    Of weights in MXFP4, whose names end in `_blocks`, the plain names, by which they are read.
-    """
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    names: list[str] = []
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        if single.exists():
-            with single.open("rb") as file:  # 8 bytes say how long the JSON header is
-                names = list(json.loads(file.read(int.from_bytes(file.read(8), "little"))))
-        else:
-            names = list(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    return [name.removesuffix("_blocks") for name in names]

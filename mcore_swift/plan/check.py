@@ -24,6 +24,7 @@ def check_layout(
     world_size = world_size or layout.world_size
     stages = stage_problems(layout, shape, args)
     problems = [
+        *_prediction_problems(shape, args),
         *axis_problems(layout, shape, args),
         *_pipeline_problems(layout),
         *stages,
@@ -105,6 +106,20 @@ def notices(shape: ModelShape, args: Any) -> list[str]:
             f"length are padded to {padded}"
         )
     return lines
+
+
+def _prediction_problems(shape: ModelShape, args: Any) -> Iterator[UserError]:
+    asked, there = getattr(args, "mtp_num_layers", None), shape.num_mtp_layers
+    if asked and asked != there:
+        holds = (
+            f"the model has {there} multi-token layers" if there else "the model has no multi-token layers"
+        )
+        yield UserError(
+            f"--mtp_num_layers {asked}: {holds}",
+            f"use --mtp_num_layers {there}, or 0 to leave them out"
+            if there
+            else "leave --mtp_num_layers out",
+        )
 
 
 def _pipeline_problems(layout: Layout) -> Iterator[UserError]:

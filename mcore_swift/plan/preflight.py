@@ -1,6 +1,7 @@
 """Looks at a model folder and a layout before any process is started: milliseconds, no torch."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from .check import check_layout, notices
 from .layout import Layout
 from .quantization import quantization_problems
 from .shape import ModelShape, family_of
-from .weights import weight_problems
+from .weights import multi_token_names, tensor_names, weight_problems
 
 
 def preflight(args: Any, world_size: int) -> list[UserError]:
@@ -116,7 +117,14 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_shape(folder: Path) -> ModelShape:
-    """Sizes of the model in a checkpoint folder. Raises UserError, also for a model that we cannot train."""
+    """Sizes of the model in a checkpoint folder. Raises UserError, also for a model that we cannot train.
+
+    Multi-token layers that config.json tells of and the weights beside it lack are not counted: they are left out.
+    """
     config, source = read_config(folder), str(folder / "config.json")
     family_of(config, source)
-    return ModelShape.from_config_dict(config, source)
+    shape = ModelShape.from_config_dict(config, source)
+    names = tensor_names(folder) if shape.num_mtp_layers else []
+    if names and not multi_token_names(names, shape.num_layers, shape.num_mtp_layers):
+        return replace(shape, num_mtp_layers=0)
+    return shape

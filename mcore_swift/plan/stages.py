@@ -40,15 +40,17 @@ def stage_layers(layout: "Layout", shape: "ModelShape", args: Any) -> list[list[
     The result has `pp * vpp` lists; those of pipeline rank p are `result[p::pp]`. Raises UserError where the
     flags make no sense for this model; `stages_check.stage_problems` says all that is wrong.
     """
-    counts = [stage.count("t") for stage in stage_letters(layout, shape.num_layers, args)]
+    letters = stage_letters(layout, shape.num_layers, args, mtp=predicted_tokens(args, shape))
+    counts = [stage.count("t") for stage in letters]
     ends = [sum(counts[: index + 1]) for index in range(len(counts))]
     return [list(range(end - count, end)) for end, count in zip(ends, counts, strict=True)]
 
 
-def stage_letters(layout: "Layout", num_layers: int, args: Any) -> list[str]:
+def stage_letters(layout: "Layout", num_layers: int, args: Any, *, mtp: int = 0) -> list[str]:
     """What each of the `pp * vpp` stages holds, in the model's order, such as ['Ettt', 'tt', 'ttL'].
 
-    Raises UserError if the decoder layers do not add up to `num_layers` in whole layers a stage.
+    mtp: layers of multi-token prediction, on the last stage unless the flags say so. Raises UserError if the
+    decoder layers do not add up to `num_layers` in whole layers a stage.
     """
     given = getattr(args, LAYOUT, None)
     if given:
@@ -65,10 +67,10 @@ def stage_letters(layout: "Layout", num_layers: int, args: Any) -> list[str]:
         counts[-1] -= loss
     if sum(counts) != num_layers or min(counts) < 0:
         raise UserError(f"the pipeline's stages hold {sum(counts)} layers, and the model has {num_layers}")
-    return with_ends(counts, mtp=predicted_tokens(args))
+    return with_ends(counts, mtp=mtp)
 
 
-def megatron_stages(layout: "Layout", num_layers: int, args: Any) -> list[list[str]] | None:
+def megatron_stages(layout: "Layout", num_layers: int, args: Any, *, mtp: int = 0) -> list[list[str]] | None:
     """What megatron-core takes as `pipeline_model_parallel_layout`: names by stage; None for an even pipeline.
 
     Every kind of uneven pipeline is given to megatron-core in this one form, so that what was planned is what is
@@ -76,7 +78,9 @@ def megatron_stages(layout: "Layout", num_layers: int, args: Any) -> list[list[s
     """
     if layout.pp == 1 or not is_uneven(args):
         return None
-    return [[_NAMES[letter] for letter in stage] for stage in stage_letters(layout, num_layers, args)]
+    return [
+        [_NAMES[letter] for letter in stage] for stage in stage_letters(layout, num_layers, args, mtp=mtp)
+    ]
 
 
 def is_uneven(args: Any) -> bool:
@@ -84,10 +88,9 @@ def is_uneven(args: Any) -> bool:
     return any(getattr(args, name, None) not in (None, False, "") for name in UNEVEN_FLAGS)
 
 
-def predicted_tokens(args: Any, shape: "ModelShape | None" = None) -> int:
-    """Layers of multi-token prediction that the model is built with: those asked for, else those it has."""
-    asked = getattr(args, "mtp_num_layers", None)
-    return asked if asked is not None else getattr(shape, "num_mtp_layers", 0)
+def predicted_tokens(args: Any, shape: "ModelShape") -> int:
+    """Layers of multi-token prediction that the model is built with: those it has, or none if that is asked."""
+    return 0 if getattr(args, "mtp_num_layers", None) == 0 else shape.num_mtp_layers
 
 
 def with_ends(counts: Sequence[int], *, mtp: int = 0) -> list[str]:

@@ -33,7 +33,10 @@ def flag_problems(args: Any) -> Iterator[UserError]:
     if not given:
         return
     if pp == 1:
-        yield UserError(f"--{given[0]} needs a pipeline, and --{_PP} is 1", f"add --{_PP} 2 or more")
+        yield UserError(
+            f"--{given[0]} needs a pipeline, and --{_PP} is 1",
+            f"leave --{given[0]} out, or add --{_PP} 2 or more",
+        )
         return
     ways = [group for group in ((LAYOUT,), (FIRST, LAST), (EMBEDDING, LOSS)) if set(group) & set(given)]
     if len(ways) > 1:
@@ -80,11 +83,11 @@ def stage_problems(layout: Layout, shape: ModelShape, args: Any) -> list[UserErr
     layers, given = shape.num_layers, getattr(args, LAYOUT, None)
     mtp = predicted_tokens(args, shape)
     if given:
-        return list(_layout_problems(parse_stages(given), layout, layers, mtp))
+        return list(_layout_problems(parse_stages(given), layers, mtp))
     if getattr(args, FIRST, None) is not None or getattr(args, LAST, None) is not None:
         return list(_ends_problems(layout, layers, args, mtp))
     try:
-        if all(stage_letters(layout, layers, args)):
+        if all(stage_letters(layout, layers, args, mtp=mtp)):
             return []
     except UserError:
         pass
@@ -185,21 +188,21 @@ def _ends_fit(layout: Layout, layers: int, first: int | None, last: int | None) 
     return rest == 0 if not middle else rest > 0 and rest % (middle * vpp) == 0
 
 
-def _layout_problems(stages: list[str], layout: Layout, layers: int, mtp: int) -> Iterator[UserError]:
+def _layout_problems(stages: list[str], layers: int, mtp: int) -> Iterator[UserError]:
     """The layout describes the right number of stages; does it describe this model?"""
-    reasons = list(_layout_reasons(stages, layout, layers, mtp))
+    reasons = list(_layout_reasons(stages, layers, mtp))
     if not reasons:
         return
     nearest = _mended(stages, layers, mtp)
-    if list(_layout_reasons(nearest, layout, layers, mtp)):
+    if list(_layout_reasons(nearest, layers, mtp)):
         nearest = balanced(layers, len(stages), mtp)
     remedy = f"the nearest possible is --{LAYOUT} '{render_stages(nearest)}'"
-    if list(_layout_reasons(nearest, layout, layers, mtp)):
+    if list(_layout_reasons(nearest, layers, mtp)):
         remedy = f"describe at most {layers + 2} stages, one layer or an end in each"
     yield UserError(f"--{LAYOUT} {render_stages(stages)}: {'; '.join(reasons)}", remedy)
 
 
-def _layout_reasons(stages: list[str], layout: Layout, layers: int, mtp: int) -> Iterator[str]:
+def _layout_reasons(stages: list[str], layers: int, mtp: int) -> Iterator[str]:
     flat = "".join(stages)
     for letter, what, place in (("E", "embedding", 0), ("L", "loss", -1)):
         if flat.count(letter) != 1:
@@ -213,20 +216,19 @@ def _layout_reasons(stages: list[str], layout: Layout, layers: int, mtp: int) ->
     if flat.count("m") != mtp:
         yield f"has {flat.count('m')} layers of multi-token prediction (m), and the model has {mtp}"
     elif mtp:
-        yield from _prediction_reasons(stages, layout.pp)
+        yield from _prediction_reasons(stages)
 
 
-def _prediction_reasons(stages: list[str], pp: int) -> Iterator[str]:
-    """megatron-core's rules for `m`: behind all layers, together, on the last chunk of a rank but the first."""
-    holders = [index for index, stage in enumerate(stages) if "m" in stage]
-    if len(holders) > 1:
-        yield "the m (multi-token prediction) are in several stages, and must be in one"
+def _prediction_reasons(stages: list[str]) -> Iterator[str]:
+    """`m` come behind all layers and in the stage of the loss, since each depth has a loss of its own.
+
+    megatron-core lets them have a stage to themselves, which hands on the hidden states of all depths; ours does not.
+    """
     if "t" in "".join(stages).partition("m")[2]:
         yield "a decoder layer (t) follows the multi-token prediction (m)"
-    if holders[0] < len(stages) - pp:
-        yield f"m (multi-token prediction) is in stage {holders[0] + 1}, and must be in one of the last {pp}"
-    elif holders[0] == len(stages) - pp:
-        yield "m (multi-token prediction) is on the first pipeline rank"
+    elsewhere = [number for number, stage in enumerate(stages[:-1], start=1) if "m" in stage]
+    if elsewhere:
+        yield f"m (multi-token prediction) is in stage {elsewhere[0]}, and must be in the last one, beside L"
 
 
 def _mended(stages: list[str], layers: int, mtp: int) -> list[str]:

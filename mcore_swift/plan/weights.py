@@ -5,7 +5,9 @@ data_offsets relative to the end of the header), then the data without gaps
 (https://huggingface.co/docs/safetensors#format).
 """
 
+import contextlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,28 @@ def weight_problems(folder: Path) -> list[UserError]:
             f"{folder}: neither {SINGLE} nor {INDEX}{found}", "give the folder of a complete checkpoint"
         )
     ]
+
+
+def tensor_names(folder: Path) -> list[str]:
+    """Names of the weights in a checkpoint folder; none if it holds a config only, or files no reader understands.
+
+    Which form the weights have is all this is for: whether they are complete and sound is for `weight_problems`.
+    Of weights in MXFP4, whose names end in `_blocks`, the plain names, by which they are read.
+    """
+    names: list[str] = []
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        if (folder / SINGLE).exists():
+            with (folder / SINGLE).open("rb") as file:
+                names = list(json.loads(file.read(int.from_bytes(file.read(8), "little"))))
+        else:
+            names = list(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
+    return [name.removesuffix("_blocks") for name in names]
+
+
+def multi_token_names(names: Iterable[str], num_layers: int, depths: int) -> set[str]:
+    """Those of the multi-token layers, which checkpoints number on behind the decoder's."""
+    prefixes = tuple(f"model.layers.{number}." for number in range(num_layers, num_layers + depths))
+    return {name for name in names if name.startswith(prefixes)}
 
 
 def read_header(path: Path) -> dict[str, Any]:

@@ -77,18 +77,14 @@ def _divergence_named(run: Run, step: int) -> Iterator[None]:
 
 
 def evaluate(run: Run) -> StepResult:
-    """Mean loss per token over the validation set, or over its first `eval_iters` global batches."""
+    """Means per token over the validation set, or over its first `eval_iters` global batches."""
     steps = run.validation.total_steps
     if run.args.eval_iters > 0:
         steps = min(steps, run.args.eval_iters)
-    total = StepResult(0.0, 0)
     with _prefetch(run, run.validation, 0, steps) as batches:
-        for _, microbatches in batches:
-            result = run.engine.evaluate_step(microbatches, run.objective)
-            total.loss += result.loss * result.count
-            total.count += result.count
-    total.loss /= max(total.count, 1)
-    return total
+        return StepResult.mean(
+            run.engine.evaluate_step(microbatches, run.objective) for _, microbatches in batches
+        )
 
 
 def _evaluate_and_save(run: Run) -> None:
@@ -97,8 +93,9 @@ def _evaluate_and_save(run: Run) -> None:
     if _evaluation_is_due(run, save_is_due):
         if run.args.manual_gc and run.args.manual_gc_eval:
             gc.collect()
-        loss = evaluate(run).loss
-        run.log.after_eval(state.step, {"loss": loss})
+        result = evaluate(run)
+        loss = result.loss
+        run.log.after_eval(state.step, {"loss": loss} | result.metrics)
         # The best of the checkpoints: a step that is not saved cannot be gone back to.
         if save_is_due and (state.best_loss is None or loss < state.best_loss):
             state.best_loss, state.best_step = loss, state.step

@@ -54,6 +54,8 @@ def test_multi_token_layers_are_left_out_where_the_checkpoint_lacks_them(tmp_pat
     assert plan.table.config == {"num_nextn_predict_layers": 0}
     assert "lacks" in caplog.text
     assert not [key for key in plan.table.by_mcore if key.startswith("mtp.")]
+    with pytest.raises(UserError, match="--mtp_num_layers 1: .*holds no weights of multi-token layers"):
+        read_model(str(tmp_path / "lacks"), 1)
 
 
 def test_multi_token_layers_can_be_left_out(tmp_path):

@@ -57,6 +57,26 @@ def test_a_whole_checkpoint(folder: Path) -> None:
     assert "64 positions" in preflight_notices(args_of(folder))[0]
 
 
+def test_multi_token_layers_count_where_the_checkpoint_has_them(folder: Path) -> None:
+    """config.json tells of one; the plan goes by the weights, as the model that is built does."""
+    tells = CONFIG | {"architectures": ["Glm4MoeForCausalLM"], "moe_intermediate_size": 8}
+    tells |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "num_nextn_predict_layers": 1}
+    (folder / "config.json").write_text(json.dumps(tells))
+
+    def told(letters: str, **values: object) -> str:
+        flags = {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": letters}
+        return "\n".join(texts(folder, 2, **flags | values))
+
+    assert told("Et|tL") == "" and "and the model has 0" in told("Et|tmL")
+    assert "the model has no multi-token layers" in told("Et|tL", mtp_num_layers=1)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"]["model.layers.2.enorm.weight"] = "model-00002-of-00002.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert told("Et|tmL", check_model=False) == ""
+    assert "and the model has 1" in told("Et|tL", check_model=False)
+    assert "use --mtp_num_layers 1, or 0" in told("Et|tmL", check_model=False, mtp_num_layers=2)
+
+
 def test_no_folder(tmp_path: Path) -> None:
     assert "no such folder" in texts(tmp_path / "absent")[0]
     assert "hf download Qwen/Qwen3-0.6B" in texts("Qwen/Qwen3-0.6B")[0]

@@ -209,7 +209,7 @@ def test_layers_of_multi_token_prediction_are_those_of_the_model_unless_flags_sa
 
     assert told("Ett|ttmL") == told("Ett|ttL", mtp_num_layers=0) == ""
     assert "nearest possible is --pipeline_model_parallel_layout 'Ett|ttmL'" in told("Ett|ttL")
-    assert "m (multi-token prediction) is on the first pipeline rank" in told("Ettttm|L")
+    assert "m (multi-token prediction) is in stage 1, and must be in the last one" in told("Ettttm|L")
     assert "a decoder layer (t) follows" in told("Ett|tmtL")
 
 

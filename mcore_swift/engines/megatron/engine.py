@@ -268,7 +268,9 @@ class MegatronEngine:
             told += f", {self.trained_share:.0%} of the weights train"
         if self.layout.pp == 1 or not is_uneven(self.args):
             return told
-        letters = stage_letters(self.layout, self._shape.num_layers, self.args)
+        letters = stage_letters(
+            self.layout, self._shape.num_layers, self.args, mtp=self.plan.multi_token_layers
+        )
         return f"{told}, stages: {render_stages(letters)}"
 
     @property
@@ -305,12 +307,13 @@ class MegatronEngine:
         (loss, count, *metrics), tallies = reduce_over_ranks(sums, tallies)
         divisor = max(count, 1)
         named = {name: value / divisor for name, value in zip(objective.metrics, metrics, strict=False)}
-        ahead = metrics[len(objective.metrics) :]
+        ahead, counts = metrics[len(objective.metrics) :], {}
         for depth, (total, terms) in enumerate(zip(ahead[::2], ahead[1::2], strict=True), start=1):
             named[f"mtp_{depth}_loss"] = total / max(terms, 1)
+            counts[f"mtp_{depth}_loss"] = int(terms)
         if tallies is not None:
             named |= self.routers.metrics(tallies, len(microbatches) * self.layout.dp)
-        return StepResult(loss / divisor, int(count), metrics=named)
+        return StepResult(loss / divisor, int(count), metrics=named, counts=counts)
 
     def _prepare(self, batch: Batch) -> Microbatch:
         return to_device(
