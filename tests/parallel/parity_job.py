@@ -44,6 +44,7 @@ ALL_LAYOUTS = {
         Layout(dp=2),
         Layout(ep=2, dp=2),
         Layout(tp=2, etp=2, sequence_parallel=True),
+        Layout(etp=2, dp=2),
         Layout(cp=2),
     ],
     4: [
@@ -83,6 +84,13 @@ SOME_LAYOUTS = {
     ],
     8: [],
 }
+SPLIT_EXPERTS = [
+    Layout(etp=2, dp=2),
+    Layout(tp=2, etp=2, sequence_parallel=True),
+    Layout(tp=2, ep=2, etp=2, dp=2, sequence_parallel=True),
+]
+MORE = {"gpt-oss": SPLIT_EXPERTS}
+"""Layouts beside SOME_LAYOUTS of variants that are special in them: experts with biases, split."""
 ROWS, LENGTH = 2, 24
 ADAM_EPS = 1e6
 LOGITS_ATOL = 1e-4  # fp32 sums of up to 40 terms in another order, through four layers; the issue's bound
@@ -208,8 +216,12 @@ def agrees_with_transformers(
     of_variant = errors.setdefault(folder.name, {})
     of_variant[str(layout)] = max(error, of_variant.get(str(layout), 0.0))
     lr = LEARNING_RATE * (ADAM_EPS if distributed_optimizer else 1)
-    result = engine.train_step(batches, NextToken(), lr=lr, weight_decay=0.0)
-    assert abs(result.loss / reference.loss - 1) < LOSS_RTOL, (result.loss, reference.loss)
+    steps = [engine.evaluate_step(batches, NextToken())] if reference.further else []
+    steps.append(result := engine.train_step(batches, NextToken(), lr=lr, weight_decay=0.0))
+    for step in steps:
+        assert abs(step.loss / reference.loss - 1) < LOSS_RTOL, (step.loss, reference.loss)
+        for depth, expected in enumerate(reference.further, start=1):
+            assert abs(step.metrics[f"mtp_{depth}_loss"] / expected - 1) < LOSS_RTOL, (depth, expected)
     assert abs(result.grad_norm / reference.grad_norm - 1) < GRADIENT_RTOL, (
         result.grad_norm,
         reference.grad_norm,
@@ -260,6 +272,7 @@ def main() -> None:
             some = SOME_LAYOUTS[world_size]
             if world_size == 4:  # what four processes add to two is that axes meet: one meeting a family
                 some = some[number % 2 :: 2]
+            some = [*some, *MORE.get(variant, [])]
             if (not thorough and layout not in some) or not possible(layout, folder / variant):
                 continue
             both = world_size == 1
@@ -278,6 +291,16 @@ def main() -> None:
             )
     if world_size == 4:
         cases |= stages_cases(folder, start, agrees_with_transformers, equal_microbatches_have_equal_losses)
+        # the letters of multi-token layers are those of the checkpoint: no --mtp_num_layers
+        letters = {"pipeline_model_parallel_layout": "Ettt|tmmL", "cp_comm_type": "a2a"}
+        cases["deepseek-v3-mtp, letters, PP2·CP2"] = partial(
+            agrees_with_transformers,
+            folder / "deepseek-v3-mtp",
+            Layout(pp=2, cp=2),
+            True,
+            True,
+            **letters,
+        )
     run_cases(cases, folder)
     if dist.get_rank() == 0:
         shown = {variant: row for variant, row in errors.items() if variant in VARIANTS}

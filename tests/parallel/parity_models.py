@@ -256,6 +256,7 @@ LEARNING_RATE = 1.0
 class Reference:
     """samples: token ids; logits: one `[length, vocabulary]` each; loss: mean over learnt tokens.
 
+    further: the same of each multi-token layer, over the tokens that have one so far ahead.
     weights: by HF name, after one plain SGD step of LEARNING_RATE, so that they tell every gradient.
     """
 
@@ -264,6 +265,7 @@ class Reference:
     loss: float
     grad_norm: float
     weights: dict[str, Tensor]
+    further: list[float]
 
 
 def config_class(architecture: str) -> Any:
@@ -321,12 +323,17 @@ def make_reference(variant: str, folder: Path, *, attention: str = "eager", **si
     learnt = sum(length - PROMPT for length in LENGTHS)
     loss = torch.stack(terms).sum() / learnt
     total = loss
+    means = torch.zeros(0)
     if depths:
-        further = [
+        each = [
             further_loss(model, depths, sample, output.hidden_states[-1], PROMPT)
             for sample, output in zip(samples, outputs, strict=True)
         ]
-        total = loss + FACTOR / len(depths) * torch.stack(further).sum() / learnt
+        further = torch.stack(each).sum(dim=0)
+        total = loss + FACTOR / len(depths) * further.sum() / learnt
+        # position t predicts token t + 1 + k, of learnt ones
+        terms = [sum(length - max(PROMPT, k + 1) for length in LENGTHS) for k in range(1, len(depths) + 1)]
+        means = further.detach() / torch.tensor(terms)
     total.backward()
     parameters = [*model.parameters(), *depths.parameters()]
     gradients = [parameter.grad for parameter in parameters]
@@ -345,5 +352,6 @@ def make_reference(variant: str, folder: Path, *, attention: str = "eager", **si
             name: tensor.detach()
             for name, tensor in (names_of(model, depths) | copies_of(model, depths)).items()
         },
+        means.tolist(),
     )
     torch.save(reference, folder / "reference.pt")
