@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from experts_reference import BALANCE, BIAS_RATE, ExpertReference, Z
+from experts_reference import BALANCE, BIAS_RATE, CAPACITY, ExpertReference, Z
 from jobs import run_cases
 from megatron.core import parallel_state
-from parity_job import ADAM_EPS, WEIGHT_ATOL, microbatches, start
+from parity_job import ADAM_EPS, WEIGHT_ATOL, agrees_with_transformers, microbatches, start
 
 from converters.export import hf_weights
 from converters.hf_reader import HFReader
@@ -64,7 +64,10 @@ def trained(
     share = len(batches) // layout.dp
     first = parallel_state.get_data_parallel_rank() * share
     result = engine.train_step(batches[first : first + share], NextToken(), lr=ADAM_EPS, weight_decay=0.0)
-    assert abs(result.loss / reference.loss - 1) < 1e-5, (result.loss, reference.loss)
+    expected = reference.loss
+    if flags.get("moe_expert_capacity_factor", 1.0) < 1.0:
+        expected = reference.losses[flags["moe_token_drop_policy"]]
+    assert abs(result.loss / expected - 1) < 1e-5, (result.loss, expected)
     return engine, reference, result.metrics
 
 
@@ -86,16 +89,22 @@ def losses_weigh_what_they_should(folder: Path, layout: Layout, kind: str, packe
         calculate_per_token_loss=per_token,
         moe_aux_loss_coeff=BALANCE,
         moe_z_loss_coeff=Z,
+        moe_per_layer_logging=True,
         **flags,
     )
+    if kind == "global_aux_loss" and layout.dp > 1:
+        kind = f"{kind} {layout.dp}"
     assert_weights(engine, reference.weights[kind])
     for name, value in reference.metrics[kind].items():
         assert abs(metrics[name] / value - 1) < 1e-5, (name, metrics, value)
+    for name in ("load_balancing_loss", "expert_load_max"):
+        layers = [value for key, value in metrics.items() if key.startswith(f"{name}/layer_")]
+        assert len(layers) == 3 and abs(sum(layers) / 3 / metrics[name] - 1) < 1e-9, (name, metrics)
 
 
-def without_losses(folder: Path, layout: Layout, **flags) -> None:
+def without_losses(folder: Path, layout: Layout, kind: str = "none", **flags) -> None:
     engine, reference, metrics = trained(folder, layout, packed=True, **flags)
-    assert_weights(engine, reference.weights["none"])
+    assert_weights(engine, reference.weights[kind])
     assert "load_balancing_loss" not in metrics and "router_z_loss" not in metrics
 
 
@@ -123,9 +132,9 @@ def main() -> None:
     dist.init_process_group("gloo")
     cases = {}
     for number, layout in enumerate(LAYOUTS[int(os.environ["WORLD_SIZE"])]):
-        for kind in ("aux_loss", "seq_aux_loss"):
+        for kind in ("aux_loss", "seq_aux_loss", "global_aux_loss"):
             # a packed row is one sequence to the loss of sequences
-            packed = kind == "aux_loss" and number % 2 == 0
+            packed = kind != "seq_aux_loss" and number % 2 == 0
             recompute = {"recompute_granularity": "full"} if number == 0 else {}
             cases[f"{kind} {layout}"] = partial(
                 losses_weigh_what_they_should, folder, layout, kind, packed, **recompute
@@ -133,6 +142,17 @@ def main() -> None:
         cases[f"mean of microbatches {layout}"] = partial(
             losses_weigh_what_they_should, folder, layout, "means", False
         )
+        if layout.tp * layout.cp == 1:  # room is of the tokens of a rank
+            for policy in ("probs", "position"):
+                little = {"moe_expert_capacity_factor": CAPACITY, "moe_token_drop_policy": policy}
+                cases[f"drops by {policy} {layout}"] = partial(
+                    without_losses,
+                    folder,
+                    layout,
+                    policy,
+                    moe_pad_expert_input_to_capacity=number == 1,
+                    **little,
+                )
         # A capacity of all tokens drops none, and each expert's tokens are padded to it.
         room = {"moe_expert_capacity_factor": 2.0, "moe_pad_expert_input_to_capacity": True}
         cases[f"capacity {layout}"] = partial(without_losses, folder, layout, **room)
@@ -141,7 +161,20 @@ def main() -> None:
         )
         cases[f"bias {layout}"] = partial(bias_moves_against_the_load, folder / "bias", layout)
         cases[f"allgather {layout}"] = partial(
-            without_losses, folder, layout, moe_token_dispatcher_type="allgather"
+            without_losses,
+            folder,
+            layout,
+            moe_token_dispatcher_type="allgather",
+            moe_router_dtype="fp64",
+        )
+        # shared experts, with a gate and without
+        cases[f"shared expert overlaps {layout}"] = partial(
+            agrees_with_transformers,
+            folder / ("qwen2-moe" if number % 2 else "glm4-moe"),
+            layout,
+            True,
+            True,
+            moe_shared_expert_overlap=True,
         )
     run_cases(cases, folder)
     dist.destroy_process_group()  # or a rank that is still connected may abort as the interpreter ends

@@ -1,7 +1,10 @@
 """What a step with the router's losses should come to, from transformers' model and a few plain lines."""
 
+import math
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from parity_models import LENGTHS, PROMPT, SIZES, make_model
@@ -12,28 +15,37 @@ from torch.nn import functional
 BALANCE, Z = 0.3, 0.01
 ROWS = 2
 """Samples of a microbatch."""
+PACKED = 50
+"""Tokens of a packed microbatch, padding included."""
+CAPACITY = 0.6
 
 
 @dataclass
 class ExpertReference:
     """weights: by kind of balance loss, then HF name: after one SGD step of rate 1 on loss + BALANCE * balance loss
     + Z * z-loss; "none": on the main loss alone; "means": with the mean of the microbatches' mean losses as main
-    loss, and the balance loss over microbatches. metrics: by kind, as they are logged.
+    loss, and the balance loss over microbatches; "global_aux_loss 2": on two data-parallel ranks; "probs",
+    "position": on the main loss alone, experts having a capacity of CAPACITY and dropping tokens by that policy.
+    metrics: by kind, as they are logged. losses: main losses, by kind, where they are not `loss`.
     """
 
     samples: list[Tensor]
     loss: float = 0.0
     weights: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=dict)
 
 
-def balance_loss(logits: Tensor, top_k: int) -> Tensor:
-    """logits `[tokens, experts]`. experts * sum of (share of the choices) * (mean probability)."""
-    scores = logits.softmax(-1)
-    share = functional.one_hot(scores.topk(top_k).indices, logits.size(-1)).sum((0, 1)) / (
-        len(logits) * top_k
+def balance_loss(logits: Tensor, top_k: int, choosing: Tensor | None = None) -> Tensor:
+    """logits `[tokens, experts]`. experts * sum of (share of the choices) * (mean probability).
+
+    choosing: logits of the tokens whose choices count, where these are not the same.
+    """
+    choosing = logits if choosing is None else choosing
+    share = functional.one_hot(choosing.topk(top_k).indices, logits.size(-1)).sum((0, 1)) / (
+        len(choosing) * top_k
     )
-    return logits.size(-1) * (share * scores.mean(0)).sum()
+    return logits.size(-1) * (share * logits.softmax(-1).mean(0)).sum()
 
 
 def make_expert_reference(variant: str, folder: Path) -> None:
@@ -43,7 +55,7 @@ def make_expert_reference(variant: str, folder: Path) -> None:
     samples = [torch.randint(1, SIZES["vocab_size"], (length,)) for length in LENGTHS]
     reference = ExpertReference(samples)
     original = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    for kind in ("none", "aux_loss", "seq_aux_loss", "means"):
+    for kind in ("none", "aux_loss", "seq_aux_loss", "means", "global_aux_loss", "global_aux_loss 2"):
         logits_of_layers = [[] for _ in range(model.config.num_hidden_layers)]
         hooks = [
             layer.mlp.gate.register_forward_hook(
@@ -69,17 +81,75 @@ def make_expert_reference(variant: str, folder: Path) -> None:
         sparse = [seen for seen in logits_of_layers if seen]
         if kind != "none":
             loss = loss + _with_metrics(reference, kind, sparse, top_k)
-        model.zero_grad()
-        loss.backward()
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(original[name] - parameter.grad)
-        model.save_pretrained(folder / "stepped")
-        reference.weights[kind] = load_file(folder / "stepped" / "model.safetensors")
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(original[name])
+        reference.weights[kind] = _stepped(model, loss, original, folder)
+    for policy in ("probs", "position"):
+        loss = _loss_with_capacity(model, samples, policy)
+        reference.losses[policy] = loss.item()
+        reference.weights[policy] = _stepped(model, loss, original, folder)
     torch.save(reference, folder / "experts.pt")
+
+
+def _stepped(model: Any, loss: Tensor, original: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """The checkpoint after one SGD step of rate 1; the model is left as it was."""
+    model.zero_grad()
+    loss.backward()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(original[name] - parameter.grad)
+    model.save_pretrained(folder / "stepped")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(original[name])
+    return load_file(folder / "stepped" / "model.safetensors")
+
+
+def _loss_with_capacity(model: Any, samples: list[Tensor], policy: str) -> Tensor:
+    """Mean loss where an expert takes so many tokens of a microbatch of ROWS samples, packed into a row of PACKED.
+
+    Samples are rows here, padded on the right, which a causal model does not see; tokens are counted row by row.
+    """
+    terms = []
+    for first in range(0, len(samples), ROWS):
+        rows = torch.nn.utils.rnn.pad_sequence(samples[first : first + ROWS], batch_first=True)
+        real = (rows > 0).flatten()
+        hooks = [
+            layer.mlp.gate.register_forward_hook(partial(_dropped, real=real, policy=policy))
+            for layer in model.model.layers
+            if hasattr(layer.mlp, "gate")
+        ]
+        logits = model(input_ids=rows).logits
+        for hook in hooks:
+            hook.remove()
+        targets = rows[:, PROMPT:].masked_fill(rows[:, PROMPT:] == 0, -100)
+        terms.append(
+            functional.cross_entropy(
+                logits[:, PROMPT - 1 : -1].flatten(0, 1), targets.flatten(), reduction="sum"
+            )
+        )
+    return torch.stack(terms).sum() / sum(length - PROMPT for length in LENGTHS)
+
+
+def _dropped(
+    gate: Any, given: Any, out: tuple[Tensor, Tensor, Tensor], *, real: Tensor, policy: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the router says, with a score of 0 where an expert has no room for a token."""
+    logits, scores, experts = out
+    kept = torch.zeros_like(scores)
+    room = math.ceil(CAPACITY * PACKED * gate.top_k / gate.num_experts)
+    for expert in range(gate.num_experts):
+        places = ((experts == expert) & real[:, None]).nonzero().tolist()
+        if policy == "probs":
+            places.sort(key=lambda place: -scores[place[0], place[1]].item())
+        for token, choice in places[:room]:
+            kept[token, choice] = 1
+    return logits, scores * kept, experts
+
+
+def _so_far(samples: list[Tensor], first: int, ranks: int) -> Tensor:
+    """What all data-parallel ranks have seen when one of them computes the microbatch that starts at sample `first`."""
+    share = len(samples) // ranks
+    done = first % share + ROWS
+    return torch.cat([sample for rank in range(ranks) for sample in samples[rank * share :][:done]])
 
 
 def _with_metrics(reference: ExpertReference, kind: str, layers: list[list[Tensor]], top_k: int) -> Tensor:
@@ -89,7 +159,8 @@ def _with_metrics(reference: ExpertReference, kind: str, layers: list[list[Tenso
         for first in range(0, len(samples), ROWS):
             rows = samples[first : first + ROWS]
             parts = rows if kind == "seq_aux_loss" else [torch.cat(rows)]
-            balance.append(torch.stack([balance_loss(part, top_k) for part in parts]).mean())
+            counted = _so_far(samples, first, ranks=1 + kind.endswith("2")) if "global" in kind else None
+            balance.append(torch.stack([balance_loss(part, top_k, counted) for part in parts]).mean())
             z.append(torch.cat(rows).logsumexp(-1).square().mean())
         everything = torch.cat(samples)
         loads = functional.one_hot(everything.topk(top_k).indices, everything.size(-1)).sum((0, 1)).float()

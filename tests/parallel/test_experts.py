@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from experts_reference import make_bias_reference, make_expert_reference  # noqa: E402
 from jobs import assert_all_passed, run_job  # noqa: E402
+from parity_models import make_reference  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -17,6 +18,9 @@ def reference(tmp_path_factory):
     make_expert_reference("qwen3-moe", folder)
     (folder / "bias").mkdir()
     make_bias_reference(folder / "bias")
+    for variant in ("qwen2-moe", "glm4-moe"):
+        (folder / variant).mkdir()
+        make_reference(variant, folder / variant)
     return folder
 
 

@@ -10,8 +10,9 @@ What differs are the losses beside the main one:
   under any TP, CP, DP, PP, EP and any loss mask. megatron-core multiplies by the router's own token count and
   divides by the number of *learnt* tokens, which weighs the losses higher the more of the text is prompt, and in
   0.16 too low by TP x CP.
-* Padding neither counts as load nor takes part in a loss. (megatron-core takes a padding mask too, but its update of
-  the expert bias fails with one.)
+* Padding neither counts as load nor takes part in a loss, nor takes room from real tokens where experts have a
+  capacity. (megatron-core takes a padding mask too, but its update of the expert bias fails with one.)
+* Choices counted over the global batch are forgotten when its step ends, as nothing of megatron-core's library does.
 * Loads are counted for the log; megatron-core logs the losses only.
 """
 
@@ -21,8 +22,8 @@ import torch
 import torch.distributed as dist
 from megatron.core.transformer.moe.moe_utils import (
     MoEAuxLossAutoScaler,
-    apply_router_token_dropping,
     compute_routing_scores_for_aux_loss,
+    get_capacity,
     topk_routing_with_score_function,
 )
 from megatron.core.transformer.moe.router import TopKRouter
@@ -47,6 +48,7 @@ class Router(TopKRouter):
         """Forget the last step's loads. loss_weight: what the main loss of a microbatch will be divided by."""
         self.loss_weight = loss_weight
         self.tally.zero_()
+        self.reset_global_aux_loss_tracker()
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """logits `[s, b, experts]`, padding_mask bool `[s, b]`, true at padding.
@@ -67,21 +69,34 @@ class Router(TopKRouter):
             fused=self.config.moe_router_fusion,
             router_replay=self.router_replay,
         )
+        real = None if padding_mask is None else ~padding_mask.reshape(s * b)
         # Not when recomputation is still to come: what is counted must be counted once.
         if self.training and torch.is_grad_enabled():
-            real = None if padding_mask is None else ~padding_mask.reshape(s * b)
             probs = self._with_losses(probs, logits, real, s, b)
             self._count(chosen if real is None else chosen & real[:, None])
         if self.config.moe_expert_capacity_factor is not None:
-            probs, chosen = apply_router_token_dropping(
-                probs,
-                chosen,
-                router_topk=self.topk,
-                capacity_factor=self.config.moe_expert_capacity_factor,
-                drop_policy=self.config.moe_token_drop_policy,
-                pad_to_capacity=self.config.moe_pad_expert_input_to_capacity,
-            )
+            kept = self._within_capacity(probs, chosen if real is None else chosen & real[:, None])
+            probs = probs * kept
+            chosen = kept if self.config.moe_pad_expert_input_to_capacity else chosen & kept
         return probs, chosen
+
+    @torch.no_grad()
+    def _within_capacity(self, probs: Tensor, chosen: Tensor) -> Tensor:
+        """bool `[tokens, experts]`: the tokens that an expert has room for, by `moe_token_drop_policy`.
+
+        Room is the factor times an even share of all tokens' choices (arXiv:2101.03961, equation 3), padding counted,
+        for it must not depend on the data. An expert with room left is given tokens that did not choose it.
+        """
+        tokens = len(chosen)
+        room = get_capacity(tokens * self.topk, self.num_experts, self.config.moe_expert_capacity_factor)
+        if room >= tokens:
+            return torch.ones_like(chosen)
+        first = (
+            torch.arange(tokens, 0, -1, device=chosen.device)[:, None] / tokens
+        )  # 1 for the first, above 0
+        rank = probs if self.config.moe_token_drop_policy == "probs" else first
+        best = torch.where(chosen, rank, first - 2).topk(room, dim=0).indices
+        return torch.zeros_like(chosen).scatter(0, best, True)
 
     @torch.no_grad()
     def _count(self, chosen: Tensor) -> None:
@@ -121,19 +136,16 @@ class Router(TopKRouter):
         chosen = chosen.view(-1, rows, self.num_experts).sum(dim=0).to(scores.dtype)
         scores = scores.view(-1, rows, self.num_experts).sum(dim=0)
         with torch.no_grad():
-            whole = self.tp_dp_cp_group if kind == "global_aux_loss" else self.tp_cp_group
-            chosen = _summed(chosen, whole)
-            tokens = chosen.sum(dim=-1, keepdim=True).clamp(min=1) / self.topk
+            choices = _summed(chosen, self.tp_cp_group)
+            tokens = choices.sum(dim=-1, keepdim=True).clamp(min=1) / self.topk
+            filled = (choices.sum(dim=-1) > 0).sum().clamp(min=1)
             if kind == "global_aux_loss":
                 # Over the microbatches so far: later ones know more of the batch.
-                self.global_tokens_per_expert += chosen.view(-1)
-                self.ga_steps += 1
-                chosen = (self.global_tokens_per_expert / self.ga_steps).view_as(chosen)
-            filled = (chosen.sum(dim=-1) > 0).sum().clamp(min=1)
-            # Losses of data-parallel ranks are averaged; this one is a sum of their shares.
-            shares = whole.size() // self.tp_cp_group.size()
-        each = self.num_experts * (chosen * scores / (self.topk * tokens * tokens)).sum(dim=-1)
-        return shares * each.sum() / filled
+                self.global_tokens_per_expert += _summed(chosen, self.tp_dp_cp_group).view(-1)
+                choices = self.global_tokens_per_expert.view_as(chosen)
+            share = choices / choices.sum(dim=-1, keepdim=True).clamp(min=1)
+        each = self.num_experts * (share * scores / tokens).sum(dim=-1)
+        return each.sum() / filled
 
     def _z_loss(self, logits: Tensor, real: Tensor | None) -> Tensor:
         """This rank's share of the mean over tokens of logsumexp(logits)^2 (arXiv:2202.08906, equation 5)."""
