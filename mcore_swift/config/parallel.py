@@ -1,6 +1,7 @@
 """How the model and the batch are spread over processes, and how those talk."""
 
 import dataclasses
+import importlib.util
 from collections.abc import Iterator
 from typing import ClassVar
 
@@ -80,9 +81,22 @@ class ParallelArguments(Arguments):
             yield UserError(
                 f"--virtual_pipeline_model_parallel_size {vpp} interleaves the groups of a pipeline, and "
                 "there is none",
-                "add --pipeline_model_parallel_size 2 or more",
+                "leave --virtual_pipeline_model_parallel_size out, or add --pipeline_model_parallel_size 2 or more",
+            )
+        if (
+            self.cp_comm_type == "p2p"
+            and self.context_parallel_size > 1
+            and not _installed("transformer_engine")
+        ):
+            yield UserError(
+                "--cp_comm_type p2p is done by Transformer Engine's attention, which is not installed",
+                "use --cp_comm_type all_gather or a2a, or install mcore-swift[te] on a GPU machine",
             )
         yield from flag_problems(self)
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 @dataclasses.dataclass(kw_only=True)

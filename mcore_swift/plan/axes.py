@@ -87,22 +87,17 @@ def _no_expert_problems(layout: Layout) -> Iterator[UserError]:
 
 def _expert_problems(layout: Layout, shape: ModelShape, args: Any) -> Iterator[UserError]:
     ep, etp, experts, width = layout.ep, layout.etp, shape.num_experts, shape.moe_ffn_hidden_size
+    stage = layout.tp * layout.cp * layout.dp
     if experts % ep:
         yield UserError(
             f"--{FLAGS['ep']} {ep} does not divide the model's {experts} experts",
-            _nearest_flag("ep", ep, lambda size: experts % size == 0, experts),
-        )
-    if shape.expert_bias and etp > 1:
-        yield UserError(
-            f"--{FLAGS['etp']} {etp}: experts with biases are not split (megatron-core refuses it)",
-            f"use --{FLAGS['etp']} 1, and --{FLAGS['ep']} to spread whole experts",
+            _nearest_flag("ep", ep, lambda size: experts % size == stage % size == 0, stage),
         )
     if width % etp:
         yield UserError(
             f"--{FLAGS['etp']} {etp} does not divide the {width} wide experts",
-            _nearest_flag("etp", etp, lambda size: width % size == 0, width),
+            _nearest_flag("etp", etp, lambda size: width % size == stage % size == 0, stage),
         )
-    stage = layout.tp * layout.cp * layout.dp
     if experts % ep == 0 and width % etp == 0 and stage % (ep * etp):
         yield UserError(
             f"--{FLAGS['ep']} {ep} x --{FLAGS['etp']} {etp} = {ep * etp} does not divide the {stage} processes of "

@@ -177,7 +177,11 @@ def _expert_sizes(shape: ModelShape, wish: Wish, tp: int, stage: int) -> Iterato
 
 def _interleavings(shape: ModelShape, wish: Wish, pp: int) -> Iterator[int | None]:
     if "vpp" in wish.fixed:
-        yield wish.fixed["vpp"] if wish.fixed["vpp"] > 1 else None
+        vpp = wish.fixed["vpp"]
+        if vpp == 1:
+            yield None
+        elif pp > 1 and pp * vpp <= shape.num_layers + 2:  # embedding and loss can have a stage each
+            yield vpp
         return
     yield None
     is_even = shape.num_layers % pp == 0

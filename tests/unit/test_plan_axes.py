@@ -61,8 +61,8 @@ def test_layouts_that_run(world_size: int, flags: dict) -> None:
 @pytest.mark.parametrize(
     "world_size, flags, words",
     [
-        (4, {"ep": 4}, ["6 experts", "expert_model_parallel_size 3", "nearest layout", "is EP2·DP4"]),
-        (3, {"etp": 3}, ["40 wide", "expert_tensor_parallel_size 2"]),
+        (4, {"ep": 4}, ["6 experts", "expert_model_parallel_size 2", "nearest layout", "is EP2·DP4"]),
+        (4, {"etp": 3}, ["40 wide", "expert_tensor_parallel_size 2"]),
         (
             4,
             {"ep": 3},
