@@ -43,6 +43,11 @@ class MegatronTunerArguments(Arguments):
     lora_dropout: float = arg(0.05, "share of an adapter's inputs left out in training", at_least=0, below=1)
     use_rslora: bool = arg(False, "alpha / sqrt(rank) in place of alpha / rank (arXiv:2312.03732)")
 
+    lorap_lr_ratio: float | None = arg(
+        None,
+        "LoRA+: learning rate of B as a multiple of that of all else (arXiv:2402.12354); the schedule moves both",
+        above=0,
+    )
     freeze_parameters: list[str] = arg(
         [], "with full: weights that stay as they are, by the beginnings of their Hugging Face names"
     )
@@ -65,6 +70,9 @@ class MegatronTunerArguments(Arguments):
                 yield UserError(
                     f"--{name} names an adapter, and all parameters are trained", "add --tuner_type lora"
                 )
+        for name in ("use_rslora", "lorap_lr_ratio") if not lora else ():
+            if getattr(self, name):
+                yield UserError(f"--{name} is for --tuner_type lora, not {self.tuner_type}", f"drop --{name}")
         if len(self.adapters) > 1:
             yield UserError(f"--adapters names {len(self.adapters)}: one can be trained", "give one folder")
         if self.adapters and self.mcore_adapter:

@@ -193,7 +193,6 @@ _MEGATRON = table(
         lora_bias="none",
         lora_dtype=None,
         use_dora=False,
-        lorap_lr_ratio=None,
         init_weights=("true",),
     ),
     # heads and overrides

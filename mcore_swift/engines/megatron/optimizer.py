@@ -5,7 +5,12 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    OptimizerConfig,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 
 
 def wrap_for_gradients(model: list[Any], args: Any) -> list[DistributedDataParallel]:
@@ -37,7 +42,10 @@ def wrap_for_gradients(model: list[Any], args: Any) -> list[DistributedDataParal
 
 
 def build_optimizer(model: list[DistributedDataParallel], args: Any) -> Any:
-    """AdamW or SGD over the chunks' parameters; norms and biases are not decayed."""
+    """AdamW or SGD over the chunks' parameters that train; norms and biases are not decayed.
+
+    With `--lorap_lr_ratio` the matrices B of adapters, and they alone, learn at a multiple of the learning rate.
+    """
     dtype = model[0].config.params_dtype
     config = OptimizerConfig(
         optimizer=args.optimizer,
@@ -55,7 +63,12 @@ def build_optimizer(model: list[DistributedDataParallel], args: Any) -> Any:
         use_distributed_optimizer=args.use_distributed_optimizer,
         overlap_param_gather=args.overlap_param_gather,
     )
-    optimizer = get_megatron_optimizer(config, model, use_gloo_process_groups=False)
+    overrides = get_standard_config_overrides(config)
+    if ratio := getattr(args, "lorap_lr_ratio", None):
+        overrides[ParamKey(name="*.lora_B.*")] = {"lr_mult": ratio}
+    optimizer = get_megatron_optimizer(
+        config, model, config_overrides=overrides, use_gloo_process_groups=False
+    )
     model[0].config.grad_scale_func = optimizer.scale_loss
     return optimizer
 
