@@ -30,6 +30,15 @@ class DataArguments(Arguments):
         "with --interleave_prob, where an epoch ends: at the end of the first dataset, or when all have been used up",
         choices=("first_exhausted", "all_exhausted"),
     )
+    streaming: bool = arg(
+        False,
+        "read and tokenize the training rows while training goes on, for data that is too large to be tokenized "
+        "beforehand; path#N is then the first N rows, and rows that cannot be used are left out and counted unless "
+        "--strict is true",
+    )
+    shuffle_buffer_size: int = arg(
+        1000, "rows of a stream that are shuffled together (less if they are more than 64 MB)", at_least=1
+    )
     val_dataset: list[str] = arg([], "validation files, written as --dataset is")
     split_dataset_ratio: float = arg(
         0.0,
@@ -49,7 +58,7 @@ class DataArguments(Arguments):
         None,
         "true: rows that cannot be used stop the run, and are listed; false: they are dropped, counted and "
         "reported",
-        default_text="true",
+        default_text="true, and false for streamed rows",
     )
     dataset_shuffle: bool = arg(True, "shuffle rows when sources are joined, split or sampled")
     data_seed: int = arg(42, "seed of row sampling, splitting and order", at_least=0)
@@ -65,13 +74,14 @@ class DataArguments(Arguments):
     )
     dataloader_num_workers: int = arg(
         4,
-        "above 0: a thread prepares batches ahead of the step (one is enough, tokens are memory-mapped); "
-        "0: they are prepared in the step",
+        "above 0: a thread prepares batches ahead of the step (one is enough, tokens are memory-mapped), and a "
+        "process tokenizes streamed rows; 0: all that is done in the step",
         at_least=0,
     )
     dataloader_prefetch_factor: int = arg(2, "steps whose batches it keeps ready", at_least=1)
 
     def check(self) -> Iterator[UserError]:
+        yield from self._check_streaming()
         for name in ("model_name", "model_author"):
             if len(getattr(self, name)) > 2:
                 yield UserError(
@@ -85,6 +95,22 @@ class DataArguments(Arguments):
             yield UserError(
                 f"--interleave_prob has {len(self.interleave_prob)} weights, and --dataset {len(self.dataset)} values",
                 "give one weight for each",
+            )
+
+    def _check_streaming(self) -> Iterator[UserError]:
+        if not self.streaming:
+            return
+        flag = "max_steps" if hasattr(self, "max_steps") else "train_iters"
+        if (getattr(self, flag) or -1) <= 0:
+            yield UserError(
+                f"--streaming true needs --{flag}: how many rows there are is not known before they are read",
+                f"say when to stop with --{flag}",
+            )
+        if self.split_dataset_ratio > 0:
+            yield UserError(
+                f"--split_dataset_ratio {self.split_dataset_ratio:g} holds back a share of the rows, and of a stream "
+                "their number is not known",
+                "give --val_dataset",
             )
 
 

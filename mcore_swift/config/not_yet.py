@@ -106,9 +106,6 @@ _MEGATRON = table(
     settings("shuffling within a shard of the data is not supported yet", data_sharding=False),
     settings("grouping samples by length is not supported yet; --packing wastes less", group_by_length=False),
     settings("not supported yet", mlp_padding_free=False),
-    settings(
-        "streaming is not supported yet; tokens are read from disk, not kept in memory", streaming=False
-    ),
     settings("samples are tokenized once, before training", lazy_tokenize=(None, False)),
     # checkpoints
     settings(

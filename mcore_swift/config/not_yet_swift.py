@@ -48,7 +48,6 @@ SHARED_WITH_SWIFT = table(
         "not supported yet; give the rows as files to --dataset",
         cached_dataset=None,
         cached_val_dataset=None,
-        shuffle_buffer_size=1000,
         custom_dataset_info=None,
         val_dataset_shuffle=False,
     ),

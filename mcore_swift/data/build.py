@@ -57,7 +57,7 @@ class _Build:
     def run(self, key: str) -> None:
         num_bytes = sum(file.stat().st_size for source in self._part.sources for file in source.files)
         made_of = self._tokenizer, self._settings, self._max_length
-        with _BlocksEncoder(num_bytes, *made_of) as submit:
+        with BlocksEncoder(num_bytes, *made_of) as submit:
             waiting: deque[tuple[Path, int, Future | Callable]] = deque()
             for file, rows in self._blocks():
                 waiting.append((file, len(rows), submit(rows, check_only=self._errors.total > 0)))
@@ -100,7 +100,7 @@ class _Build:
                 save.close()
 
     def _take(self, file: Path, rows: int, future: Any) -> None:
-        result: Encoded | list[Problem] = future() if callable(future) else _wait(future, file)
+        result: Encoded | list[Problem] = future() if callable(future) else wait_for(future, file)
         counts = self._parsed.setdefault(file, [0, 0])
         if isinstance(result, list):  # only checked
             problems, parsed = result, rows
@@ -165,7 +165,8 @@ class _Build:
         report.seconds = time.monotonic() - self._started
 
 
-def _wait(future: Future, file: Path) -> Encoded | list[Problem]:
+def wait_for(future: Future, file: Path) -> Encoded | list[Problem]:
+    """The result of a block of rows of `file`. Raises RuntimeError if the process that has it hangs."""
     try:
         return future.result(timeout=_WORKER_LIMIT)
     except TimeoutError:
@@ -191,7 +192,7 @@ def _remedy(dropped: Tally) -> str:
 _encoder: Encoder | None = None  # of a worker process
 
 
-class _BlocksEncoder:
+class BlocksEncoder:
     """Gives `submit(rows, check_only)`: a Future, or with one process a function to call for the result."""
 
     def __init__(self, num_bytes: int, *made_of: Any) -> None:

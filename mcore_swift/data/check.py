@@ -37,6 +37,15 @@ def check_sources(args: Any) -> list[UserError]:
             for source in sources + val_sources
             if source.is_indexed
         ]
+    if settings.streaming:
+        errors += [
+            UserError(
+                f"--streaming true: {source.spec} is token ids, which are not loaded into memory anyway",
+                "drop --streaming, or give rows of text",
+            )
+            for source in sources
+            if source.is_indexed
+        ]
     names: set[str] = set()
     for path in {path: None for source in sources + val_sources for path in source.files}:
         try:

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from .selection import Part
 from .settings import DataSettings
 from .steps import EvalSteps, Layout, Steps
 
+if TYPE_CHECKING:
+    from .streaming.steps import StreamedSteps
+
 logger = logging.getLogger(__name__)
 
 
@@ -27,7 +30,7 @@ logger = logging.getLogger(__name__)
 class PreparedData:
     """The steps to train on, those to evaluate on (None: no validation data), and what became of the rows."""
 
-    train: Steps
+    train: "Steps | StreamedSteps"
     val: EvalSteps | None
     report: DataReport
 
@@ -76,7 +79,7 @@ class Opener:
         self._settings = settings
         self._packed_length = (settings.packing_length or max_length) if settings.packing else None
         pad = tokenizer.pad_token_id
-        self._layout = Layout(
+        self.layout = Layout(
             padding_free=settings.padding_free or settings.packing,
             packed_length=self._packed_length,
             padding_multiple=padding_multiple,
@@ -94,34 +97,34 @@ class Opener:
         Raises UserError for a store that is not there.
         """
         report = DataReport(PartReport())
-        laid_out: dict[str, tuple[Store, list[Units], list[int]]] = {}
-        for name in ("train", "val"):
-            own = [corpus for corpus in corpora if corpus.part.name == name]
-            if own:
-                laid_out[name] = self._part(name, own, built, report, is_builder)
         train = [corpus for corpus in corpora if corpus.part.name == "train"]
-        store, units, tokens = laid_out["train"]
+        store, units, tokens = self._part("train", train, built, report, is_builder)
         blend = self._blend(units) if self._settings.interleave_prob else None
         if len(train) > 1:
             report.corpora = _shares(train, tokens, blend)
         steps = Steps(
             store,
-            _joined(units),
+            joined_units(units),
             self._settings,
-            self._layout,
+            self.layout,
             fingerprint=self._fingerprint(train),
             warn=report.warnings.append,
             order=blend,
         )
-        val = None
-        if "val" in laid_out:
-            store, units, _ = laid_out["val"]
-            val = EvalSteps(store, _joined(units), self._settings, self._layout)
-            if output_dir is not None:
-                self._write_held_back(
-                    [corpus for corpus in corpora if corpus.part.held_back], Path(output_dir)
-                )
+        val = self.open_validation(corpora, built, report, is_builder)
+        if val is not None and output_dir is not None:
+            self._write_held_back([corpus for corpus in corpora if corpus.part.held_back], Path(output_dir))
         return PreparedData(steps, val, report)
+
+    def open_validation(
+        self, corpora: Sequence[Corpus], built: Mapping[str, bool], report: DataReport, is_builder: bool
+    ) -> EvalSteps | None:
+        """The steps of the validation corpora among these, None if there are none; `report` is told of them."""
+        own = [corpus for corpus in corpora if corpus.part.name == "val"]
+        if not own:
+            return None
+        store, units, _ = self._part("val", own, built, report, is_builder)
+        return EvalSteps(store, joined_units(units), self._settings, self.layout)
 
     def _part(
         self,
@@ -229,7 +232,7 @@ class Opener:
                     shutil.copyfileobj(rows, target)
 
 
-def _joined(parts: Sequence[Units]) -> Units:
+def joined_units(parts: Sequence[Units]) -> Units:
     """Units of several stores as units of the store that joins them."""
     if len(parts) == 1:
         return parts[0]

@@ -3,7 +3,7 @@
 import numpy as np
 
 # what a stream of random numbers is for; each use of a seed has its own
-SAMPLE, SPLIT, PACK, EPOCH = range(4)
+SAMPLE, SPLIT, PACK, EPOCH, FILES = range(5)
 
 
 def permutation(n: int, seed: int, use: int, number: int = 0) -> np.ndarray:

@@ -12,9 +12,11 @@ from .check import check_sources
 from .fingerprint import indexed_key, store_key, tokenizer_digest
 from .locks import lock
 from .opening import Corpus, Opener, PreparedData
+from .report import DataReport, PartReport
 from .selection import select_parts
 from .settings import DataSettings
 from .sources import parse_sources
+from .streaming.opening import Stream
 
 __all__ = ["PreparedData", "prepare"]
 
@@ -36,6 +38,8 @@ def prepare(
     model_max_length: int | None = None,
     vocab_size: int | None = None,
     lock_limit: float = _LOCK_LIMIT,
+    wait_limit: float = 600.0,
+    gather: Callable[[Any], list[Any]] | None = None,
 ) -> PreparedData:
     """Tokenize what `args` names, or find it in the cache, and lay out the steps.
 
@@ -50,15 +54,22 @@ def prepare(
     model_max_length: --max_length where that is not given.
     vocab_size: ids that the model knows, for token ids of others' making; None: those of the tokenizer.
     lock_limit: seconds to wait for another run that builds the same cache.
+    wait_limit: of streamed data, seconds to wait for rows. gather: what every process has, on all of them; called once,
+    after the barrier, where data is streamed. None: there is one process.
     Raises UserError(s).
     """
     settings = DataSettings.from_args(args)
+    gather = gather or (lambda value: [value])
+    stream: Stream | None = None
     met = False
     try:
         raise_together(check_sources(args))
         max_length = _max_length(settings, tokenizer, model_max_length)
         corpora = _corpora(settings, tokenizer, max_length, vocab_size or len(tokenizer))
+        opener = Opener(settings, tokenizer, max_length, padding_multiple, segment_multiple, uniform_shapes)
         built = {}
+        if settings.streaming:
+            stream = Stream(settings, tokenizer, max_length, opener.layout, is_builder, wait_limit)
         if is_builder:
             for corpus in corpora:
                 built[corpus.key] = _build(corpus, tokenizer, settings, lock_limit)
@@ -68,9 +79,11 @@ def prepare(
         if not met:
             barrier()  # the others must not wait for a builder that has failed
         raise
-    return Opener(settings, tokenizer, max_length, padding_multiple, segment_multiple, uniform_shapes).open(
-        corpora, built, output_dir if is_builder else None, is_builder
-    )
+    if stream is not None:
+        report = DataReport(PartReport())
+        val = opener.open_validation(corpora, built, report, is_builder)
+        return PreparedData(stream.open(gather, report), val, report)
+    return opener.open(corpora, built, output_dir if is_builder else None, is_builder)
 
 
 def _max_length(settings: DataSettings, tokenizer: Any, model_max_length: int | None) -> int | None:
@@ -103,7 +116,9 @@ def _corpora(settings: DataSettings, tokenizer: Any, max_length: int | None, voc
     tokenizer_hash = tokenizer_digest(tokenizer)
     cut_to = None if settings.is_stream else max_length  # a stream is cut later, wherever a row ends
     corpora = []
-    for part in select_parts(train, val, settings):
+    for part in select_parts([] if settings.streaming else train, val, settings):
+        if not part.sources:
+            continue
         for piece in part.pieces(each_alone=bool(settings.interleave_prob) and part.name == "train"):
             if piece.is_indexed:
                 key = indexed_key(piece, settings, cut_to)

@@ -42,6 +42,58 @@ def read_rows(path: Path) -> Iterator[Row]:
         ) from None
 
 
+class Place(NamedTuple):
+    """Where in a file the next row is: rows before it; for formats of lines also bytes and lines before it."""
+
+    row: int = 0
+    offset: int = 0
+    line: int = 0
+
+
+def read_rows_from(path: Path, start: Place = Place()) -> Iterator[tuple[Row, Place]]:  # noqa: B008
+    """The rows of `path` from a place on, each with the place behind it. Raises UserError as `read_rows` does.
+
+    Lines are gone to at once, row groups of parquet are passed over; other formats are read from their beginning.
+    """
+    if path.suffix.lower() in (".jsonl", ".txt"):
+        yield from _read_lines_from(path, start)
+        return
+    first, rows = 0, read_rows(path)
+    if path.suffix.lower() == ".parquet":
+        first, rows = _row_groups_from(path, start.row)
+    for number, row in enumerate(rows, first + 1):
+        if number > start.row:
+            yield row, Place(number)
+
+
+def _read_lines_from(path: Path, start: Place) -> Iterator[tuple[Row, Place]]:
+    is_text = path.suffix.lower() == ".txt"
+    number, offset, line = start
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            for raw in file:
+                offset, line = offset + len(raw), line + 1
+                data = (raw.removeprefix(_BOM) if line == 1 else raw).strip()
+                if data:
+                    number += 1
+                    yield Row(line, {"text": data.decode()} if is_text else data), Place(number, offset, line)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}:{line}: is not UTF-8 text ({error.reason})", "save it as UTF-8") from None
+
+
+def _row_groups_from(path: Path, row: int) -> tuple[int, Iterator[Row]]:
+    """(rows before, rows) of the row groups from the one that holds `row` on."""
+    metadata = _parquet(path).metadata
+    first, group = 0, 0
+    while group < metadata.num_row_groups and first + metadata.row_group(group).num_rows <= row:
+        first += metadata.row_group(group).num_rows
+        group += 1
+    return first, _read_parquet(path, range(group, metadata.num_row_groups), first)
+
+
 def parse_row(data: dict[str, Any] | bytes | RowError) -> dict[str, Any]:
     """The row as a dict. Raises RowError for a line that is no JSON, or no JSON object."""
     if isinstance(data, dict):
@@ -226,9 +278,9 @@ def _parquet(path: Path) -> Any:
         raise UserError(f"{path}: not a parquet file: {error}") from None
 
 
-def _read_parquet(path: Path) -> Iterator[Row]:
-    number = 0
-    for batch in _parquet(path).iter_batches(batch_size=1024):
+def _read_parquet(path: Path, groups: range | None = None, number: int = 0) -> Iterator[Row]:
+    """groups: row groups to read, None: all. number: rows before them."""
+    for batch in _parquet(path).iter_batches(batch_size=1024, row_groups=groups and list(groups)):
         for row in batch.to_pylist():
             number += 1
             yield Row(number, row)

@@ -64,12 +64,16 @@ class DataReport:
     from_cache: dict[str, bool] = field(default_factory=dict)  # part -> found complete, not built now
     packs: dict[str, int] = field(default_factory=dict)  # part -> packed rows
     corpora: list[str] = field(default_factory=list)  # a line for each of several training corpora
+    stream: str = ""  # what is read and tokenized while training goes on, in place of `train`
     warnings: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
         """All of it as lines for a log."""
         lines = []
         for name, part in (("train", self.train), ("val", self.val)):
+            if name == "train" and self.stream:
+                lines.append(f"train: {self.stream}")
+                continue
             if part is None:
                 continue
             lines += part.lines(name)

@@ -29,6 +29,9 @@ class DataSettings:
     train_dataloader_shuffle: bool = True
     interleave_prob: tuple[float, ...] = ()  # a weight for each of `dataset`; empty: they are joined
     stopping_strategy: str = "first_exhausted"
+    streaming: bool = False
+    shuffle_buffer_size: int = 1000  # rows that are shuffled together in a stream
+    dataloader_num_workers: int = 4
 
     model_name: tuple[str, ...] = ()
     model_author: tuple[str, ...] = ()
@@ -92,6 +95,11 @@ class DataSettings:
             )
         if self.loss_scale not in ("default", "last_round", "all"):
             raise UserError(f"--loss_scale {self.loss_scale} is unknown", "use default, last_round or all")
+
+    @property
+    def is_shuffled(self) -> bool:
+        """Whether rows of a stream are shuffled."""
+        return self.dataset_shuffle and self.train_dataloader_shuffle
 
     @property
     def is_stream(self) -> bool:

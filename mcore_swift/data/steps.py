@@ -45,7 +45,7 @@ class StepInfo:
     padding_share: float
 
 
-class _Batches:
+class Batches:
     """Steps made of units that a subclass chooses (`_units`: int64 [global_batch_size], -1 is filling)."""
 
     total_steps: int
@@ -99,6 +99,9 @@ class _Batches:
         shape = b, int(lengths.max())
         return StepInfo(len(samples), tokens, squares, shape, 1 - tokens / (b * int(lengths.sum())))
 
+    def close(self) -> None:
+        """Let go of what makes steps: nothing, where they are cut from files that are there."""
+
     def check_divides(self, dp_size: int) -> None:
         """Raise UserError if a global batch cannot be dealt to `dp_size` ranks in whole microbatches."""
         unit = self.micro_batch_size * dp_size
@@ -150,7 +153,7 @@ class _Batches:
         return padded(self.store, samples, self.micro_batch_size, s, self.layout.pad_id)
 
 
-class Steps(_Batches):
+class Steps(Batches):
     """Training steps.
 
     Unit number g of the run (counted over all epochs) is what `order` says; by default unit g % n of the order of
@@ -230,7 +233,7 @@ class Steps(_Batches):
         if state["fingerprint"] != self.fingerprint:
             warnings.append(
                 "the training data or how it is tokenized and packed has changed since the checkpoint "
-                f"({len(self._order)} samples now, {state['num_samples']} then): the run goes on after "
+                f"({len(self._order)} samples now, {state.get('num_samples', 'a stream')} then): the run goes on after "
                 f"{state['consumed_samples']} samples of the new order, so some samples may come twice or not at "
                 "all in this epoch"
             )
@@ -247,7 +250,7 @@ class Steps(_Batches):
         return warnings
 
 
-class EvalSteps(_Batches):
+class EvalSteps(Batches):
     """Evaluation steps: every unit once, in order; the last step is filled up with rows of padding."""
 
     def __init__(self, store: Store, units: Units, settings: DataSettings, layout: Layout) -> None:

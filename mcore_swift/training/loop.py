@@ -3,7 +3,7 @@
 import gc
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,12 @@ def train(run: Run) -> TrainState:
     is saved.
     """
     state = run.state
-    with _garbage(run.args), run.log, _prefetch(run, run.data, state.step, run.data.total_steps) as batches:
+    with (
+        _garbage(run.args),
+        run.log,
+        _prefetch(run, run.data, state.step, run.data.total_steps) as batches,
+        closing(run.data),
+    ):
         started = time.perf_counter()
         for step, microbatches in batches:
             lr, weight_decay = run.schedule.lr(step), run.schedule.weight_decay(step)

@@ -188,6 +188,8 @@ def _prepare_data(args: Any, layout: Layout, plan: Any, run_dir: Path, ranks: Ra
             AutoTokenizer.from_pretrained(args.model),
             is_builder=is_builder,
             barrier=lambda: ranks.gather(None),
+            gather=ranks.gather,
+            wait_limit=args.ddp_timeout,
             output_dir=run_dir,
             padding_multiple=length_multiple(layout),
             segment_multiple=layout.segment_multiple,

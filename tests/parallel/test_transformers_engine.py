@@ -56,6 +56,13 @@ def test_a_run_goes_on_under_any_number_of_processes(runs, name):
     assert_same_curve(runs("one"), runs(name), steps=REST)
 
 
+def test_streamed_rows_are_dealt_out_and_resumed_as_prepared_ones(runs):
+    assert_same_curve(runs("streamed"), runs("streamed-fsdp2"), steps=ALL)
+    assert_same_curve(runs("streamed"), runs("streamed-fsdp2-to-one"), steps=REST)
+    losses, prepared = curve(runs("streamed")), curve(runs("one"))
+    assert losses[1][0] != pytest.approx(prepared[1][0], rel=1e-4), "other rows than those of a prepared run"
+
+
 def test_evaluation_does_not_depend_on_the_processes(runs):
     one, two = eval_losses(runs("one")), eval_losses(runs("fsdp2"))
     assert one.keys() == two.keys() == {SAVED, STEPS}

@@ -63,8 +63,11 @@ def resumed(run: str) -> dict[str, str]:
     return {"resume_from_checkpoint": f"{{runs}}/{run}/checkpoint-{SAVED}"}
 
 
+STREAMED = {"streaming": "true", "shuffle_buffer_size": 20, "dataloader_num_workers": 0}
+
 SWIFT: dict[int, dict[str, dict]] = {
     2: {
+        "streamed-fsdp2": STREAMED | {"dataloader_num_workers": 2},
         "fsdp2": EXPORT | {"val_dataset": "{val}"},
         "fsdp2-again": resumed("fsdp2"),
         "ddp2": DDP | {"gradient_checkpointing": "true"},
@@ -82,6 +85,8 @@ SWIFT: dict[int, dict[str, dict]] = {
     1: {
         "one": {"val_dataset": "{val}"},
         "fsdp2-to-one": resumed("fsdp2"),
+        "streamed": STREAMED,
+        "streamed-fsdp2-to-one": STREAMED | resumed("streamed-fsdp2"),
         "random": RANDOM,
         "gpt2-padded": GPT2 | EIGHT | EXPORT,
         "opt-packed": OPT | EIGHT | {"padding_free": "true", "per_device_train_batch_size": 8},

@@ -135,3 +135,17 @@ def test_the_engine_is_chosen_for_a_reason(tmp_path, argv, world_size, memory, c
     args.model = str(tmp_path)
     found, reason = choose_backend(args, world_size, memory)
     assert found == chosen and why in reason
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], ["--streaming true", "--max_steps"]),
+        (["--max_steps", "5", "--split_dataset_ratio", "0.1"], ["--split_dataset_ratio", "--val_dataset"]),
+    ],
+)
+def test_what_a_stream_cannot_know_is_asked_for(argv, words):
+    with pytest.raises(UserError) as caught:
+        arguments("--streaming", "true", *argv)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert arguments("--streaming", "true", "--max_steps", "5").for_loop(1, "fsdp").streaming

@@ -1,0 +1,101 @@
+"""The process that writes the chunks of a stream, a few ahead of what is wanted.
+
+python -m mcore_swift.data.streaming.producer FOLDER PARENT. It reads `FOLDER/made.pickle`, waits for
+`FOLDER/start.json` (number and place of the first chunk), and writes chunk after chunk until `AHEAD` more are there
+than `FOLDER/wanted` names. It ends with its parent, or leaves `FOLDER/error.json` and ends; the folder goes with it.
+"""
+
+import json
+import os
+import pickle
+import shutil
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from ...errors import UserError, UserErrors
+from ..cache import disk_error
+from .chunks import ChunkWriter
+
+AHEAD = 2
+"""Chunks kept ready beyond the last that was asked for."""
+_POLL_SECONDS = 0.02
+
+
+def main(folder: Path, parent: int) -> int:
+    """Returns the exit code."""
+    try:
+        _produce(folder, parent)
+    except Exception as error:
+        tell_error(folder, error)
+        return 1
+    finally:
+        if os.getppid() != parent:  # nobody is left to do it
+            shutil.rmtree(folder, ignore_errors=True)
+    return 0
+
+
+def _produce(folder: Path, parent: int) -> None:
+    made = pickle.loads((folder / "made.pickle").read_bytes())
+    while not (folder / "start.json").exists():
+        if os.getppid() != parent:
+            return
+        time.sleep(_POLL_SECONDS)
+    start = json.loads((folder / "start.json").read_text())
+    with ChunkWriter(made, folder, start["number"], start["place"]) as writer:
+        while os.getppid() == parent:
+            if writer.number > wanted(folder) + AHEAD:
+                time.sleep(_POLL_SECONDS)
+                continue
+            try:
+                writer.write()
+            except OSError as error:
+                raise disk_error(error, folder) from None
+
+
+def wanted(folder: Path) -> int:
+    """The last chunk that was asked for; -1 if none was."""
+    try:
+        return int((folder / "wanted").read_text())
+    except (FileNotFoundError, ValueError):
+        return -1
+
+
+def want(folder: Path, number: int) -> None:
+    """Ask for the chunks up to `number`."""
+    write_whole(folder / "wanted", str(number))
+
+
+def tell_error(folder: Path, error: Exception) -> None:
+    """Write down why no more chunks come."""
+    errors = error.errors if isinstance(error, UserErrors) else [error]
+    if all(isinstance(one, UserError) for one in errors):
+        told: dict = {"mistakes": [[one.message, one.remedy] for one in errors]}
+    else:
+        told = {"defect": "".join(traceback.format_exception(error))}
+    write_whole(folder / "error.json", json.dumps(told))
+
+
+def raise_told(folder: Path) -> None:
+    """Raise what `tell_error` wrote down, if it did."""
+    try:
+        told = json.loads((folder / "error.json").read_text())
+    except FileNotFoundError:
+        return
+    if "defect" in told:
+        raise RuntimeError(f"the process that tokenizes failed:\n{told['defect']}")
+    errors = [UserError(*one) for one in told["mistakes"]]
+    raise UserErrors(errors) if len(errors) > 1 else errors[0]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that appears with all its text."""
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+if __name__ == "__main__":
+    os.environ["TOKENIZERS_PARALLELISM"] = os.environ.get("TOKENIZERS_PARALLELISM", "true")
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))
