@@ -10,21 +10,14 @@ from typing import Any, Generic, TypeVar
 from ..errors import UserError, raise_together
 from .aliases import ALIASES, LAYERS_PER_STAGE, virtual_stages
 from .arguments import COMMANDS
-from .base import Arguments, find_args_file, read_args_file
+from .base import Arguments, read_args_file
 from .fields import Flag, flags_of
 from .files import SUFFIXES, apply_env, read_config
 from .known import NotYet
 from .not_yet import EXPORT_HARMLESS, NOT_YET
 from .not_yet_trainer import NOT_YET_TRAINER
-from .tuner import TunerArguments
+from .resumed import checkpoint_of, contradictions, resumed_from, taken_over
 from .values import BadValue, convert, same_value
-
-# what describes the model and its text: taken from a checkpoint's args.json where the command is silent
-LOADED = (
-    *("model", "model_type", "torch_dtype", "mtp_num_layers"),
-    *("system", "max_length", "truncation_strategy", "loss_scale"),
-    *("tuner_type", "lora_rank", "lora_alpha", "use_rslora", "target_modules", "target_regex"),
-)
 
 _FLAG = re.compile(r"--([A-Za-z0-9_]+)")
 
@@ -245,12 +238,7 @@ class _Reader:
 
     def _load_args(self, typed: dict[str, Any]) -> None:
         """Complete `typed` from the args.json of the checkpoint that is resumed, started from or exported."""
-        resume = typed.get("resume") or typed.get("resume_from_checkpoint")
-        starts = [typed.get("mcore_model"), typed.get("mcore_adapter")]
-        if self.cls.COMMAND == "export":
-            starts += typed.get("adapters", [])
-        folder = resume if resume not in (None, "none", "auto") else next(filter(None, starts), None)
-        path = find_args_file(folder) if folder and typed.get("load_args", True) else None
+        path = checkpoint_of(self.cls, typed)
         if path is None:
             return
         try:
@@ -258,17 +246,10 @@ class _Reader:
         except UserError as error:
             self.errors.append(error)
             return
-        missing = [name for name in LOADED if name in self.flags and name not in self.given]
-        taken = [name for name in missing if saved.get(name) is not None]
-        if issubclass(self.cls, TunerArguments):  # what has been trained goes on training
-            taken += [
-                name
-                for name, flag in flags_of(TunerArguments).items()
-                if name not in self.given
-                and name != "adapters"
-                and name in saved
-                and saved[name] != flag.default
-            ]
+        if resumed_from(self.cls, typed):
+            for error in contradictions(self.cls, typed, saved, path):
+                self._fail(error.message.split()[0].removeprefix("--"), error.message, error.remedy)
+        taken = taken_over(self.cls, self.given, saved)
         for name in taken:
             try:
                 typed[name] = convert(self.flags[name], [saved[name]])

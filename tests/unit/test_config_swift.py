@@ -75,8 +75,32 @@ def test_a_resumed_run_trains_what_it_has_trained(tmp_path):
     arguments("--train_type", "full", "--freeze_parameters", "model.embed").save(tmp_path)
     args = arguments("--resume_from_checkpoint", str(tmp_path))
     assert (args.tuner_type, args.freeze_parameters) == ("full", ["model.embed"])
-    args = arguments("--resume_from_checkpoint", str(tmp_path), "--freeze_parameters_ratio", "0.5")
-    assert args.freeze_parameters_ratio == 0.5, "the command line wins"
+    changed = ["--resume_from_checkpoint", str(tmp_path), "--freeze_parameters_ratio", "0.5"]
+    with pytest.raises(UserError, match=r"--freeze_parameters_ratio 0.5: the checkpoint .* trained with 0.0"):
+        arguments(*changed)
+    args = arguments(*changed, "--resume_only_model", "true")
+    assert args.freeze_parameters_ratio == 0.5, "the optimizer starts anew"
+
+
+def test_auto_resumes_with_the_adapter_of_the_newest_checkpoint(tmp_path):
+    auto = ["--resume_from_checkpoint", "auto", "--output_dir", str(tmp_path)]
+    assert arguments(*auto).lora_rank == 8, "there is none yet"
+    for number, rank in ((5, 4), (10, 6)):
+        folder = tmp_path / f"checkpoint-{number}"
+        folder.mkdir()
+        (folder / "manifest.json").write_text(json.dumps({"written": 100 - number}))
+        given = ("--lora_rank", str(rank), "--target_modules", "q_proj", "v_proj", "--use_rslora", "true")
+        arguments(*given).save(folder)
+    args = arguments(*auto, "--lora_dropout", "0")
+    assert (args.lora_rank, args.use_rslora, args.target_modules) == (4, True, ["q_proj", "v_proj"])
+    assert args.lora_dropout == 0 and args.add_version is False
+    assert arguments(*auto, "--lora_rank", "4", "--target_modules", "v_proj", "q_proj").lora_rank == 4
+    with pytest.raises(UserErrors) as caught:
+        arguments(*auto, "--lora_rank", "16", "--tuner_type", "loha", "--target_modules", "all-linear")
+    told = str(caught.value)
+    assert "--lora_rank 16: the checkpoint that is resumed was trained with 4" in told
+    assert "--tuner_type loha" in told and "--target_modules all-linear" in told
+    assert arguments(*auto, "--lora_rank", "16", "--load_args", "false").lora_rank == 16
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,123 @@
+"""What a command takes over from the args.json of a checkpoint, and what it must not say otherwise."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from .base import ARGS_FILE, Arguments, find_args_file
+from .fields import flags_of
+from .megatron_tuner import MegatronTunerArguments
+from .tuner import TunerArguments
+from .values import same_value
+
+# what describes the model and its text: taken from a checkpoint's args.json where the command is silent
+_MODEL_AND_TEXT = (
+    *("model", "model_type", "torch_dtype", "mtp_num_layers"),
+    *("system", "max_length", "truncation_strategy", "loss_scale"),
+)
+_LORA = ("tuner_type", "lora_rank", "lora_alpha", "use_rslora", "target_modules", "target_regex")
+_START = ("adapters", "mcore_adapter")
+_MAY_CHANGE = ("lora_dropout", "boft_dropout", "vera_dropout", "lorap_lr_ratio")
+_FREEZING = (
+    *("freeze_parameters", "freeze_parameters_regex", "freeze_parameters_ratio"),
+    *("trainable_parameters", "trainable_parameters_regex"),
+)
+
+
+def checkpoint_of(cls: type[Arguments], typed: Mapping[str, Any]) -> Path | None:
+    """The args.json of the checkpoint that a command resumes, starts from or exports; None if there is none.
+
+    typed: the values that the command line gives.
+    """
+    if not typed.get("load_args", True):
+        return None
+    resume = resumed_from(cls, typed)
+    starts = [typed.get("mcore_model"), typed.get("mcore_adapter")]
+    if cls.COMMAND == "export":
+        starts += typed.get("adapters", [])
+    folder = resume or next(filter(None, starts), None)
+    return find_args_file(folder) if folder else None
+
+
+def resumed_from(cls: type[Arguments], typed: Mapping[str, Any]) -> str | Path | None:
+    """The checkpoint or run folder that a command continues; for `auto` the newest checkpoint, if there is one."""
+    resume = typed.get("resume") or typed.get("resume_from_checkpoint")
+    if resume in (None, "none"):
+        return None
+    if str(resume).lower() not in ("auto", "true"):
+        return resume
+    output = cls(**typed).output_dir
+    return _newest_checkpoint(Path(output)) if output else None
+
+
+def _newest_checkpoint(output: Path) -> Path | None:
+    """The checkpoint written last in an output folder or its runs, as `training.checkpoint` finds it."""
+    found = [
+        (_version(manifest.parent.parent), _written(manifest), manifest.parent)
+        for place in ("checkpoint-*", "v*-*/checkpoint-*")
+        for manifest in output.glob(f"{place}/manifest.json")
+        if (manifest.parent / ARGS_FILE).is_file()
+    ]
+    return max(found)[2] if found else None
+
+
+def _version(run: Path) -> int:
+    digits = run.name[1:].split("-")[0]
+    return int(digits) if run.name.startswith("v") and digits.isdigit() else -1
+
+
+def _written(manifest: Path) -> float:
+    try:
+        return float(json.loads(manifest.read_text(encoding="utf-8")).get("written", 0))
+    except (OSError, ValueError, AttributeError):
+        return 0.0  # broken: the run says so when it reads it
+
+
+def taken_over(cls: type[Arguments], given: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
+    """Names of the flags whose values come from `saved`, an args.json, since the command line does not give them."""
+    flags = flags_of(cls)
+    silent = [name for name in (*_MODEL_AND_TEXT, *_LORA) if name in flags and name not in given]
+    taken = [name for name in silent if saved.get(name) is not None]
+    if issubclass(cls, TunerArguments | MegatronTunerArguments):  # what has been trained goes on training
+        taken += [
+            name
+            for name in _tuner_flags(cls)
+            if name not in given
+            and name not in taken
+            and saved.get(name, flags[name].default) != flags[name].default
+        ]
+    return taken
+
+
+def contradictions(
+    cls: type[Arguments], typed: Mapping[str, Any], saved: Mapping[str, Any], path: Path
+) -> Iterator[UserError]:
+    """Flags by which a resumed run would train something else than what its checkpoint holds.
+
+    Which parameters of the model are frozen may change where the optimizer starts anew.
+    """
+    starts_anew = typed.get("resume_only_model") or typed.get("no_load_optim")
+    for name in _tuner_flags(cls):
+        if name not in typed or name not in saved or (starts_anew and name in _FREEZING):
+            continue
+        ours, theirs = typed[name], saved[name]
+        if isinstance(ours, list) and isinstance(theirs, list):
+            ours, theirs = sorted(ours), sorted(theirs)
+        if ours != theirs and not same_value(ours, theirs):
+            yield UserError(
+                f"--{name} {_words(typed[name])}: the checkpoint that is resumed was trained with "
+                f"{_words(saved[name])} ({path})",
+                f"drop --{name}, which is taken from there, or start a new run without resuming",
+            )
+
+
+def _tuner_flags(cls: type[Arguments]) -> list[str]:
+    groups = [group for group in (TunerArguments, MegatronTunerArguments) if issubclass(cls, group)]
+    names = [name for group in groups for name in flags_of(group)]
+    return [name for name in names if name not in (*_START, *_MAY_CHANGE)]
+
+
+def _words(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) and value else str(value)
