@@ -15,6 +15,7 @@ from .model import ModelArguments, TemplateArguments
 from .moe import ExpertParallelArguments, MoEArguments
 from .optimizer import OptimizerArguments, ScheduleArguments
 from .parallel import DataParallelArguments, ParallelArguments
+from .quantization import QuantizationArguments
 from .reporting import LoggingArguments
 from .training import KernelArguments, RecomputeArguments, TrainArguments
 
@@ -34,6 +35,7 @@ class MegatronSftArguments(
     PackingArguments,
     TrainArguments,
     MegatronTunerArguments,
+    QuantizationArguments,
     ScheduleArguments,
     OptimizerArguments,
     ParallelArguments,

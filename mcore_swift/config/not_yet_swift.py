@@ -76,16 +76,6 @@ SHARED_WITH_SWIFT = table(
         is_binary_loss_scale=None,
         padding_side="right",
     ),
-    settings(
-        "quantized weights are not supported yet",
-        quant_method=None,
-        quant_bits=None,
-        hqq_axis=None,
-        bnb_4bit_compute_dtype=None,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_quant_storage=None,
-    ),
 )
 
 # flags of `swift sft` (the HF trainer) that people carry over, with the flag of `megatron sft` that does it

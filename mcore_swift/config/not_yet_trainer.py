@@ -41,7 +41,6 @@ _TRAINER = table(
     settings("the last checkpoint is always linked as `latest`", create_checkpoint_symlink=ANY),
     settings("parameters that get no gradient stay as they are", ddp_find_unused_parameters=ANY),
     settings("no effect here: nothing is uploaded, nothing is removed", remove_unused_columns=ANY),
-    settings("quantized weights are not supported yet", load_in_8bit=False, load_in_4bit=False),
     refused(
         "the Trainer has no part in this",
         flags="optim_args ddp_bucket_cap_mb ddp_broadcast_buffers tf32 neftune_noise_alpha",

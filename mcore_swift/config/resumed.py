@@ -18,6 +18,10 @@ _MODEL_AND_TEXT = (
     *("system", "max_length", "truncation_strategy", "loss_scale"),
 )
 _LORA = ("tuner_type", "lora_rank", "lora_alpha", "use_rslora", "target_modules", "target_regex")
+_QUANTIZED = (
+    *("quant_method", "quant_bits", "hqq_axis", "bnb_4bit_compute_dtype", "bnb_4bit_quant_type"),
+    *("bnb_4bit_use_double_quant", "bnb_4bit_quant_storage"),
+)
 _START = ("adapters", "mcore_adapter")
 _MAY_CHANGE = ("lora_dropout", "boft_dropout", "vera_dropout", "lorap_lr_ratio")
 _FREEZING = (
@@ -78,7 +82,7 @@ def _written(manifest: Path) -> float:
 def taken_over(cls: type[Arguments], given: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
     """Names of the flags whose values come from `saved`, an args.json, since the command line does not give them."""
     flags = flags_of(cls)
-    silent = [name for name in (*_MODEL_AND_TEXT, *_LORA) if name in flags and name not in given]
+    silent = [name for name in (*_MODEL_AND_TEXT, *_LORA, *_QUANTIZED) if name in flags and name not in given]
     taken = [name for name in silent if saved.get(name) is not None]
     if issubclass(cls, TunerArguments | MegatronTunerArguments):  # what has been trained goes on training
         taken += [

@@ -13,6 +13,7 @@ from .checkpoint import HFSaveArguments
 from .data import DataArguments, PackingArguments
 from .fields import arg, flags_of, with_default
 from .model import HFModelArguments, TemplateArguments
+from .quantization import QuantizationArguments
 from .reporting import ReportArguments
 from .trainer import BackendArguments, TrainerArguments, TrainerSaveArguments
 from .tuner import TunerArguments
@@ -39,6 +40,7 @@ class SwiftSftArguments(
     PackingArguments,
     TrainerArguments,
     TunerArguments,
+    QuantizationArguments,
     TrainerSaveArguments,
     ReportArguments,
     BackendArguments,
@@ -64,6 +66,26 @@ class SwiftSftArguments(
             yield UserError(
                 f"--num_train_epochs {self.num_train_epochs:g}: the Megatron engine takes whole epochs",
                 "give whole epochs, or --max_steps",
+            )
+        yield from self._quantization_problems()
+
+    def _quantization_problems(self) -> Iterator[UserError]:
+        if not self.quant_method or self.tuner_type == "full":
+            return
+        if self.tuner_type not in _BESIDE_QUANTIZED:
+            yield UserError(
+                f"--quant_method: peft has no {self.tuner_type} adapters beside quantized weights",
+                f"use --tuner_type {', '.join(_BESIDE_QUANTIZED)}",
+            )
+        if self.init_weights.startswith("pissa"):
+            yield UserError(
+                f"--init_weights {self.init_weights} takes the start of the adapters out of the weights, and quantized "
+                "ones cannot be changed",
+                "drop it, or the quantization",
+            )
+        if self.fsdp_cpu_offload:
+            yield UserError(
+                "--fsdp_cpu_offload: quantized weights stay on the device", "drop it, or the quantization"
             )
 
     def for_loop(self, world_size: int, backend: str) -> Any:
@@ -130,6 +152,9 @@ class SwiftExportArguments(HFSaveArguments, CommonArguments):
         if not self.merge_lora:
             yield UserError("what to do with --adapters is not said", "add --merge_lora true")
 
+
+_BESIDE_QUANTIZED = ("lora", "oft", "vera", "ia3")
+"""Tuners that peft has for layers with quantized weights."""
 
 _MEGATRON = {"sft": MegatronSftArguments, "pt": MegatronPretrainArguments}
 SWIFT_COMMANDS: dict[str, type[Arguments]] = {

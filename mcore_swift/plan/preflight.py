@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import UserError, UserErrors
 from .check import check_layout, notices
 from .layout import Layout
-from .quantization import quantization_problems
+from .quantization import problems_beside_adapters, quantization_problems
 from .shape import ModelShape, family_of
 from .weights import multi_token_names, tensor_names, weight_problems
 
@@ -58,7 +58,11 @@ def preflight_swift(args: Any) -> list[UserError]:
         return [error]
     if not args.check_model or args.perform_initialization or args.resume_from_checkpoint:
         return []
-    return weight_problems(folder) + _quantization(folder)
+    if args.backend == "megatron":
+        return weight_problems(folder) + _quantization(folder)
+    return weight_problems(folder) + problems_beside_adapters(
+        args, read_config(folder), str(folder / "config.json")
+    )
 
 
 def _quantization(folder: Path) -> list[UserError]:

@@ -1,11 +1,26 @@
 """Which quantized Hugging Face checkpoints can be read: config.json says how its weights are stored."""
 
+import importlib.util
 from typing import Any
 
 from ..errors import UserError
 
 READABLE = {"fp8": "FP8 in blocks with their scales", "mxfp4": "MXFP4"}
 """`quant_method` of what converters/dequantize.py reads."""
+
+PACKAGES = {
+    "bitsandbytes": ("bitsandbytes",),
+    "gptq": ("gptqmodel", "optimum"),
+    "awq": ("gptqmodel",),
+    "hqq": ("hqq",),
+    "compressed-tensors": ("compressed-tensors",),
+    "torchao": ("torchao",),
+    "quanto": ("optimum-quanto",),
+    "eetq": ("kernels",),
+}
+"""`quant_method` of what transformers computes with, and the packages it does that with."""
+_MODULES = {"compressed-tensors": "compressed_tensors", "optimum-quanto": "optimum.quanto"}
+_METHOD_OF_FLAG = {"bnb": "bitsandbytes"}
 
 REMEDY = "give the checkpoint of the same model that is not quantized (bfloat16)"
 
@@ -42,3 +57,60 @@ def _fp8_problems(settings: dict[str, Any], source: str) -> list[UserError]:
     if settings.get("fmt", "e4m3") != "e4m3":
         return [UserError(f"{source}: fp8 weights of format {settings['fmt']!r}; e4m3 can be read", REMEDY)]
     return []
+
+
+def stored_method(config: dict[str, Any]) -> str | None:
+    """`quant_method` of weights that only transformers can compute with as they are stored; None for others."""
+    settings = config.get("quantization_config") or config.get("compression_config")
+    if not isinstance(settings, dict):
+        return None
+    method = settings.get("quant_method")
+    if method is None and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
+        method = "bitsandbytes"  # written by early versions
+    return None if method in READABLE else method
+
+
+def problems_beside_adapters(args: Any, config: dict[str, Any], source: str) -> list[UserError]:
+    """What keeps a transformers run from the weights beside a config.json, quantized as they are or to be.
+
+    Those that are read as plain weights go with everything; others with adapters only.
+    """
+    method = stored_method(config)
+    if method not in PACKAGES:
+        return quantization_problems(config, source) + package_problems(args.quant_method)
+    if args.tuner_type == "full":
+        return [
+            UserError(
+                f"{source}: weights quantized by {method} cannot be trained, and --tuner_type full trains all of them",
+                f"add --tuner_type lora, or {REMEDY}",
+            )
+        ]
+    if args.quant_method:
+        return [
+            UserError(
+                f"--quant_method {args.quant_method}: the weights are quantized by {method}", "drop it"
+            ),
+        ]
+    return package_problems(method)
+
+
+def package_problems(method: str | None) -> list[UserError]:
+    """The packages that a `quant_method`, or a value of --quant_method, needs and that are not installed."""
+    needed = PACKAGES.get(_METHOD_OF_FLAG.get(method or "", method or ""), ())
+    missing = [name for name in needed if not _installed(_MODULES.get(name, name))]
+    if not missing:
+        return []
+    names = " and ".join(missing)
+    return [
+        UserError(
+            f"weights quantized by {method} need what is not installed: {names}",
+            f"pip install {' '.join(missing)}",
+        )
+    ]
+
+
+def _installed(module: str) -> bool:
+    parent, _, child = module.rpartition(".")
+    if parent and importlib.util.find_spec(parent) is None:
+        return False
+    return importlib.util.find_spec(module) is not None

@@ -138,6 +138,14 @@ def test_dora_in_bf16_is_the_same_however_it_is_spread(runs):
         assert sharded[step][0] == pytest.approx(whole[step][0], rel=1e-4)
 
 
+def test_adapters_beside_quantized_weights_are_the_same_on_any_number_of_processes(runs):
+    """The weights stay whole on each process; a run that goes on quantizes them as it did before."""
+    pytest.importorskip("bitsandbytes")
+    assert_same_curve(runs("qlora"), runs("qlora-ddp2"), steps=[1, 2])
+    assert_same_curve(runs("qlora"), runs("qlora-again"), steps=[2])
+    assert curve(runs("qlora"))[1][0] != pytest.approx(curve(runs("lora"))[1][0], rel=1e-4), "4 bits are few"
+
+
 def test_biases_that_train_beside_adapters_begin_as_those_of_the_model(runs):
     beside, model = curve(runs("opt-lora-bias"))[1], curve(runs("opt-padded"))[1]
     assert beside[0] == pytest.approx(model[0], rel=1e-2), "bf16 beside fp32"

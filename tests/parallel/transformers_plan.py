@@ -35,6 +35,7 @@ GPT2, OPT, MOE = ({"model": f"{{models}}/{name}"} for name in ("gpt2", "opt", "m
 RANDOM = {"perform_initialization": "true", "seed": 5} | ONE_STEP
 EXPORT = {"save_safetensors": "true"}
 LORA = {"train_type": "lora", "lora_dropout": 0}
+QLORA = LORA | {"load_in_4bit": "true", "max_steps": 2, "save_steps": 1}
 STILL = {"learning_rate": 0} | ONE_STEP
 KINDS: dict[str, dict] = {
     "pissa": {"init_weights": "pissa"},
@@ -59,8 +60,8 @@ REFUSED: dict[str, tuple[dict, list[str]]] = {
 }
 
 
-def resumed(run: str) -> dict[str, str]:
-    return {"resume_from_checkpoint": f"{{runs}}/{run}/checkpoint-{SAVED}"}
+def resumed(run: str, step: int = SAVED) -> dict[str, str]:
+    return {"resume_from_checkpoint": f"{{runs}}/{run}/checkpoint-{step}"}
 
 
 STREAMED = {"streaming": "true", "shuffle_buffer_size": 20, "dataloader_num_workers": 0}
@@ -80,6 +81,7 @@ SWIFT: dict[int, dict[str, dict]] = {
         "moe-still": MOE | EXPORT | STILL,
         "lora-fsdp2": LORA | EXPORT,
         "dora-ddp2": LORA | BF16 | DDP | {"use_dora": "true", "max_steps": 2},
+        "qlora-ddp2": QLORA | DDP,
         "dora-fsdp2": LORA | BF16 | {"use_dora": "true", "max_steps": 2},
     },
     1: {
@@ -97,6 +99,8 @@ SWIFT: dict[int, dict[str, dict]] = {
         "eight-padded": EIGHT | {"per_device_train_batch_size": 4},
         "lora": LORA | EXPORT,
         "lora-fsdp2-to-one": LORA | resumed("lora-fsdp2"),
+        "qlora": QLORA,
+        "qlora-again": LORA | {"max_steps": 2} | resumed("qlora-ddp2", 1),
         "opt-lora-bias": OPT | EIGHT | LORA | BF16 | {"lora_bias": "all"},
         "lora-still": LORA | STILL | {"adapters": f"{{runs}}/lora/checkpoint-{STEPS}"},
         "frozen": {"freeze_parameters": "model", "trainable_parameters": "model.layers.3"} | ONE_STEP,

@@ -71,6 +71,14 @@ def test_args_json_keeps_what_the_user_gave(tmp_path):
     assert again == args and again.padding_free and again.attn_impl == "flash_attention_2"
 
 
+def test_short_names_of_quantization_are_its_long_ones(tmp_path):
+    args = arguments("--load_in_8bit", "true")
+    assert (args.quant_method, args.quant_bits) == ("bnb", 8)
+    args.save(tmp_path)
+    again = arguments("--resume_from_checkpoint", str(tmp_path))
+    assert (again.quant_method, again.quant_bits) == ("bnb", 8), "adapters go on beside what they were beside"
+
+
 def test_a_resumed_run_trains_what_it_has_trained(tmp_path):
     arguments("--train_type", "full", "--freeze_parameters", "model.embed").save(tmp_path)
     args = arguments("--resume_from_checkpoint", str(tmp_path))
@@ -110,7 +118,12 @@ def test_auto_resumes_with_the_adapter_of_the_newest_checkpoint(tmp_path):
         (["--learning_rat", "1"], ["did you mean --learning_rate"]),
         (["--tensor_model_parallel_size", "2"], ["`megatron sft`", "`swift sft`"]),
         (["--tuner_type", "adalora"], ["adalora", "ranks change"]),
-        (["--load_in_8bit", "true"], ["--load_in_8bit", "quantized"]),
+        (["--load_in_8bit", "true", "--quant_bits", "4"], ["--load_in_8bit means", "--quant_bits 8"]),
+        (["--load_in_4bit", "true", "--tuner_type", "full"], ["--quant_method", "cannot be trained"]),
+        (["--load_in_4bit", "true", "--tuner_type", "loha"], ["no loha adapters", "lora, oft, vera, ia3"]),
+        (["--quant_method", "bnb", "--quant_bits", "3"], ["--quant_bits 3", "4, 8"]),
+        (["--quant_bits", "4"], ["--quant_bits without --quant_method"]),
+        (["--quant_method", "gptq", "--quant_bits", "4"], ["gptq", "in that form already"]),
         (["--bf16", "true"], ["--torch_dtype bfloat16"]),
         (["--use_dora", "true", "--tuner_type", "ia3"], ["--use_dora is for --tuner_type lora"]),
         (["--freeze_parameters", "model"], ["--freeze_parameters is for --tuner_type full"]),

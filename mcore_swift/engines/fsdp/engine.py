@@ -35,6 +35,7 @@ from mcore_swift.engines.fsdp.model import (
     reshard,
 )
 from mcore_swift.engines.fsdp.optimizer import build_optimizer, scale_and_clip, set_hyperparameters
+from mcore_swift.engines.fsdp.quantized import is_quantized, load_quantized, number_of_values
 from mcore_swift.engines.fsdp.shards import (
     optimizer_shards,
     optimizer_step,
@@ -77,18 +78,24 @@ class TransformersEngine:
         self.saves_adapter = args.tuner_type != "full"
         end_to_end = args.packing or args.padding_free
         attention = attention_implementation(args.attn_impl, end_to_end=end_to_end)
-        # Weights that stay as they are wait in the precision they are used in.
-        self.base = build_on_meta(plan, attention, dtype if self.saves_adapter else torch.float32)
+        self._told = ""
+        self.is_quantized = is_quantized(plan, args)
+        if self.is_quantized:
+            self._check_quantized()
+            self.base, self._told = load_quantized(plan, args, attention, dtype)
+        else:
+            # Weights that stay as they are wait in the precision they are used in.
+            self.base = build_on_meta(plan, attention, dtype if self.saves_adapter else torch.float32)
         self.attention: str = self.base.config._attn_implementation
         if args.gradient_checkpointing and self.base.supports_gradient_checkpointing:
             self.base.gradient_checkpointing_enable({"use_reentrant": False})
-        self._told = ""
         self.model = self._choose_parameters(random=random)
         spread = Spread(
             processes.mesh(sharded=self.is_sharded),
             compute=dtype,
             offload=args.fsdp_cpu_offload and get_accelerator().is_cuda,
             keep_gathered=not self.is_sharded,
+            only_trained=self.is_quantized,
         )
         make_real(self.model, spread, seed=args.seed if random else None)
         if self.saves_adapter and not random:
@@ -98,12 +105,13 @@ class TransformersEngine:
 
     def _choose_parameters(self, *, random: bool) -> nn.Module:
         """The model with what trains and what does not; adapters that start from weights get those first."""
-        if self.saves_adapter:
+        if self.saves_adapter and not self.is_quantized:
             # Memory that nobody has written to takes no room yet; spreading the model lets go of it block by block.
             filled = give_memory(self.base, torch.device("cpu"))
             if random:
                 initialize_modules(self.base, filled, self.args.seed)
-        if needs_weights(self.args) and not self.args.adapters and not random:
+        is_empty = not random and not self.is_quantized
+        if needs_weights(self.args) and not self.args.adapters and is_empty:
             with torch.no_grad():
                 shards = weight_shards(self.base, dist.get_rank())
                 self._told = weights.load(self.args.model, self.base, shards, Ranks())
@@ -112,6 +120,19 @@ class TransformersEngine:
         model = choose_parameters(self.base, self.args)
         self._base_names = base_names(base, model) if self.saves_adapter else {}
         return model
+
+    def _check_quantized(self) -> None:
+        """Raise UserError for what quantized weights cannot be: trained, or sharded."""
+        if not self.saves_adapter:
+            raise UserError(
+                f"{self.args.model}: quantized weights cannot be trained, and --tuner_type full trains all of them",
+                "add --tuner_type lora",
+            )
+        if self.is_sharded:
+            raise UserError(
+                "--backend fsdp shards weights over the processes, and quantized ones stay whole on each",
+                "use --backend ddp",
+            )
 
     @torch.no_grad()
     def _load_base(self) -> None:
@@ -138,7 +159,7 @@ class TransformersEngine:
         how = "FSDP2" if self.is_sharded else "DDP" if self.layout.dp > 1 else "one process"
         parameters = list(self.model.parameters())
         trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-        share = trained / max(1, sum(parameter.numel() for parameter in parameters))
+        share = trained / max(1, sum(number_of_values(parameter) for parameter in parameters))
         what = "" if share == 1 else f", {self.args.tuner_type}: {trained:,} parameters train ({share:.2%})"
         return f"transformers, {how}, attention: {self.attention}{what}"
 
@@ -262,7 +283,7 @@ class TransformersEngine:
     @cached_property
     def _multiplied(self) -> int:
         """Parameters less the table that tokens look themselves up in; a tied one is the output layer too."""
-        total = sum(parameter.numel() for parameter in self.base.parameters())
+        total = sum(number_of_values(parameter) for parameter in self.base.parameters())
         table, head = self.base.get_input_embeddings(), self.base.get_output_embeddings()
         is_tied = head is not None and head.weight is table.weight
         return total if is_tied else total - table.weight.numel()

@@ -35,7 +35,7 @@ def read_plan(model: str) -> TransformersPlan:
         config = AutoConfig.from_pretrained(model)
     except (ValueError, OSError, KeyError) as error:
         raise UserError(
-            f"{model}/config.json: {_first_line(error)}", "give a checkpoint that transformers reads"
+            f"{model}/config.json: {first_line(error)}", "give a checkpoint that transformers reads"
         ) from None
     if type(config) not in AutoModelForCausalLM._model_mapping and not hasattr(config, "auto_map"):
         raise UserError(
@@ -45,8 +45,9 @@ def read_plan(model: str) -> TransformersPlan:
     return TransformersPlan(config, config.model_type)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+def first_line(error: Exception) -> str:
+    """What an error says first, for a message."""
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
 
 
 def attention_implementation(asked: str | None, *, end_to_end: bool) -> str | None:
@@ -76,7 +77,7 @@ def build_on_meta(
         with parameters_on_meta():
             model = AutoModelForCausalLM.from_config(plan.hf, dtype=dtype, **options)
     except (ValueError, ImportError) as error:
-        raise UserError(f"this model cannot be built: {_first_line(error)}") from None
+        raise UserError(f"this model cannot be built: {first_line(error)}") from None
     model.config.use_cache = False
     return model
 
@@ -104,13 +105,14 @@ class Spread:
 
     compute: of activations and of the copies of the weights they meet; the weights kept are what they were built
     as. offload: weights and optimizer state wait in host memory. keep_gathered: a block's weights stay gathered
-    between forward and backward pass.
+    between forward and backward pass. only_trained: frozen weights, which are quantized, stay whole and as they are.
     """
 
     mesh: DeviceMesh
     compute: torch.dtype
     offload: bool = False
     keep_gathered: bool = False
+    only_trained: bool = False
 
     @property
     def is_trivial(self) -> bool:
@@ -196,10 +198,12 @@ def _shard(unit: nn.Module, spread: Spread, *, is_root: bool) -> None:
     low = spread.compute is not torch.float32
     policy = MixedPrecisionPolicy(spread.compute, torch.float32) if low else MixedPrecisionPolicy()
     offload = {"offload_policy": CPUOffloadPolicy()} if spread.offload else {}
+    kept = {p for p in unit.parameters() if spread.only_trained and not p.requires_grad}
     fully_shard(
         unit,
         mesh=spread.mesh,
         mp_policy=policy,
         reshard_after_forward=not (is_root or spread.keep_gathered),
+        ignored_params=kept or None,
         **offload,
     )

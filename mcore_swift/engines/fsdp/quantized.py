@@ -1,0 +1,143 @@
+"""transformers models whose frozen weights are quantized: as they are read, or in the checkpoint already.
+
+Each process holds such a model whole, on its own device: adapters beside it are spread, it is not. Quantizing takes
+the weights one by one, so that no more than one of them is there in full precision.
+"""
+
+import time
+import warnings
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from converters.hf_reader import HFReader
+from mcore_swift.accelerator import get_accelerator
+from mcore_swift.engines.fsdp.model import TransformersPlan, first_line
+from mcore_swift.errors import UserError
+from mcore_swift.plan.quantization import stored_method
+
+_BITSANDBYTES_SAYS = (
+    r"MatMul8bitLt: inputs will be cast",
+    r".*Casting input to.*8bit",
+    r".*to float16 during quantization",
+)
+
+
+def is_quantized(plan: TransformersPlan, args: Any) -> bool:
+    """Whether weights are to be quantized, or the checkpoint's are in a form that transformers computes with."""
+    return bool(args.quant_method) or stored_method(plan.hf.to_dict()) is not None
+
+
+def load_quantized(
+    plan: TransformersPlan, args: Any, attention: str | None, dtype: torch.dtype
+) -> tuple[nn.Module, str]:
+    """The model on this process's device, and a line that tells how it was read.
+
+    dtype: of what is not quantized. Checkpoints in FP8 or MXFP4 are dequantized to be quantized anew.
+    Raises UserError for a form that transformers, or a package that it needs, cannot train beside here.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    for text in _BITSANDBYTES_SAYS:  # what it does for each of thousands of layers, in each step
+        warnings.filterwarnings("ignore", message=text)
+    started = time.monotonic()
+    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": get_accelerator().device}}
+    if attention:
+        options["attn_implementation"] = attention
+    try:
+        if args.quant_method:
+            how = f"quantized to {args.quant_bits} bits by {args.quant_method}"
+            model, told = _quantized_as_read(plan, args, dtype, options)
+        else:
+            how = f"quantized by {stored_method(plan.hf.to_dict())}"
+            model, told = AutoModelForCausalLM.from_pretrained(
+                args.model, output_loading_info=True, **options
+            )
+    except (ImportError, NotImplementedError, RuntimeError, ValueError, TypeError, OSError) as error:
+        raise UserError(f"{args.model}: {first_line(error)}", _remedy(args)) from None
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not quantizer.is_trainable:
+        raise UserError(
+            f"{args.model}: transformers does not train adapters beside weights {how}", _remedy(args)
+        )
+    if told["missing_keys"] or told["mismatched_keys"]:
+        names = sorted(map(str, (*told["missing_keys"], *told["mismatched_keys"])))[:5]
+        raise UserError(
+            f"{args.model} does not hold {', '.join(names)}", "copy or download the checkpoint again"
+        )
+    model.config.use_cache = False
+    model.name_or_path = args.model  # what peft writes down as the adapter's base
+    return model.train(), f"weights {how}, read in {time.monotonic() - started:.1f} s"
+
+
+def _quantized_as_read(
+    plan: TransformersPlan, args: Any, dtype: torch.dtype, options: dict[str, Any]
+) -> tuple[nn.Module, dict[str, Any]]:
+    from transformers import AutoModelForCausalLM
+
+    config = deepcopy(plan.hf)
+    for name in ("quantization_config", "compression_config"):
+        if hasattr(config, name):
+            delattr(config, name)
+    cls = AutoModelForCausalLM._model_mapping[type(config)]
+    with HFReader(args.model) as reader:
+        return cls.from_pretrained(
+            None,
+            config=config,
+            state_dict={name: _Unread(reader, name) for name in reader.names},
+            quantization_config=quantization_config(args, dtype),
+            output_loading_info=True,
+            **options,
+        )
+
+
+class _Unread:
+    """A tensor of a checkpoint that is read when transformers asks for its values, by `[...]`."""
+
+    def __init__(self, reader: HFReader, name: str) -> None:
+        self.reader, self.name = reader, name
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.reader.read(self.name)[index]
+
+
+def number_of_values(parameter: nn.Parameter) -> int:
+    """Weights that a parameter holds; several to a byte where it is packed."""
+    state = getattr(parameter, "quant_state", None)
+    return state.shape.numel() if state is not None else parameter.numel()
+
+
+def quantization_config(args: Any, dtype: torch.dtype) -> Any:
+    """What transformers calls the settings of `--quant_method`."""
+    import transformers
+
+    if args.quant_method == "bnb":
+        compute = getattr(torch, args.bnb_4bit_compute_dtype) if args.bnb_4bit_compute_dtype else dtype
+        storage = getattr(torch, args.bnb_4bit_quant_storage) if args.bnb_4bit_quant_storage else torch.uint8
+        return transformers.BitsAndBytesConfig(
+            load_in_4bit=args.quant_bits == 4,
+            load_in_8bit=args.quant_bits == 8,
+            bnb_4bit_compute_dtype=compute,
+            bnb_4bit_quant_type=args.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=args.bnb_4bit_use_double_quant,
+            bnb_4bit_quant_storage=storage,
+        )
+    if args.quant_method == "hqq":
+        return transformers.HqqConfig(nbits=args.quant_bits, **_given(axis=args.hqq_axis))
+    if args.quant_method == "quanto":
+        return transformers.QuantoConfig(weights=f"int{args.quant_bits}")
+    return transformers.EetqConfig(f"int{args.quant_bits}")
+
+
+def _given(**settings: Any) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _remedy(args: Any) -> str:
+    if args.quant_method:
+        return "use --quant_method bnb, or drop it"
+    return "give the checkpoint of the same model that is not quantized, with --quant_method bnb if it has to be small"
