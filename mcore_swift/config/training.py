@@ -26,7 +26,8 @@ class TrainArguments(Arguments):
     seed: int = arg(42, "seed of initial weights and dropout", at_least=0)
     calculate_per_token_loss: bool | None = arg(
         None,
-        "true: a step's loss is the mean over its tokens; false: the mean of the microbatches' means",
+        "what a step minimizes; true: the mean over its tokens; false: the mean of its microbatches' means. The log "
+        "shows the mean over tokens either way",
         default_text="true",
     )
     mtp_loss_scaling_factor: float = arg(

@@ -119,10 +119,9 @@ PROVEN_DENSE = ("TP", "SP", "PP", "VPP", "CP")
 PROVEN: dict[str, tuple[str, ...]] = {
     "llama": (*PROVEN_DENSE, "DP"),
     "qwen3": (*PROVEN_DENSE, "DP"),
-    "qwen3_moe": (*PROVEN_DENSE, "DP", "EP", "ETP"),
     **dict.fromkeys(
-        ("deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss", "mixtral", "olmoe", "qwen2_moe"),
-        (*PROVEN_DENSE, "DP", "EP"),
+        ("deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"),
+        (*PROVEN_DENSE, "DP", "EP", "ETP"),
     ),
 }
 """Family -> the kinds of parallelism in which tests/parallel/test_parity.py compares its logits, loss and every

@@ -61,6 +61,7 @@ ALL_LAYOUTS = {
         Layout(tp=2, ep=2, etp=2, dp=2, sequence_parallel=True),
         Layout(pp=2, ep=2, dp=2),
         Layout(ep=4, dp=4),
+        Layout(ep=2, etp=2, dp=4),
     ],
     8: [
         Layout(tp=2, pp=2, cp=2, sequence_parallel=True),
@@ -79,17 +80,12 @@ SOME_LAYOUTS = {
     4: [
         Layout(tp=2, pp=2, sequence_parallel=True),
         Layout(tp=2, cp=2, sequence_parallel=True),
-        Layout(tp=2, ep=2, dp=2, sequence_parallel=True),
-        Layout(ep=4, dp=4),
+        Layout(tp=2, ep=2, etp=2, dp=2, sequence_parallel=True),
+        Layout(ep=2, etp=2, dp=4),
     ],
     8: [],
 }
-SPLIT_EXPERTS = [
-    Layout(etp=2, dp=2),
-    Layout(tp=2, etp=2, sequence_parallel=True),
-    Layout(tp=2, ep=2, etp=2, dp=2, sequence_parallel=True),
-]
-MORE = {"gpt-oss": SPLIT_EXPERTS}
+MORE = {"gpt-oss": [Layout(etp=2, dp=2), Layout(tp=2, etp=2, sequence_parallel=True)]}
 """Layouts beside SOME_LAYOUTS of variants that are special in them: experts with biases, split."""
 ROWS, LENGTH = 2, 24
 ADAM_EPS = 1e6
