@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,7 @@ from converters.safetensors_format import TensorSpec
 from converters.side_files import copy_side_files
 from mcore_swift.errors import UserError
 from mcore_swift.models.rules import RuleTable, region_shape
-from mcore_swift.models.shards import LiveShard, live_shards
+from mcore_swift.models.shards import LiveShard, MergedShard, live_shards
 from mcore_swift.models.stored_form import AS_IS
 
 BUCKET_BYTES = 256 << 20
@@ -208,12 +209,41 @@ def _gather(
 ) -> Iterator[list[tuple[TensorPlan, torch.Tensor]]]:
     """Go through the rounds this rank takes part in; give the tensors, or parts, that it owns after each."""
     mine = [plan for plan in plans if ranks.rank in plan.participants]
+    values = _Values(shards)
     for _, members in groupby(sorted(mine, key=lambda plan: plan.round), key=lambda plan: plan.round):
-        yield _exchange(list(members), shards, ranks)
+        plans_of_round = list(members)
+        values.begin(plans_of_round, ranks.rank)
+        yield _exchange(plans_of_round, values, ranks)
+
+
+class _Values:
+    """The values of this rank's shards. Weights with an adapter in them are made for a round and let go after it."""
+
+    def __init__(self, shards: Sequence[LiveShard]) -> None:
+        self._shards = shards
+        self._merged: dict[Any, torch.Tensor] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return self._shards[0].data.device
+
+    def begin(self, plans: Sequence[TensorPlan], rank: int) -> None:
+        """Make what the plans of a round read of this rank, in an order that is the same on all ranks."""
+        read = [self._shards[piece.shard] for plan in plans for piece in plan.pieces if piece.source == rank]
+        layers = dict.fromkeys(shard.layer for shard in read if isinstance(shard, MergedShard))
+        self._merged = {layer: self._merged[layer] for layer in layers if layer in self._merged}
+        for layer in layers:
+            if layer not in self._merged:
+                self._merged[layer] = layer.merged()
+
+    def of(self, number: int) -> torch.Tensor:
+        """What shard `number` holds."""
+        shard = self._shards[number]
+        return shard.of(self._merged[shard.layer]) if isinstance(shard, MergedShard) else shard.data
 
 
 def _exchange(
-    plans: Sequence[TensorPlan], shards: Sequence[LiveShard], ranks: Ranks
+    plans: Sequence[TensorPlan], values: _Values, ranks: Ranks
 ) -> list[tuple[TensorPlan, torch.Tensor]]:
     """One round: one message from each rank to each owner, all pieces of the round in it in plan order."""
     outgoing: dict[int, list[tuple[TensorPlan, Piece]]] = {}
@@ -224,15 +254,15 @@ def _exchange(
                 outgoing.setdefault(plan.owner, []).append((plan, piece))
             elif piece.source != ranks.rank == plan.owner:
                 incoming.setdefault(piece.source, []).append((plan, piece))
-    device = shards[0].data.device
+    device = values.device
     sent = {peer: _message(pieces, device) for peer, pieces in outgoing.items()}
     for peer, pieces in outgoing.items():
         for (_, piece), part in zip(pieces, _parts(sent[peer], pieces), strict=True):
-            part.copy_(_local(piece, shards))
+            part.copy_(_local(piece, values))
     received = {peer: _message(pieces, device) for peer, pieces in incoming.items()}
     _communicate(sent, received, ranks)
     mine = [plan for plan in plans if plan.owner == ranks.rank]
-    owned = {(plan.spec.name, plan.region): _own_part(plan, shards, ranks.rank) for plan in mine}
+    owned = {(plan.spec.name, plan.region): _own_part(plan, values, ranks.rank) for plan in mine}
     for peer, pieces in incoming.items():
         for (plan, piece), part in zip(pieces, _parts(received[peer], pieces), strict=True):
             _place(piece, plan, owned[plan.spec.name, plan.region]).copy_(part)
@@ -249,14 +279,14 @@ def _communicate(sent: dict[int, torch.Tensor], received: dict[int, torch.Tensor
         work.wait()
 
 
-def _own_part(plan: TensorPlan, shards: Sequence[LiveShard], rank: int) -> torch.Tensor:
+def _own_part(plan: TensorPlan, values: _Values, rank: int) -> torch.Tensor:
     """The HF tensor with what this rank holds of it filled in; the parameter itself where that is all of it."""
     local = [piece for piece in plan.pieces if piece.source == rank]
     if len(plan.pieces) == len(local) == 1 and local[0].block.stored is AS_IS:
-        return _local(local[0], shards).to(plan.spec.dtype)
-    whole = torch.empty(region_shape(plan.region), dtype=plan.spec.dtype, device=shards[0].data.device)
+        return _local(local[0], values).to(plan.spec.dtype)
+    whole = torch.empty(region_shape(plan.region), dtype=plan.spec.dtype, device=values.device)
     for piece in local:
-        _place(piece, plan, whole).copy_(_local(piece, shards))
+        _place(piece, plan, whole).copy_(_local(piece, values))
     return whole
 
 
@@ -265,8 +295,8 @@ def _place(piece: Piece, plan: TensorPlan, whole: torch.Tensor) -> torch.Tensor:
     return piece.block.stored.view(whole, plan.region, piece.block.hf)
 
 
-def _local(piece: Piece, shards: Sequence[LiveShard]) -> torch.Tensor:
-    return piece.block.of(shards[piece.shard].data)
+def _local(piece: Piece, values: _Values) -> torch.Tensor:
+    return piece.block.of(values.of(piece.shard))
 
 
 def _message(pieces: Sequence[tuple[TensorPlan, Piece]], device: torch.device) -> torch.Tensor:

@@ -42,11 +42,16 @@ class MegatronTunerArguments(Arguments):
     lora_alpha: float = arg(32, "adapters count alpha / rank times", above=0)
     lora_dropout: float = arg(0.05, "share of an adapter's inputs left out in training", at_least=0, below=1)
     use_rslora: bool = arg(False, "alpha / sqrt(rank) in place of alpha / rank (arXiv:2312.03732)")
-
     lorap_lr_ratio: float | None = arg(
         None,
         "LoRA+: learning rate of B as a multiple of that of all else (arXiv:2402.12354); the schedule moves both",
         above=0,
+    )
+    merge_lora: bool | None = arg(
+        None,
+        "with adapters, at each save: write the whole model with the adapter in its weights too, as a Hugging Face "
+        "checkpoint in checkpoint-N-merged. The frozen weights stay as they are",
+        default_text="as --save_safetensors",
     )
     freeze_parameters: list[str] = arg(
         [], "with full: weights that stay as they are, by the beginnings of their Hugging Face names"
@@ -62,8 +67,19 @@ class MegatronTunerArguments(Arguments):
     )
     trainable_parameters_regex: str | None = arg(None, "the same by an expression found in their names")
 
+    def fill(self) -> None:
+        if self.merge_lora is None:
+            self.merge_lora = self.tuner_type == "lora" and getattr(self, "save_safetensors", False)
+
     def check(self) -> Iterator[UserError]:
         yield from check_freezing(self)
+        if self.merge_lora and self.tuner_type != "lora":
+            yield UserError("--merge_lora true: there is no adapter to merge", "add --tuner_type lora")
+        elif self.merge_lora and not getattr(self, "save_safetensors", True):
+            yield UserError(
+                "--merge_lora true writes safetensors at each save, and --save_safetensors false writes none",
+                "drop one of them",
+            )
         lora = self.tuner_type == "lora"
         for name in ("adapters", "mcore_adapter") if not lora else ():
             if getattr(self, name):

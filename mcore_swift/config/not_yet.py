@@ -180,11 +180,6 @@ _MEGATRON = table(
     ),
     # tuners
     settings(
-        "with adapters it is not supported yet; merge afterwards with `swift export --adapters <checkpoint> "
-        "--merge_lora true`",
-        merge_lora=(None, False),
-    ),
-    settings(
         "this kind of adapter is not supported yet",
         modules_to_save=None,
         lora_bias="none",

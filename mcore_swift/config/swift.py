@@ -100,6 +100,7 @@ class SwiftSftArguments(
         if values["num_train_epochs"] is not None:
             values["num_train_epochs"] = int(values["num_train_epochs"])
         granularity = "full" if self.gradient_checkpointing else "none"
+        values["merge_lora"] = False  # here a checkpoint is a PEFT folder, whichever engine trains
         values |= {"recompute_granularity": granularity, "use_distributed_optimizer": self.optim != "sgd"}
         cls = _MEGATRON[self.COMMAND]
         return cls(**{name: value for name, value in values.items() if name in flags_of(cls)})

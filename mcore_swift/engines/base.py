@@ -123,6 +123,10 @@ class Engine(Protocol):
         """Write the weights, and what makes them a Hugging Face checkpoint, into an existing folder. Collective."""
         ...
 
+    def export_merged(self, folder: Path, max_shard_bytes: int, ranks: "Ranks", budget: "Budget") -> None:
+        """Where `saves_adapter` and the arguments ask for it: write the model with the adapter in it. Collective."""
+        ...
+
     def describe_adapter(self, folder: Path) -> None:
         """Write the config of the adapter, where `saves_adapter`, into a checkpoint's folder. On one rank."""
         ...

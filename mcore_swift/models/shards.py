@@ -6,6 +6,7 @@ its place in the whole tensor, whatever the layout: whoever copies weights needs
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,6 +38,23 @@ class LiveShard:
     region: Region
     global_shape: Shape
     replica: tuple[int, ...] = (0, 0, 0)
+
+
+@dataclass(frozen=True)
+class MergedShard(LiveShard):
+    """A shard of a weight with an adapter beside it. `data` is the frozen weight's; what is read is `layer.merged()`.
+
+    layer: has `weight`, of which `data` is a view, and `merged()`, which gives a new tensor of its shape and type. All
+    ranks of the layer's tensor-parallel group ask for it at the same time.
+    """
+
+    layer: Any = None
+
+    def of(self, merged: torch.Tensor) -> torch.Tensor:
+        """The shard's values in what `layer.merged()` gave."""
+        weight, view = self.layer.weight, self.data
+        place = merged.storage_offset() + view.storage_offset() - weight.storage_offset()
+        return merged.as_strided(view.shape, view.stride(), place)
 
 
 def is_expert(key: str) -> bool:

@@ -2,7 +2,8 @@
 
 A run's folder holds `checkpoint-N/` for the steps that were saved, and `latest`, a link to the newest. Each holds
 `manifest.json` (what is in it), `args.json`, `mcore/` (torch_dist: weights, optimizer, generators) and the files
-that make it a Hugging Face checkpoint as well: config, tokenizer and, on request, weights.
+that make it a Hugging Face checkpoint as well: config, tokenizer and, on request, weights. Of an adapter these are a
+PEFT folder, and on request `checkpoint-N-merged/` beside it is the model with the adapter in its weights.
 """
 
 import contextlib
@@ -31,6 +32,7 @@ MCORE = "mcore"
 GENERATORS = "rng"
 LATEST = "latest"
 _MAIN_WEIGHT = f"optimizer.{MAIN_WEIGHT}."
+MERGED = "-merged"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _LEFTOVERS = tuple(f".checkpoint-*.{what}" for what in ("writing", "replaced", "deleting"))
 
@@ -72,7 +74,8 @@ class Checkpoints:
     """Writes and reads the checkpoints of one run.
 
     source_dir: the Hugging Face folder whose config and tokenizer go along. export_hf: writes the weights in
-    Hugging Face form into a folder (collective), or None. timeout_s: longest time a save may take.
+    Hugging Face form into a folder (collective), or None. export_merged: the same of the model with its adapter merged,
+    into a folder of its own. timeout_s: longest time a save may take.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class Checkpoints:
         source_dir: str,
         ranks: Ranks,
         export_hf: Callable[[Path], None] | None = None,
+        export_merged: Callable[[Path], None] | None = None,
         timeout_s: float = 3600.0,
     ) -> None:
         self.run_dir = run_dir
@@ -93,6 +97,7 @@ class Checkpoints:
         self.ranks = ranks
         self.timeout_s = timeout_s
         self._export_hf = export_hf
+        self._export_merged = export_merged
         self._pending: _BackgroundSave | None = None
 
     @property
@@ -115,6 +120,11 @@ class Checkpoints:
             self._together(lambda: self._write_description(folder, state))
             if self._export_hf is not None:
                 self._export_hf(folder)
+            if self._export_merged is not None:
+                beside = final.with_name(final.name + MERGED)
+                merged = stack.enter_context(pending_directory(beside, self.ranks, exist_ok=True))
+                self._export_merged(merged)
+                self._together(lambda: self._write_args(merged), only_first=True)
             self._together(lambda: self._write_generators(folder))
             writing = _BackgroundSave(
                 folder,
@@ -176,10 +186,13 @@ class Checkpoints:
         if not self.engine.saves_adapter:
             changes = self.engine.plan.table.config if hasattr(self.engine.plan, "table") else None
             copy_side_files(self.source_dir, folder, self.engine.dtype, changes)
-        with disk_errors(folder):
-            self.args.save(folder)
+        self._write_args(folder)
         if self.engine.saves_adapter:
             self.engine.describe_adapter(folder)
+
+    def _write_args(self, folder: Path) -> None:
+        with disk_errors(folder):
+            self.args.save(folder)
 
     def _write_generators(self, folder: Path) -> None:
         if "rng" in self.holds:
@@ -226,9 +239,13 @@ class Checkpoints:
         found = checkpoints_in(self.run_dir)
         others = [path for step, path in found if step not in (state.step, state.best_step)]
         for path in others[: max(0, len(found) - limit)]:
-            doomed = path.with_name(f".{path.name}.deleting")  # never half-deleted under its own name
-            path.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            for place in (path, path.with_name(path.name + MERGED)):
+                if place.is_dir():
+                    doomed = place.with_name(
+                        f".{place.name}.deleting"
+                    )  # never half-deleted under its own name
+                    place.rename(doomed)
+                    shutil.rmtree(doomed, ignore_errors=True)
 
     def _together(self, action: Callable[[], Any], *, only_first: bool = False) -> None:
         """Run an action, on the first rank or on all, and raise on all what went wrong on any."""

@@ -81,6 +81,9 @@ def _build_run(args: Any, layout: Layout, ranks: Ranks, resume: Path | None, run
     def export(folder: Path) -> None:
         engine.export_hf(folder, size_bytes(args.max_shard_size), ranks, budget)
 
+    def export_merged(folder: Path) -> None:
+        engine.export_merged(folder, size_bytes(args.max_shard_size), ranks, budget)
+
     checkpoints = Checkpoints(
         run_dir,
         engine,
@@ -88,6 +91,7 @@ def _build_run(args: Any, layout: Layout, ranks: Ranks, resume: Path | None, run
         source_dir=args.model,
         ranks=ranks,
         export_hf=export if args.save_safetensors else None,
+        export_merged=export_merged if getattr(args, "merge_lora", False) else None,
         timeout_s=max(3600.0, args.ddp_timeout),
     )
     return Run(

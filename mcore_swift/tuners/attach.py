@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from torch import nn
 
 from mcore_swift.models.rules import RuleTable
-from mcore_swift.models.shards import ADAPTER, LiveShard, parameter_shards, unwrap
+from mcore_swift.models.shards import ADAPTER, LiveShard, MergedShard, parameter_shards, unwrap
 from mcore_swift.tuners.lora import LoraLinear
 from mcore_swift.tuners.parts import parts_by_weight
 from mcore_swift.tuners.settings import LoraSettings
@@ -49,6 +49,22 @@ def adapter_shards(chunks: Iterable[nn.Module]) -> list[LiveShard]:
         for _, shard in parameter_shards(unwrap(chunk))
         if shard.key.startswith(ADAPTER)
     ]
+
+
+def merged_shards(chunks: Iterable[nn.Module]) -> list[LiveShard]:
+    """The model's weights as `live_shards` gives them, but those with an adapter beside them with the adapter in them.
+
+    Nothing is merged yet: whoever reads such a shard makes its layer's weight, uses it and lets it go.
+    """
+    shards = []
+    for chunk in map(unwrap, chunks):
+        adapted = {layer.weight: layer for layer in chunk.modules() if isinstance(layer, LoraLinear)}
+        for parameter, shard in parameter_shards(chunk):
+            if parameter in adapted:
+                shard = MergedShard(**vars(shard), layer=adapted[parameter])
+            if not shard.key.startswith(ADAPTER):
+                shards.append(shard)
+    return shards
 
 
 def _parallel_linears(chunk: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module, bool]]:

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lora_merging
 import pytest
 import torch
 import torch.distributed as dist
@@ -122,6 +123,7 @@ def agrees_with_peft(folder: Path, adapter: Path, layout: Layout, packed: bool) 
         reference.grad_norm,
     )
     write_adapter(written, adapter_shards(engine.chunks), engine.adapter, str(folder / "model"), linear)
+    dist.barrier()
     if dist.get_rank() == 0:
         stepped = load_file(written / "adapter_model.safetensors")
         assert stepped.keys() == reference.after.keys()
@@ -131,6 +133,8 @@ def agrees_with_peft(folder: Path, adapter: Path, layout: Layout, packed: bool) 
             torch.testing.assert_close(
                 stepped[name], expected, atol=WEIGHT_ATOL, rtol=0, msg=lambda text, n=name: f"{n}: {text}"
             )
+    stepped = load_file(written / "adapter_model.safetensors")
+    lora_merging.equals_base_and_adapter(engine, folder / "model", stepped)
     for before, shard in zip(frozen, live_shards(engine.chunks), strict=True):
         assert torch.equal(before, shard.data), f"{shard.key} is frozen and has changed"
 
@@ -182,6 +186,17 @@ def divided_tensor_is_refused(folder: Path) -> None:
         MegatronEngine(read_model(str(folder / "model")), Layout(), args, torch.float32)
 
 
+def base_stays(folder: Path, name: str, layout: Layout) -> None:
+    reference: AdapterReference = torch.load(folder / name / "reference.pt", weights_only=False)
+    start(layout)
+    engine = engine_with(folder, folder / name / "adapter", layout, packed=True)
+    batches = microbatches(reference.samples, True, layout)
+    share = len(batches) // layout.dp
+    begin = parallel_state.get_data_parallel_rank() * share
+    batches = batches[begin : begin + share]
+    lora_merging.base_stays_after_many_exports(engine, batches, lr=0.1 * LEARNING_RATE * ADAM_EPS)
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     world_size = int(os.environ["WORLD_SIZE"])
@@ -202,6 +217,8 @@ def main() -> None:
         cases[f"{name} frozen {layout}"] = partial(
             trains_a_part, folder / variant, layout, bool(len(cases) % 2), **FROZEN[name]
         )
+    if world_size == 2:
+        cases["base stays"] = partial(base_stays, folder / "qwen2", "mlp", Layout(tp=2))
     cases["divided tensor"] = partial(divided_tensor_is_refused, folder / "qwen3")
     run_cases(cases, folder)
 

@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from converters.budget import Budget
-from converters.export import check_budget, write_hf
+from converters.export import check_budget, write_hf, write_shards_as_hf
 from converters.hf_reader import HFReader
 from converters.load import load_hf
 from converters.peft_config import module_of
@@ -52,7 +52,7 @@ from mcore_swift.plan.layout import Layout
 from mcore_swift.plan.preflight import read_shape
 from mcore_swift.plan.shape import ModelShape
 from mcore_swift.plan.stages import is_uneven, render_stages, stage_letters
-from mcore_swift.tuners.attach import adapter_names, adapter_shards, attach
+from mcore_swift.tuners.attach import adapter_names, adapter_shards, attach, merged_shards
 from mcore_swift.tuners.freezing import freezes
 from mcore_swift.tuners.settings import LoraSettings
 from mcore_swift.tuners.targets import linear_modules
@@ -233,6 +233,16 @@ class MegatronEngine:
             self.chunks, self.plan.table, self.args.model, folder, max_shard_bytes, self.dtype, ranks, budget
         )
 
+    @torch.no_grad()
+    def export_merged(self, folder: Path, max_shard_bytes: int, ranks: Ranks, budget: Budget) -> None:
+        """Write the model with the adapter in its weights, in Hugging Face form. Collective.
+
+        The frozen weights are not touched: each layer's sum is made as it is written.
+        """
+        shards = merged_shards(self.chunks)
+        source, table = self.args.model, self.plan.table
+        write_shards_as_hf(shards, table, source, folder, max_shard_bytes, self.dtype, ranks, budget)
+
     def describe_adapter(self, folder: Path) -> None:
         """Write the adapter's config, by which a checkpoint tells what adapter it holds. On one rank."""
         linear = linear_modules(self.plan.table)
@@ -241,7 +251,7 @@ class MegatronEngine:
 
     def check_budget(self, budget: Budget, ranks: Ranks) -> None:
         """Raise UserError, on every rank, if `export_hf` could not keep to the budget. Collective."""
-        if self.adapter is None:  # adapters are small, and are gathered whole
+        if self.adapter is None or self.args.merge_lora:  # adapters are small, and are gathered whole
             check_budget(self.chunks, self.plan.table, budget, ranks)
 
     def training_flops(self, tokens: float, squares: float) -> float:
