@@ -46,11 +46,9 @@ def _reads(source: Source, plan: stream.MCorePlan | stream.HFPlan, rank: int) ->
     """Bytes that a process reads of each file."""
     found: Counter[Path] = Counter()
     if isinstance(plan, stream.MCorePlan):
-        shapes = source.reader.shapes
         for spec, region in plan.shares[rank]:
-            for block in plan.table.by_mcore[spec.name].blocks(region, shapes):
-                for path, nbytes in source.reader.files_of(block.name, block.hf):
-                    found[path] += nbytes
+            for path, nbytes in source.reader.files_of(spec.name, region):
+                found[path] += nbytes
         return found
     specs = {spec.name for file in plan.files_of(rank) for spec in file.specs}
     shapes = source.reader.shapes

@@ -1,4 +1,7 @@
-"""`megatron export`: a Hugging Face checkpoint to megatron-core's, or back, and the proof that both agree."""
+"""`megatron export`: a Hugging Face checkpoint to megatron-core's, or back, and the proof that both agree.
+
+An adapter may be given beside either: it is merged into the weights as they are read, or converted alone.
+"""
 
 import os
 from collections.abc import Iterator
@@ -12,16 +15,19 @@ import torch
 import torch.distributed as dist
 
 from converters import stream
+from converters.adapters import convert_adapter, open_adapter
 from converters.attempt import identity
 from converters.budget import Budget
 from converters.hf_reader import HFReader
 from converters.journal import Journal
+from converters.manifest import FILE_NAME as MANIFEST
 from converters.manifest import Manifest, versions
 from converters.pending import disk_errors, pending_directory
 from converters.progress import Shown, size
 from converters.ranks import Ranks
 from converters.side_files import copy_side_files
 from converters.torch_dist_reader import MCoreReader
+from converters.views import HFView, MergedView, NamedWeights, View
 from mcore_swift.config.checkpoint import size_bytes
 from mcore_swift.errors import UserError
 from mcore_swift.observability import configure_logging
@@ -45,6 +51,11 @@ def export_main(args: Any) -> int:
     """
     configure_logging()
     with _processes(args) as ranks:
+        if args.adapter and not args.merge_lora:
+            model = _read_plan(hf_source(args), args.mtp_num_layers)
+            adapter = open_adapter(args.adapter, model.table)
+            convert_adapter(adapter, model.table, args, ranks, model.family.name, to_mcore=args.to_mcore)
+            return 0
         convert(args, ranks)
         if args.test_convert_precision:
             check_precision(args, ranks)
@@ -53,40 +64,59 @@ def export_main(args: Any) -> int:
 
 @dataclass(frozen=True)
 class Source:
-    """What a conversion reads: an open checkpoint, and the model it is of. description: where config.json is."""
+    """What a conversion reads: an open checkpoint, by megatron-core's keys, and the model it is of.
+
+    description: where config.json is.
+    """
 
     folder: str
     description: str
-    reader: HFReader | MCoreReader
+    reader: View
     model: "ModelPlan"
 
 
 @contextmanager
 def open_source(args: Any) -> Iterator[Source]:
-    """--model or --mcore_model, by the direction asked for. Raises UserError if it is broken."""
-    staging = Budget.of(args.memory_budget).staging
-    if args.to_mcore:
-        model = _read_plan(args.model, args.mtp_num_layers)
-        with HFReader(args.model, staging) as reader:
-            yield Source(args.model, args.model, reader, model)
-        return
+    """--mcore_model, or --model where that is not given, with the adapter in it. Raises UserError if it is broken."""
     description = hf_source(args)
     model = _read_plan(description, args.mtp_num_layers)
-    with MCoreReader(args.mcore_model, staging_bytes=staging) as reader:
-        yield Source(args.mcore_model, description, reader, model)
+    with _open_weights(args, model) as view:
+        if args.adapter:
+            view = MergedView(view, model.table, open_adapter(args.adapter, model.table))
+        yield Source(args.adapter or args.mcore_model or args.model, description, view, model)
+
+
+@contextmanager
+def _open_weights(args: Any, model: "ModelPlan") -> Iterator[View]:
+    staging = Budget.of(args.memory_budget).staging
+    if args.mcore_model is None:
+        with HFReader(args.model, staging) as reader:
+            yield HFView(reader, model.table)
+    elif named_by_transformers(args.mcore_model):
+        place = Path(args.mcore_model) / MCORE
+        with NamedWeights(place, model.table, staging) as reader:
+            yield HFView(reader, model.table.matrices.as_held(reader.shapes))
+    else:
+        with MCoreReader(args.mcore_model, staging_bytes=staging) as reader:
+            yield reader
+
+
+def named_by_transformers(folder: str) -> bool:
+    """Whether a checkpoint is one of the engine for transformers' models."""
+    return (Path(folder) / MANIFEST).is_file() and Manifest.read(folder).engine == "fsdp"
 
 
 def plan_of(args: Any, source: Source, processes: int) -> stream.MCorePlan | stream.HFPlan:
     """Who writes what. Raises UserError if checkpoint and model do not fit, or the memory budget is too small."""
     table, dtype, budget = source.model.table, _dtype(args.torch_dtype), Budget.of(args.memory_budget)
     if args.to_mcore:
-        return stream.plan_mcore(source.reader, table, dtype, processes, budget)
+        return stream.plan_view(source.reader, table, dtype, processes, budget)
     shard = size_bytes(args.max_shard_size)
     return stream.plan_hf(source.reader, table, shard, dtype, processes, budget)
 
 
 def convert(args: Any, ranks: Ranks) -> None:
-    """--model or --mcore_model -> --output_dir. Collective.
+    """--model or --mcore_model, and the adapter beside it -> --output_dir. Collective.
 
     A folder in torch_dist format is laid out like the checkpoints of a training run.
     """
@@ -94,7 +124,7 @@ def convert(args: Any, ranks: Ranks) -> None:
         plan = plan_of(args, source, ranks.size)
         with _unfinished(args, ranks, plan, source) as (folder, journal, progress):
             if args.to_mcore:
-                stream.hf_to_mcore(source.reader, plan, folder / MCORE, ranks, progress, journal)
+                stream.view_to_mcore(source.reader, plan, folder / MCORE, ranks, progress, journal)
             else:
                 stream.mcore_to_hf(source.reader, plan, source.description, folder, ranks, progress, journal)
             journal.close()
@@ -145,8 +175,8 @@ def _unfinished(
 
 
 def hf_source(args: Any) -> str:
-    """Where config and tokenizer come from: the checkpoint itself if it has them, else --model."""
-    own = Path(args.mcore_model)
+    """Where config and tokenizer come from: the megatron-core checkpoint if it has them, else --model."""
+    own = Path(args.mcore_model or args.model)
     return str(own) if (own / "config.json").is_file() else args.model
 
 

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -125,18 +126,22 @@ class PeftAdapter:
         self.shapes = {name: place.extent(held.shapes[place.name]) for name, place in self._places.items()}
         self.held = replace(held, shapes=self.shapes)
         self.settings = settings_of(self.held)
+        self.modules = self.held.weight_shapes
+        self.files = {self.path, self.folder / CONFIG}
+        self._file: Any = None
         self._config_of_experts(held)
 
     def read(self, key: str, region: Region) -> torch.Tensor:
         """A region of a matrix, by its key. Raises UserError if the file cannot be read."""
         place = self._places[peft_name(key)]
         try:
-            with safe_open(self.path, framework="pt") as file:
-                if place.rows is None:
-                    return file.get_slice(place.name)[as_slices(region)]
-                whole = file.get_slice(place.name)[place.rows]
-                own = whole if place.columns is None else whole[:, place.columns]
-                return own[as_slices(region)]
+            if self._file is None:
+                self._file = safe_open(self.path, framework="pt")
+            stored = self._file.get_slice(place.name)
+            if place.rows is None:
+                return stored[as_slices(region)]
+            whole = stored[place.rows]
+            return (whole if place.columns is None else whole[:, place.columns])[as_slices(region)]
         except (OSError, SafetensorError) as error:
             raise UserError(f"{self.path}: cannot be read ({error})", "copy the file again") from None
 

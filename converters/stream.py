@@ -6,7 +6,7 @@ With several processes, each converts a share of the bytes.
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 
 from converters import torch_dist_writer
 from converters.budget import UNBOUNDED, Budget
-from converters.coverage import check_hf, check_mcore
+from converters.coverage import check_mcore
 from converters.hf_reader import HFReader
 from converters.hf_writer import HFWriter, PlannedFile, in_writing_order, plan_files, share_out, write_index
 from converters.journal import Journal
@@ -27,8 +27,8 @@ from converters.regions import clip, slabs
 from converters.safetensors_format import TensorSpec
 from converters.side_files import copy_side_files
 from converters.stored import Buffers
-from converters.torch_dist_reader import MCoreReader
 from converters.torch_dist_writer import Chunk, MCoreWriter, nbytes_of, share_chunks
+from converters.views import HFView, View
 from mcore_swift.models.rules import (
     Block,
     Region,
@@ -84,9 +84,20 @@ def plan_mcore(
 
     Raises UserErrors if checkpoint and table do not fit, UserError if the budget is too small.
     """
-    mcore_shapes = check_hf(table, reader.shapes, str(reader.model_dir))
+    return plan_view(HFView(reader, table), table, dtype, processes, budget)
+
+
+def plan_view(
+    view: View,
+    table: RuleTable,
+    dtype: torch.dtype | None = None,
+    processes: int = 1,
+    budget: Budget = UNBOUNDED,
+) -> MCorePlan:
+    """Plan `view_to_mcore`; see `plan_mcore`."""
+    check_mcore(table, view.shapes, str(view.folder))
     specs = [
-        TensorSpec(rule.mcore, mcore_shapes[rule.mcore], rule.converted(dtype) or _widest(reader, rule))
+        replace(view.specs[rule.mcore], dtype=rule.converted(dtype) or view.specs[rule.mcore].dtype)
         for rule in table.rules
     ]
     budget.check(specs)
@@ -95,7 +106,7 @@ def plan_mcore(
 
 
 def plan_hf(
-    reader: MCoreReader,
+    reader: View,
     table: RuleTable,
     max_shard_bytes: int,
     dtype: torch.dtype | None = None,
@@ -126,17 +137,27 @@ def hf_to_mcore(
     journal: this process's; the pieces that it has kept are not written again.
     Raises UserError if the disk is full.
     """
+    view_to_mcore(HFView(reader, plan.table), plan, folder, ranks, progress, journal)
+
+
+def view_to_mcore(
+    view: View,
+    plan: MCorePlan,
+    folder: Path,
+    ranks: Ranks | None = None,
+    progress: Progress | None = None,
+    journal: Journal | None = None,
+) -> None:
+    """The same from any view of weights."""
     ranks, progress = ranks or Ranks(), progress or Silent()
     _check_space(folder, plan.specs, ranks, journal)
-    shapes = reader.shapes
     chunks = plan.shares[ranks.rank]
     writer = MCoreWriter(folder, chunks, ranks, journal)
     kept = sum(nbytes_of(*chunk) for chunk in chunks[: len(journal.kept) if journal else 0])
     progress.begin(sum(spec.nbytes for spec in plan.specs), plan.nbytes_of(ranks.rank), kept)
 
     def fill(spec: TensorSpec, region: Region, out: torch.Tensor) -> None:
-        for block in plan.table.by_mcore[spec.name].blocks(region, shapes):
-            reader.copy_block(block, block.of(out))
+        view.copy_into(spec.name, region, out)
         progress.advance(out.nbytes)
 
     _agreeing(ranks, lambda: writer.write(fill))
@@ -144,7 +165,7 @@ def hf_to_mcore(
 
 
 def mcore_to_hf(
-    reader: MCoreReader,
+    reader: View,
     plan: HFPlan,
     source_dir: str | Path,
     folder: Path,
@@ -187,7 +208,7 @@ def _agreeing(ranks: Ranks, action: Callable[[], None]) -> None:
 
 
 def _write_files(
-    reader: MCoreReader, plan: HFPlan, folder: Path, rank: int, progress: Progress, journal: Journal | None
+    reader: View, plan: HFPlan, folder: Path, rank: int, progress: Progress, journal: Journal | None
 ) -> None:
     specs = [spec for file in plan.files_of(rank) for spec in file.specs]
     parts = _parts(reader, plan, specs)
@@ -212,7 +233,7 @@ class _Part:
     blocks: list[Block]
 
 
-def _parts(reader: MCoreReader, plan: HFPlan, specs: list[TensorSpec]) -> Iterator[_Part]:
+def _parts(reader: View, plan: HFPlan, specs: list[TensorSpec]) -> Iterator[_Part]:
     shapes = reader.shapes
     for _, group in groupby(specs, key=lambda spec: plan.table.by_hf[spec.name].mcore):
         tensors = list(group)
@@ -223,7 +244,7 @@ def _parts(reader: MCoreReader, plan: HFPlan, specs: list[TensorSpec]) -> Iterat
                 yield _Part(spec, region, rule, blocks[spec.name])
 
 
-def _fill_part(reader: MCoreReader, job: _Part, buffers: Buffers) -> torch.Tensor:
+def _fill_part(reader: View, job: _Part, buffers: Buffers) -> torch.Tensor:
     part = buffers.tensor(region_shape(job.region), job.spec.dtype)
     covered = 0
     for block in job.blocks:
@@ -249,15 +270,7 @@ def _blocks_by_name(rule: Rule, mcore_shapes: dict[str, Shape]) -> dict[str, lis
     return blocks
 
 
-def _hf_specs(reader: MCoreReader, rule: Rule, dtype: torch.dtype | None) -> list[TensorSpec]:
+def _hf_specs(reader: View, rule: Rule, dtype: torch.dtype | None) -> list[TensorSpec]:
     stored = reader.specs[rule.mcore]
     shapes = rule.hf_shapes(stored.shape)
     return [TensorSpec(name, shapes[name], rule.converted(dtype) or stored.dtype) for name in rule.hf]
-
-
-def _widest(reader: HFReader, rule: Rule) -> torch.dtype:
-    """The dtype that holds all parts of a megatron-core tensor without loss."""
-    widest, *others = (reader.dtype(name) for name in rule.hf)
-    for other in others:
-        widest = torch.promote_types(widest, other)
-    return widest

@@ -130,10 +130,16 @@ def folder_problems(args: Arguments) -> list[UserError]:
 
 def adapter_problems(folder: str, args: Arguments) -> list[UserError]:
     """What shows of an adapter in its files: kind, whether they are whole, and whether it fits `--model`."""
+    from ..plan.adapter import WEIGHTS
     from ..plan.adapter import folder_problems as problems_of
 
     if not Path(folder).is_dir():
         return [UserError(f"--adapters {folder}: no such folder", "give the folder of a PEFT adapter")]
+    if (Path(folder) / "manifest.json").is_file() and not (Path(folder) / WEIGHTS).is_file():
+        if args.COMMAND == "export":
+            return []  # read from the checkpoint's own files
+        remedy = "go on with --mcore_adapter, or make a PEFT folder of it with `swift export --to_peft_format true`"
+        return [UserError(f"--adapters {folder}: is a checkpoint without a PEFT adapter in it", remedy)]
     base = Path(args.model).expanduser() if getattr(args, "model", None) else None
     return problems_of(folder, base if base and base.is_dir() else None)
 

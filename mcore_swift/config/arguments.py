@@ -78,8 +78,18 @@ class MegatronExportArguments(
     to_hf: bool = arg(False, "megatron-core checkpoint (--mcore_model) to a Hugging Face checkpoint")
     mcore_model: str | None = arg(
         None,
-        "megatron-core checkpoint to convert; its args.json tells --model, the source of config and "
-        "tokenizer",
+        "checkpoint of a training run, or of --to_mcore, to convert; its args.json tells --model, the source of "
+        "config and tokenizer",
+    )
+    adapters: list[str] = arg(
+        [], "adapter beside those weights: a PEFT folder, or a checkpoint of a run that trained one"
+    )
+    mcore_adapter: str | None = arg(None, "the same, of a run on megatron-core")
+    merge_lora: bool | None = arg(
+        None,
+        "with an adapter: write the model with the adapter in its weights, summed in float32 and rounded once; false "
+        "converts the adapter alone, to a PEFT folder (--to_hf) or a checkpoint to start from (--to_mcore)",
+        default_text="as --to_hf",
     )
     output_dir: str | None = arg(
         None, "folder to write", default_text="<source folder>-mcore or <source folder>-hf"
@@ -101,8 +111,20 @@ class MegatronExportArguments(
     )
     seed: int = arg(42, "seed of the tokens compared", at_least=0)
 
+    @property
+    def adapter(self) -> str | None:
+        """The folder of the adapter, whatever it is given as."""
+        return self.mcore_adapter or (self.adapters[0] if self.adapters else None)
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether weights of the model are read, and not of an adapter alone."""
+        return not self.adapter or bool(self.merge_lora)
+
     def fill(self) -> None:
-        source = self.mcore_model if self.to_hf else self.model
+        if self.merge_lora is None:
+            self.merge_lora = bool(self.adapter) and self.to_hf
+        source = self.adapter or (self.mcore_model if self.to_hf else self.model)
         if self.output_dir is None and source and self.to_hf != self.to_mcore:
             folder = Path(source)
             self.output_dir = str(folder.with_name(folder.name + ("-hf" if self.to_hf else "-mcore")))
@@ -113,15 +135,26 @@ class MegatronExportArguments(
             yield UserError(
                 f"{both} given: the direction is not clear", "give --to_mcore true or --to_hf true"
             )
-        elif self.to_hf and not self.mcore_model:
+        elif self.to_hf and not self.mcore_model and not self.adapter:
             yield UserError(
                 "--to_hf converts a megatron-core checkpoint, and none is named", "add --mcore_model <folder>"
             )
-        elif self.to_mcore and self.mcore_model:
+        elif self.to_mcore and self.mcore_model and not self.adapter:
             yield UserError(
                 "--to_mcore reads the Hugging Face checkpoint in --model, and --mcore_model is given too",
                 "drop --mcore_model, or use --to_hf",
             )
+        if len(self.adapters) + bool(self.mcore_adapter) > 1:
+            yield UserError("--adapters and --mcore_adapter name several: one is taken at a time", "give one")
+        if self.merge_lora and not self.adapter:
+            yield UserError("--merge_lora true: no adapter is named", "add --adapters <folder>")
+        if self.adapter and self.test_convert_precision:
+            yield UserError(
+                "--test_convert_precision compares whole checkpoints, and an adapter is merged or converted here",
+                "drop it; once merged, the result can be converted with it",
+            )
+        if self.adapter and not self.merge_lora and self.dry_run:
+            yield UserError("--dry_run: an adapter alone is converted in one piece", "drop --dry_run")
 
 
 COMMANDS: dict[str, type[Arguments]] = {

@@ -226,10 +226,8 @@ EXPORT_HARMLESS: Mapping[str, NotYet] = table(
         attention_backend=("unfused", "flash", "auto"),
     ),
     settings(
-        "whole models are converted; merge an adapter with `swift export --adapters <folder> --merge_lora true`",
-        tuner_type="full",
-        adapters=(None, []),
-        mcore_adapter=None,
+        "what is converted is told by --adapters and --mcore_adapter",
+        tuner_type=("full", "lora"),
     ),
     settings("export to Hugging Face always writes safetensors", save_safetensors=True),
 )

@@ -50,6 +50,18 @@ class PeftFolder:
                 found.setdefault(match[1].removeprefix(PREFIX), {})[match[2]] = shape
         return found
 
+    @property
+    def names(self) -> set[str]:
+        """Of the low-rank matrices, in the file."""
+        return {
+            f"{PREFIX}{name}.lora_{matrix}.weight" for name, held in self.modules.items() for matrix in held
+        }
+
+    @property
+    def weight_shapes(self) -> dict[str, Shape]:
+        """Module -> shape of the weight that B A is added to."""
+        return {name: (held["B"][0], held["A"][-1]) for name, held in self.modules.items()}
+
     def rank_of(self, module: str) -> int:
         """Rank that the config means for a module; patterns are peft's: ends of names, or expressions for them."""
         return self._by_pattern("rank_pattern", module, self.config.get("r", 8))

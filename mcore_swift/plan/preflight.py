@@ -83,6 +83,7 @@ def preflight_notices(args: Any) -> list[str]:
 
 def _reads_weights(args: Any) -> bool:
     elsewhere = getattr(args, "mcore_model", None) or getattr(args, "perform_initialization", False)
+    elsewhere = elsewhere or not getattr(args, "needs_base", True)
     continued = getattr(args, "resume", "none") not in (None, "none", "auto")
     return getattr(args, "check_model", True) and not elsewhere and not continued
 

@@ -1,0 +1,143 @@
+"""Adapters from a folder of any kind: PEFT's, or a checkpoint of a training run; and from one kind to the other."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from converters.manifest import Manifest, versions
+from converters.peft_config import refuse_other_kinds, settings_of
+from converters.peft_files import PeftAdapter, save_peft, write_config
+from converters.pending import disk_errors, pending_directory
+from converters.ranks import Ranks
+from converters.shard_files import write_contents, write_shards
+from converters.torch_dist_reader import MCoreReader
+from mcore_swift.errors import UserError
+from mcore_swift.models.rules import Region, RuleTable, Shape, full_region, region_shape
+from mcore_swift.models.shards import ADAPTER, LiveShard
+from mcore_swift.plan.adapter import CONFIG, PREFIX, WEIGHTS, PeftFolder, read_config
+from mcore_swift.tuners.settings import LoraSettings
+from mcore_swift.tuners.targets import linear_modules
+
+MCORE = "mcore"
+_PEFT_ENGINE = "fsdp"
+"""The engine whose checkpoints name an adapter as peft does in memory."""
+
+
+class AdapterSource(Protocol):
+    """modules: those of the base with an adapter -> shape of their weight. shapes: of the matrices, by PEFT name."""
+
+    folder: Path
+    settings: LoraSettings
+    modules: Mapping[str, Shape]
+    shapes: Mapping[str, Shape]
+    files: set[Path]
+
+    def read(self, key: str, region: Region) -> torch.Tensor:
+        """A region of a matrix, by its key 'adapter.<module>.lora_A.weight'."""
+        ...
+
+
+class CheckpointAdapter:
+    """The adapter in a checkpoint of a training run, of either engine, read from its torch_dist files."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Raises UserError if it holds none, or one of a kind that is not supported."""
+        self.folder = Path(folder)
+        named_by_peft = Manifest.read(folder).engine == _PEFT_ENGINE
+        root = PREFIX.partition(".")[0] if named_by_peft else ADAPTER.rstrip(".")
+        self._reader = MCoreReader(self.folder / MCORE, frozenset({root}))
+        self._stored = {_peft_name(key): key for key in self._reader.specs}
+        self.shapes = {name: self._reader.specs[key].shape for name, key in self._stored.items()}
+        config = read_config(self.folder)
+        refuse_other_kinds(config, self.folder / CONFIG)
+        held = PeftFolder(self.folder, config, self.shapes)
+        strange = [name for name in self.shapes if name not in held.names]
+        if not held.modules or strange:
+            what = f"holds {strange[0]}, which is none" if strange else "holds no low-rank matrices"
+            raise UserError(f"{folder}: {what}", "give the checkpoint of a LoRA run")
+        self.settings = settings_of(held)
+        self.modules = held.weight_shapes
+        self.files = self._reader.files | {self.folder / CONFIG}
+
+    def read(self, key: str, region: Region) -> torch.Tensor:
+        """A region of a matrix, by its key. Raises UserError if the file is broken."""
+        stored = self._stored[PREFIX + key.removeprefix(ADAPTER)]
+        values = torch.empty(region_shape(region), dtype=self._reader.specs[stored].dtype)
+        self._reader.copy_into(stored, region, values)
+        return values
+
+
+def _peft_name(key: str) -> str:
+    """Name in a PEFT file of a key in either engine's checkpoint."""
+    if key.startswith(ADAPTER):
+        return PREFIX + key.removeprefix(ADAPTER)
+    return key.replace(".default.", ".")
+
+
+def open_adapter(folder: str | Path, table: RuleTable) -> AdapterSource:
+    """The adapter in a folder: a PEFT folder, or a checkpoint of a run that trained one.
+
+    table: of the base model. Raises UserError if there is none, or it is broken or of a kind that is not supported.
+    """
+    folder = Path(folder)
+    if (folder / WEIGHTS).is_file() or not (folder / MCORE).is_dir():
+        return PeftAdapter(folder, table.matrices)
+    return CheckpointAdapter(folder)
+
+
+def convert_adapter(
+    source: AdapterSource, table: RuleTable, args: Any, ranks: Ranks, family: str, *, to_mcore: bool
+) -> None:
+    """Write an adapter alone as --output_dir: a checkpoint to start from, or a PEFT folder. Collective.
+
+    Adapters are small: the first rank does it, and holds it whole.
+    """
+    with pending_directory(args.output_dir, ranks, args.exist_ok) as folder:
+        error: Exception | None = None
+        if ranks.is_first:
+            try:
+                _write(source, table, args, folder, family, to_mcore)
+            except Exception as raised:
+                error = raised
+        ranks.agree(error)
+
+
+def _write(
+    source: AdapterSource, table: RuleTable, args: Any, folder: Path, family: str, to_mcore: bool
+) -> None:
+    linear = linear_modules(table)
+    unknown = sorted(set(source.modules) - set(linear))
+    if unknown:
+        raise UserError(
+            f"{source.folder}: is for layers that take no adapter in {args.model}: {', '.join(unknown[:3])}",
+            "it is an adapter of another base model",
+        )
+    dtype = getattr(torch, args.torch_dtype) if args.torch_dtype else None
+    tensors = {}
+    for name, shape in source.shapes.items():
+        values = source.read(ADAPTER + name.removeprefix(PREFIX), full_region(shape))
+        tensors[name] = (values if dtype is None else values.to(dtype)).contiguous()
+    if not to_mcore:
+        save_peft(folder, tensors, source.settings, args.model, linear)
+        with disk_errors(folder):
+            args.save(folder)
+        return
+    (folder / MCORE).mkdir()
+    shards = [
+        LiveShard(ADAPTER + name.removeprefix(PREFIX), tensor, full_region(tensor.shape), tuple(tensor.shape))
+        for name, tensor in tensors.items()
+    ]
+    write_contents(folder / MCORE, [write_shards(folder / MCORE, 0, shards)], {"step": 0})
+    write_config(folder, source.settings, source.modules, linear, args.model)
+    with disk_errors(folder):
+        args.save(folder)
+    held = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
+    Manifest(
+        holds=["weights"],
+        dtype=held.pop() if len(held) == 1 else None,
+        family=family,
+        versions=versions(),
+        args="args.json",
+    ).write(folder)
