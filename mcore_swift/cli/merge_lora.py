@@ -1,42 +1,59 @@
-"""`swift merge-lora` and `swift export --merge_lora true`: an adapter into the model it was trained beside."""
+"""`swift merge-lora` and `swift export` of an adapter: into the model it was trained beside, or as a PEFT folder."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
+from ..config.swift import SwiftExportArguments
+from ..errors import UserError, raise_together
+from ..plan.adapter import WEIGHTS
 from .start import arguments, start
 
 EXAMPLES = """
 swift export --adapters out/v0-20260101-120000/checkpoint-100 --merge_lora true --output_dir merged
 swift merge-lora --adapters out/v0-20260101-120000/checkpoint-100
+swift export --adapters out/v0-20260101-120000/checkpoint-100 --to_peft_format true
 """
 
 
 def run(argv: Sequence[str]) -> int:
     """The command; returns its exit code."""
-    asked = any(word.partition("=")[0].replace("-", "_") == "__merge_lora" for word in argv)
+    asked = any(word.partition("=")[0].replace("-", "_") in _ASKED for word in argv)
     argv = list(argv) if asked or not argv else [*argv, "--merge_lora", "true"]
     return start("swift-export", argv, f"{__name__}:merge", EXAMPLES)
 
 
 def merge(argv: Sequence[str]) -> int | None:
     """The command's part in each process."""
+    args = arguments("swift-export", argv)
+    folder = Path(args.adapters[0])
+    if args.to_peft_format or not (folder / WEIGHTS).is_file():
+        if args.model is None:
+            raise UserError(f"--adapters {folder}: nothing names its base model", "give it with --model")
+        return _on_megatron(args)
     import torch
 
-    from ..config import ARGS_FILE
-    from ..config.base import find_args_file, read_args_file
     from ..tuners.merge import merge_adapter
 
-    args = arguments("swift-export", argv)
-    model = args.model
-    if model is None and args.load_args and (path := find_args_file(args.adapters[0])) is not None:
-        model = read_args_file(path).get("model")
-        print(f"--model {model}: from {ARGS_FILE}")
-    folder = merge_adapter(
-        args.adapters[0],
-        model,
+    merged = merge_adapter(
+        str(folder),
+        args.model,
         args.output_dir,
         dtype=getattr(torch, args.torch_dtype) if args.torch_dtype else None,
         max_shard_size=args.max_shard_size,
         exist_ok=args.exist_ok,
     )
-    print(f"merged into {folder}")
+    print(f"merged into {merged}")
     return 0
+
+
+def _on_megatron(args: SwiftExportArguments) -> int:
+    """What transformers' model is not needed for, or peft cannot read."""
+    from converters.main import export_main
+
+    raise_together(args.as_megatron().problems())
+    code = export_main(args.as_megatron())
+    print(f"{'merged into' if args.merge_lora else 'PEFT adapter in'} {args.output_dir}")
+    return code
+
+
+_ASKED = ("__merge_lora", "__to_peft_format")

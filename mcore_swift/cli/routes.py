@@ -66,7 +66,7 @@ SWIFT = Program(
         "pt": _SWIFT_PT,
         "export": Route(
             "mcore_swift.cli.swift_export",
-            "--merge_lora: adapter into model; --to_mcore, --to_hf: as `megatron export`",
+            "--merge_lora, --to_peft_format: adapters; --to_mcore, --to_hf: as `megatron export`",
         ),
         "merge-lora": Route("mcore_swift.cli.merge_lora", "the same as `swift export --merge_lora true`"),
         "list-models": _LIST_MODELS,

@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from ..errors import UserError, raise_together
@@ -16,7 +17,7 @@ from .files import SUFFIXES, apply_env, read_config
 from .known import NotYet
 from .not_yet import EXPORT_HARMLESS, NOT_YET
 from .not_yet_trainer import NOT_YET_TRAINER
-from .resumed import checkpoint_of, contradictions, resumed_from, taken_over
+from .resumed import checkpoint_of, contradictions, named_base, resumed_from, taken_over
 from .values import BadValue, convert, same_value
 
 _FLAG = re.compile(r"--([A-Za-z0-9_]+)")
@@ -239,8 +240,13 @@ class _Reader:
     def _load_args(self, typed: dict[str, Any]) -> None:
         """Complete `typed` from the args.json of the checkpoint that is resumed, started from or exported."""
         path = checkpoint_of(self.cls, typed)
-        if path is None:
-            return
+        if path is not None:
+            self._take_saved(typed, path)
+        if base := named_base(self.cls, typed):
+            typed["model"] = base
+            self.notices.append(f"--model {base}: the base that the adapter names")
+
+    def _take_saved(self, typed: dict[str, Any], path: Path) -> None:
         try:
             saved = read_args_file(path)
         except UserError as error:

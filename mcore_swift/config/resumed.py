@@ -23,7 +23,7 @@ _QUANTIZED = (
     *("bnb_4bit_use_double_quant", "bnb_4bit_quant_storage"),
 )
 _START = ("adapters", "mcore_adapter")
-_MAY_CHANGE = ("lora_dropout", "boft_dropout", "vera_dropout", "lorap_lr_ratio")
+_MAY_CHANGE = ("lora_dropout", "boft_dropout", "vera_dropout", "lorap_lr_ratio", "merge_lora")
 _FREEZING = (
     *("freeze_parameters", "freeze_parameters_regex", "freeze_parameters_ratio"),
     *("trainable_parameters", "trainable_parameters_regex"),
@@ -79,10 +79,27 @@ def _written(manifest: Path) -> float:
         return 0.0  # broken: the run says so when it reads it
 
 
+def named_base(cls: type[Arguments], typed: Mapping[str, Any]) -> str | None:
+    """The model that a PEFT adapter to be exported says it is for, where nothing else says it and it is a folder."""
+    if cls.COMMAND != "export" or typed.get("model") or not typed.get("load_args", True):
+        return None
+    for folder in typed.get("adapters", []):
+        try:
+            config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+            name = config.get("base_model_name_or_path")
+        except (OSError, ValueError, AttributeError):
+            continue  # said when it is read
+        if isinstance(name, str) and Path(name).is_dir():
+            return name
+    return None
+
+
 def taken_over(cls: type[Arguments], given: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
     """Names of the flags whose values come from `saved`, an args.json, since the command line does not give them."""
     flags = flags_of(cls)
     silent = [name for name in (*_MODEL_AND_TEXT, *_LORA, *_QUANTIZED) if name in flags and name not in given]
+    if cls.COMMAND == "export" and given.keys() & {"adapters", "mcore_adapter"}:
+        silent.remove("torch_dtype")  # a merged model has its base's
     taken = [name for name in silent if saved.get(name) is not None]
     if issubclass(cls, TunerArguments | MegatronTunerArguments):  # what has been trained goes on training
         taken += [

@@ -7,7 +7,12 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 from ..errors import UserError
-from .arguments import CommonArguments, MegatronPretrainArguments, MegatronSftArguments
+from .arguments import (
+    CommonArguments,
+    MegatronExportArguments,
+    MegatronPretrainArguments,
+    MegatronSftArguments,
+)
 from .base import Arguments
 from .checkpoint import HFSaveArguments
 from .data import DataArguments, PackingArguments
@@ -118,40 +123,61 @@ class SwiftPretrainArguments(SwiftSftArguments):
 
 @dataclasses.dataclass(kw_only=True)
 class SwiftExportArguments(HFSaveArguments, CommonArguments):
-    """Join an adapter and the model it was trained beside."""
+    """Join an adapter and the model it was trained beside, or make a PEFT folder of it."""
 
     TITLE: ClassVar[str] = "Export"
     PROGRAM: ClassVar[str] = "swift"
     COMMAND: ClassVar[str] = "export"
     REQUIRED: ClassVar[tuple[str, ...]] = ("adapters",)
 
-    adapters: list[str] = arg([], "folder of a PEFT adapter, such as checkpoint-100 of a run")
+    adapters: list[str] = arg(
+        [], "folder of a PEFT adapter, or a checkpoint of a run that trained one, such as checkpoint-100"
+    )
     merge_lora: bool = arg(False, "write the model with the adapter added to its weights")
+    to_peft_format: bool = arg(False, "write the adapter alone, as a PEFT folder")
     model: str | None = arg(None, "the base model", default_text="the one the adapter names")
     torch_dtype: str | None = arg(
         None,
         "precision of the result; the sum is made in float32",
         choices=("bfloat16", "float16", "float32"),
-        default_text="that of the base",
+        default_text="that of the base, or of the adapter alone",
     )
-    output_dir: str | None = arg(None, "folder to write", default_text="<adapter folder>-merged")
+    output_dir: str | None = arg(
+        None, "folder to write", default_text="<adapter folder>-merged or <adapter folder>-peft"
+    )
     exist_ok: bool = arg(False, "write into --output_dir even when it holds something")
     load_args: bool = arg(True, "take --model from the adapter's args.json where it is not given")
 
     def fill(self) -> None:
         if self.output_dir is None and self.adapters:
             folder = Path(self.adapters[0])
-            self.output_dir = str(folder.with_name(folder.name + "-merged"))
+            self.output_dir = str(folder.with_name(folder.name + ("-merged" if self.merge_lora else "-peft")))
 
     def check(self) -> Iterator[UserError]:
         if len(self.adapters) > 1:
-            yield UserError("--adapters names several: one is merged at a time", "give one folder")
+            yield UserError("--adapters names several: one is taken at a time", "give one folder")
         if self.memory_budget:
             yield UserError(
-                "--memory_budget: merging holds the whole model in memory", "drop --memory_budget"
+                "--memory_budget: merging holds the whole model in memory",
+                "use `megatron export --to_hf true`, which holds pieces, or drop --memory_budget",
             )
-        if not self.merge_lora:
-            yield UserError("what to do with --adapters is not said", "add --merge_lora true")
+        if self.merge_lora == self.to_peft_format:
+            yield UserError(
+                "what to do with --adapters is not said", "add --merge_lora true or --to_peft_format true"
+            )
+
+    def as_megatron(self) -> MegatronExportArguments:
+        """The same as `megatron export` takes it: it reads what peft does not."""
+        return MegatronExportArguments(
+            model=self.model,
+            adapters=self.adapters,
+            to_hf=True,
+            merge_lora=self.merge_lora,
+            torch_dtype=self.torch_dtype,
+            output_dir=self.output_dir,
+            exist_ok=self.exist_ok,
+            max_shard_size=self.max_shard_size,
+        )
 
 
 _BESIDE_QUANTIZED = ("lora", "oft", "vera", "ia3")
