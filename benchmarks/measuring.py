@@ -31,11 +31,11 @@ def spread(values: Sequence[float], form: str) -> str:
     )
 
 
-def megatron(*arguments: object) -> list[str]:
-    """The command line `megatron ...`, by the script beside this interpreter or by the module."""
-    script = Path(sys.executable).with_name("megatron")
-    program = [str(script)] if script.exists() else [sys.executable, "-m", "mcore_swift.cli.main", "megatron"]
-    return [*program, *map(str, arguments)]
+def program(name: str, *arguments: object) -> list[str]:
+    """The command line `megatron ...` or `swift ...`, by the script beside this interpreter or by the module."""
+    script = Path(sys.executable).with_name(name)
+    start = [str(script)] if script.exists() else [sys.executable, "-m", "mcore_swift.cli.main", name]
+    return [*start, *map(str, arguments)]
 
 
 def flags(**values: object) -> list[str]:
@@ -54,9 +54,12 @@ def environment(**values: str) -> dict[str, str]:
     return own | values
 
 
-def stamped_lines(command: Sequence[str], *, limit_s: float, **env: str) -> Iterator[tuple[float, str]]:
+def stamped_lines(
+    command: Sequence[str], *, limit_s: float, peaks: list[int] | None = None, **env: str
+) -> Iterator[tuple[float, str]]:
     """Run a command; each line it prints, with the seconds since it was started when the line arrived.
 
+    peaks: is given the largest resident memory of the process, bytes, when it has ended.
     Raises RuntimeError, with what it printed last, if it fails or takes longer than `limit_s`.
     """
     started = time.perf_counter()
@@ -75,7 +78,10 @@ def stamped_lines(command: Sequence[str], *, limit_s: float, **env: str) -> Iter
         for line in process.stdout:
             yield time.perf_counter() - started, line.rstrip("\n")
             lines.append(line)
-        code = process.wait()
+        _, status, usage = os.wait4(process.pid, 0)
+        code = process.returncode = os.waitstatus_to_exitcode(status)
+        if peaks is not None:
+            peaks.append(usage.ru_maxrss * 1024)
     finally:
         timed_out = not timer.is_alive()
         timer.cancel()

@@ -1,6 +1,10 @@
-"""`megatron sft` with packing against transformers' Trainer: tokens/s on the same model and the same samples.
+"""Ours with packing against transformers' Trainer and TRL's SFTTrainer: tokens/s on the same model and samples.
 
     python benchmarks/sft_vs_trainer.py --rounds 3
+    python benchmarks/sft_vs_trainer.py --rounds 3 --lora --sides ours "ours, transformers" Trainer TRL
+
+All parameters, or with --lora adapters of rank 8 on all linear layers, by peft where the peers are trained. TRL is no
+dependency of this project: `pip install trl`.
 
 A random Qwen3 of 17 million parameters in fp32, conversations of log-normal length with half of the tokens learnt (or
 --dataset), AdamW, clipping, one process. Every optimizer step takes the same samples on both sides: ours the packed
@@ -10,12 +14,15 @@ padded to its longest. Trainer gets tokens that are ready, and sums its loss ove
 Sides, each in a process of its own, in turns:
   ours              megatron sft --packing true, nothing recomputed
   ours, default     the same with the default, selective recomputation of attention
+  ours, transformers  swift sft --backend fsdp --packing true on transformers' own layers
   Trainer           the samples of a step in random order
   Trainer, sorted   the samples of a step sorted by length before they are cut into batches: less padding than its
                     own group_by_length leaves
+  TRL               SFTTrainer with the batches of "Trainer", without checkpointing of activations
 
 Tokens/s are real tokens over the time between two lines on the terminal, that of the last warm-up step and that of
-the last step; padding never counts. Printed are medians over the rounds and ratios within each round. The losses of
+the last step; padding never counts. Memory is the largest resident size of the process, which the libraries share in
+differently. Printed are medians over the rounds and ratios within each round. The losses of
 the first step must agree to 1e-4, or the work is not the same and the benchmark fails.
 """
 
@@ -27,14 +34,14 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from measuring import ROOT, environment, flags, machine, megatron, spread, stamped_lines
+import peers
+from measuring import ROOT, environment, flags, machine, program, spread, stamped_lines
 from workload import SIZES, Workload, make_workload
 
-SIDES = ("ours", "ours, default", "Trainer", "Trainer, sorted")
+SIDES = ("ours", "ours, default", "ours, transformers", "Trainer", "Trainer, sorted", "TRL")
 
 
 def main() -> None:
@@ -47,7 +54,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048, help="tokens of a packed row")
     parser.add_argument("--rows", type=int, default=2, help="packed rows of a step")
     parser.add_argument("--accumulation", type=int, default=4, help="batches of Trainer in a step")
-    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
+    parser.add_argument("--sides", nargs="+", default=list(SIDES[:-1]), choices=SIDES)
+    parser.add_argument("--lora", action="store_true", help="adapters in place of all parameters")
     parser.add_argument("--size", default="small", choices=SIZES)
     parser.add_argument("--dataset", type=Path, help="a file of your own in place of generated rows")
     parser.add_argument("--columns", help="its columns, JSON as in megatron sft --columns")
@@ -69,11 +77,11 @@ def run(options: argparse.Namespace) -> None:
     steps = write_samples(options, arguments)
     describe(steps, options)
     tokens = sum(len(ids) for step in steps[options.warm_up :] for ids, _ in step)
-    results: dict[str, list[tuple[float, float]]] = {side: [] for side in options.sides}
+    results: dict[str, list[tuple[float, float, float]]] = {side: [] for side in options.sides}
     for _ in range(options.rounds):
         for side in options.sides:
-            seconds, first_loss = time_side(side, options, workload, arguments)
-            results[side].append((tokens / seconds, first_loss))
+            seconds, first_loss, memory = time_side(side, options, workload, arguments)
+            results[side].append((tokens / seconds, first_loss, memory))
     report(results)
 
 
@@ -100,6 +108,30 @@ def sft_arguments(options: argparse.Namespace, workload: Workload) -> list[str]:
     return arguments + (flags(columns=options.columns) if options.columns else [])
 
 
+def transformers_arguments(options: argparse.Namespace, workload: Workload) -> list[str]:
+    """The same in the words of `swift sft`, where a step is counted in batches."""
+    arguments = flags(
+        backend="fsdp",
+        model=workload.model,
+        dataset=workload.train,
+        cache_dir=options.folder / "tokens",
+        output_dir=options.folder / "transformers",
+        packing="true",
+        max_length=options.length,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=options.rows,
+        max_steps=options.warm_up + options.steps,
+        torch_dtype="float32",
+        learning_rate=1e-4,
+        lr_scheduler_type="constant",
+        gradient_checkpointing="false",
+        logging_steps=1,
+        report_to="none",
+        save_only_model="true",
+    )
+    return arguments + (flags(columns=options.columns) if options.columns else [])
+
+
 def write_samples(options: argparse.Namespace, arguments: list[str]) -> list[list[Any]]:
     """Ask our data pipeline, in a process of its own, which samples each step takes; [step][sample](ids, labels)."""
     command = [
@@ -119,28 +151,35 @@ def samples_file(options: argparse.Namespace) -> Path:
 
 def time_side(
     side: str, options: argparse.Namespace, workload: Workload, arguments: list[str]
-) -> tuple[float, float]:
-    """Seconds of the steps that count, and the loss of the first step."""
-    if side.startswith("ours"):
+) -> tuple[float, float, float]:
+    """Seconds of the steps that count, the loss of the first step, and the peak of resident memory in GiB."""
+    adapters = flags(tuner_type="lora", lora_rank=8, lora_alpha=32, lora_dropout=0.0) if options.lora else []
+    if side == "ours, transformers":
+        command = program("swift", "sft", *transformers_arguments(options, workload), *adapters)
+    elif side.startswith("ours"):
         recompute = "selective" if "default" in side else "none"
-        command = megatron("sft", *arguments, *flags(recompute_granularity=recompute))
+        command = program("megatron", "sft", *arguments, *adapters, *flags(recompute_granularity=recompute))
     else:
         facts = {
+            "peer": "TRL" if side == "TRL" else "Trainer",
             "model": str(workload.model),
             "samples": str(samples_file(options)),
             "output": str(options.folder / "trainer"),
             "accumulation": options.accumulation,
             "sorted": "sorted" in side,
+            "lora": options.lora,
         }
         command = [sys.executable, str(Path(__file__).resolve()), "--trainer", json.dumps(facts)]
     env = {"OMP_NUM_THREADS": str(options.threads)} if options.threads else {}
     at: dict[int, float] = {}
     losses: dict[int, float] = {}
-    for seconds, line in stamped_lines(command, limit_s=options.limit, **env):
+    peaks: list[int] = []
+    for seconds, line in stamped_lines(command, limit_s=options.limit, peaks=peaks, **env):
         found = re.match(r"step (\d+)/\d+ .*?loss ([\d.]+)", line)
         if found:
             at[int(found[1])], losses[int(found[1])] = seconds, float(found[2])
-    return at[options.warm_up + options.steps] - at[options.warm_up], losses[1]
+    seconds = at[options.warm_up + options.steps] - at[options.warm_up]
+    return seconds, losses[1], peaks[0] / 2**30
 
 
 def describe(steps: list[list[Any]], options: argparse.Namespace) -> None:
@@ -158,28 +197,23 @@ def describe(steps: list[list[Any]], options: argparse.Namespace) -> None:
         padded = sum(
             len(batch) * max(map(len, batch))
             for step in steps
-            for batch in cut([ids for ids, _ in step], options.accumulation, order)
+            for batch in peers.cut([ids for ids, _ in step], options.accumulation, order)
         )
         shares.append(f"{name} {1 - sum(lengths) / padded:.1%}")
     print(f"padding: {'; '.join(shares)}\n", flush=True)
 
 
-def cut(samples: list[Any], count: int, order: Callable[[Any], int] | None = None) -> list[list[Any]]:
-    """The samples of a step in `count` batches of as even a size as can be, sorted by `order` first."""
-    samples = sorted(samples, key=order, reverse=True) if order else samples
-    edges = [round(i * len(samples) / count) for i in range(count + 1)]
-    return [samples[a:b] for a, b in zip(edges, edges[1:], strict=False)]
-
-
-def report(results: dict[str, list[tuple[float, float]]]) -> None:
+def report(results: dict[str, list[tuple[float, float, float]]]) -> None:
     losses = {side: runs[0][1] for side, runs in results.items()}
     reference = "Trainer" if "Trainer" in results else next(iter(results))
-    print(f"{'':18}{'loss of step 1':>15}{'tokens/s':>10}     / {reference} (rounds)")
+    print(f"{'':18}{'loss of step 1':>15}{'peak':>11}{'tokens/s':>10}     / {reference} (rounds)")
     for side, runs in results.items():
-        rates = [rate for rate, _ in runs]
-        ratios = [rate / other for rate, (other, _) in zip(rates, results[reference], strict=True)]
+        rates = [rate for rate, _, _ in runs]
+        peak = statistics.median(memory for _, _, memory in runs)
+        ratios = [rate / other for rate, (other, _, _) in zip(rates, results[reference], strict=True)]
         print(
-            f"{side:18}{losses[side]:15.4f}{statistics.median(rates):10,.0f}     {spread(ratios, '.2f')}",
+            f"{side:18}{losses[side]:15.4f}{peak:7.2f} GiB{statistics.median(rates):10,.0f}     "
+            f"{spread(ratios, '.2f')}",
             flush=True,
         )
     if max(losses.values()) - min(losses.values()) > 1.5e-4:  # both print four decimals
@@ -224,66 +258,10 @@ def samples_of(batch: Any) -> list[tuple[list[int], list[int]]]:
     ]
 
 
-def train_with_trainer(facts: dict[str, Any]) -> None:
-    """transformers' Trainer with its own defaults, but for the order of the samples and what the command says."""
-    import torch
-    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
-
-    steps = json.loads(Path(facts["samples"]).read_text())
-    order = (lambda sample: len(sample[0])) if facts["sorted"] else None
-    batches = [batch for step in steps for batch in cut(step, facts["accumulation"], order)]
-
-    class InGivenOrder(Trainer):
-        def get_train_dataloader(self) -> Any:
-            return torch.utils.data.DataLoader(batches, batch_size=None, collate_fn=padded)
-
-    class SayLoss(TrainerCallback):
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            if "loss" in logs:
-                print(
-                    f"step {state.global_step}/{state.max_steps} loss {float(logs['loss']):.4f}", flush=True
-                )
-
-    arguments = TrainingArguments(
-        output_dir=facts["output"],
-        max_steps=len(steps),
-        gradient_accumulation_steps=facts["accumulation"],
-        learning_rate=1e-4,
-        lr_scheduler_type="constant",
-        weight_decay=0.1,
-        adam_beta2=0.95,
-        max_grad_norm=1.0,
-        logging_steps=1,
-        logging_strategy="steps",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-    )
-    model = AutoModelForCausalLM.from_pretrained(facts["model"], dtype=torch.float32)
-    InGivenOrder(model, arguments, callbacks=[SayLoss()]).train()
-
-
-def padded(batch: list[tuple[list[int], list[int]]]) -> dict[str, Any]:
-    """Samples as rows, padded on the right to the longest."""
-    import torch
-    from torch.nn.utils.rnn import pad_sequence
-
-    columns = {
-        "input_ids": [torch.tensor(ids) for ids, _ in batch],
-        "labels": [torch.tensor(labels) for _, labels in batch],
-        "attention_mask": [torch.ones(len(ids), dtype=torch.int64) for ids, _ in batch],
-    }
-    fill = {"input_ids": 0, "labels": -100, "attention_mask": 0}
-    return {
-        name: pad_sequence(rows, batch_first=True, padding_value=fill[name]) for name, rows in columns.items()
-    }
-
-
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--samples"]:
         export_samples(Path(sys.argv[2]), sys.argv[3:])
     elif sys.argv[1:2] == ["--trainer"]:
-        train_with_trainer(json.loads(sys.argv[2]))
+        peers.train(json.loads(sys.argv[2]))
     else:
         main()

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from measuring import flags, machine, megatron, spread, stamped_lines
+from measuring import flags, machine, program, spread, stamped_lines
 from workload import Workload, make_workload
 
 FIRST_STEP, TO_THE_END = "first step of megatron sft", "  until it has saved and ended"
@@ -42,7 +42,10 @@ def main() -> None:
 def run(options: argparse.Namespace) -> None:
     workload = make_workload(options.folder, "tiny", rows=500)
     training = training_command(workload, options.folder)
-    helps = {"megatron --help": megatron("--help"), "megatron sft --help": megatron("sft", "--help")}
+    helps = {
+        "megatron --help": program("megatron", "--help"),
+        "megatron sft --help": program("megatron", "sft", "--help"),
+    }
     seconds: dict[str, list[float]] = {name: [] for name in (*helps, FIRST_STEP, TO_THE_END)}
     for _ in range(options.repeats + 1):
         for name, command in helps.items():
@@ -62,7 +65,8 @@ def run(options: argparse.Namespace) -> None:
 
 def training_command(workload: Workload, folder: Path) -> list[str]:
     """One step of a tiny model, everything else as it is by default."""
-    return megatron(
+    return program(
+        "megatron",
         "sft",
         *flags(
             model=workload.model,
