@@ -37,7 +37,8 @@ def token_nll(
     """
     if sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
-    learnt = hidden.transpose(0, 1).reshape(-1, hidden.size(-1)).index_select(0, positions)
+    # Indexed where it lies: of a transposed view the gradient has strides that slow all layers' matrix products.
+    learnt = hidden.flatten(0, 1).index_select(0, _token_major(positions, labels.shape))
     if not sequence_parallel:  # sums the gradient over ranks; only now, when there is less of it
         learnt = copy_to_tensor_model_parallel_region(learnt)
     nll = _VocabParallelNLL.apply(
@@ -48,6 +49,12 @@ def token_nll(
         .index_put((positions,), nll)
         .view(labels.shape)
     )
+
+
+def _token_major(positions: Tensor, shape: torch.Size) -> Tensor:
+    """Places in rows `[b, s]` laid end to end -> the same places in `[s, b]`."""
+    b, s = shape
+    return positions if b == 1 else positions % s * b + positions // s
 
 
 def transformed(logits: Tensor, scale: float, softcap: float | None) -> Tensor:

@@ -10,6 +10,7 @@ folder and comes from one without arithmetic. Layouts, with t the size of the la
 import math
 import zlib
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -60,6 +61,11 @@ class LoraLinear(nn.Module):
             drawn = draw(part, rank, settings.seed)
             self.lora_A.append(self._parameter(drawn.to(weight), shared=column))
             self.lora_B.append(self._parameter(weight.new_zeros(part.num_rows, rank), shared=not column))
+        # What the parts' `x A^T`, side by side, are multiplied by: one number, or one for each column.
+        self.scaling: float | Tensor = self.scalings[0]
+        if len(set(self.scalings)) > 1:
+            scalings = torch.tensor(self.scalings, dtype=weight.dtype, device=weight.device)
+            self.scaling = scalings.repeat_interleave(torch.tensor(self.ranks, device=weight.device))
         places = torch.cat([part.local_rows for part in self.parts])
         in_order = len(places) == weight.size(0) and bool((places[1:] > places[:-1]).all())
         # Where each row of the parts laid end to end comes in the layer's output.
@@ -96,17 +102,29 @@ class LoraLinear(nn.Module):
             shared[:] = [_CopyToRanks.apply(matrix, self.group) for matrix in shared]
         hidden = functional.linear(x, torch.cat(down) if len(down) > 1 else down[0])
         hidden = self._cross(hidden)
-        pieces = [
-            scaling * functional.linear(part, matrix)
-            for part, matrix, scaling in zip(hidden.split(self.ranks, dim=-1), up, self.scalings, strict=True)
-        ]
-        delta = torch.cat(pieces, dim=-1) if len(pieces) > 1 else pieces[0]
-        if self.places is not None:
-            size = (*delta.shape[:-1], self.base.weight.size(0))
-            delta = delta.new_zeros(size).index_copy(-1, self.places, delta)
+        delta = functional.linear(hidden * self.scaling, self._up(up))
         if self.column and getattr(self.base, "gather_output", False):
             delta = gather_from_tensor_model_parallel_region(delta, group=self.group)
         return delta
+
+    def _up(self, matrices: Sequence[Tensor]) -> Tensor:
+        """The parts' B as one matrix, each in its own rows and columns: `[rows of the layer, parts * rank]`.
+
+        The zeros in it cost less than moving the parts' outputs, which have a row for every token, into place.
+        """
+        if len(matrices) == 1:
+            whole = matrices[0]
+        else:
+            ends = list(accumulate(self.ranks))
+            whole = torch.cat(
+                [
+                    functional.pad(matrix, (end - rank, ends[-1] - end))
+                    for matrix, rank, end in zip(matrices, self.ranks, ends, strict=True)
+                ]
+            )
+        if self.places is None:
+            return whole
+        return whole.new_zeros(self.base.weight.size(0), whole.size(1)).index_copy(0, self.places, whole)
 
     def _cross(self, hidden: Tensor) -> Tensor:
         """Between A and B, where ranks that hold different parts meet: `[..., parts * rank]` is little to send."""
