@@ -106,11 +106,25 @@ def _expert_problems(layout: Layout, shape: ModelShape, args: Any) -> Iterator[U
                 "ep", ep, lambda size: experts % size == 0 and stage % (size * etp) == 0, min(experts, stage)
             ),
         )
+    yield from _capacity_problems(shape, args)
     if layout.tp > 1 and not layout.sequence_parallel and is_training(args):
         yield UserError(
             f"--{FLAGS['tp']} {layout.tp} with experts needs sequence parallelism: megatron-core refuses to train "
             "without",
             "add --sequence_parallel true",
+        )
+
+
+def _capacity_problems(shape: ModelShape, args: Any) -> Iterator[UserError]:
+    """Padding to a capacity beyond all tokens: megatron-core's dispatcher fails in the first step."""
+    factor, seen = getattr(args, "moe_expert_capacity_factor", None), shape.num_experts_per_token
+    padded = getattr(args, "moe_pad_expert_input_to_capacity", False)
+    if factor and padded and factor * seen > shape.num_experts:
+        most = shape.num_experts * 100 // seen / 100  # rounded down
+        yield UserError(
+            f"--moe_expert_capacity_factor {factor:g}: pads what each of {shape.num_experts} experts takes beyond all "
+            f"tokens there are, of which each goes to {seen}",
+            f"the nearest possible is --moe_expert_capacity_factor {most:g}",
         )
 
 

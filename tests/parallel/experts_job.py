@@ -166,6 +166,8 @@ def main() -> None:
             layout,
             moe_token_dispatcher_type="allgather",
             moe_router_dtype="fp64",
+            moe_router_load_balancing_type="none",  # then the weight of such a loss means nothing
+            moe_aux_loss_coeff=BALANCE,
         )
         # shared experts, with a gate and without
         cases[f"shared expert overlaps {layout}"] = partial(

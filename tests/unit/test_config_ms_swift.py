@@ -176,6 +176,13 @@ def test_a_value_that_asks_for_nothing_is_accepted_silently(argv):
         (["--cp_partition_mode", "contiguous"], ["--cp_partition_mode contiguous", "zigzag"]),
         (["--sequence_parallel_size", "2"], ["--sequence_parallel_size 2", "--context_parallel_size"]),
         (["--moe_token_dispatcher_type", "flex"], ["flex", "deep_ep"]),
+        (["--moe_enable_deepep", "true"], ["--moe_enable_deepep", "not alltoall"]),
+        (
+            ["--moe_shared_expert_overlap", "true", "--moe_token_dispatcher_type", "allgather"],
+            ["--moe_shared_expert_overlap", "use --moe_token_dispatcher_type alltoall"],
+        ),
+        (["--moe_pad_expert_input_to_capacity", "true"], ["add --moe_expert_capacity_factor"]),
+        (["--moe_router_load_balancing_type", "sinkhorn"], ["sinkhorn", "the model's own scores"]),
         (["--tuner_type", "vera"], ["vera", "not supported"]),
         (["--lora_bias", "all"], ["--lora_bias all", "adapter"]),
         (["--fp8_format", "hybrid"], ["--fp8_format hybrid", "FP8"]),

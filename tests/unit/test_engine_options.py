@@ -11,7 +11,9 @@ get_accelerator().install()
 from test_models_families import hf_config  # noqa: E402
 
 from mcore_swift.config import MegatronSftArguments  # noqa: E402
+from mcore_swift.engines.megatron import moe  # noqa: E402
 from mcore_swift.engines.megatron.engine import model_options  # noqa: E402
+from mcore_swift.engines.megatron.moe import moe_options  # noqa: E402
 from mcore_swift.errors import UserError  # noqa: E402
 from mcore_swift.models import specs  # noqa: E402
 from mcore_swift.models.family import family_of  # noqa: E402
@@ -36,6 +38,20 @@ def test_attention_is_not_recomputed_where_transformer_engine_keeps_no_scores(
     assert options.get("recompute_granularity") == granularity
     assert options.get("recompute_modules") == modules
     assert options["transformer_impl"] == implementation
+
+
+def test_grouped_kernels_serve_where_transformer_engine_is(monkeypatch):
+    args = MegatronSftArguments(moe_permute_fusion=True)
+    act = MegatronSftArguments(recompute_modules=["moe_act"])
+    options = moe_options(args)
+    assert (options["moe_grouped_gemm"], options["moe_permute_fusion"]) == (False, False)
+    with pytest.raises(UserError, match="--recompute_modules moe_act"):
+        moe_options(act)
+    monkeypatch.setattr(moe, "have_transformer_engine", lambda: True)
+    options = moe_options(args)
+    assert (options["moe_grouped_gemm"], options["moe_permute_fusion"]) == (True, True)
+    assert moe_options(act)["moe_grouped_gemm"]
+    assert not moe_options(MegatronSftArguments(moe_grouped_gemm=False))["moe_grouped_gemm"]
 
 
 PLAIN = ("llama", "mistral-window", "qwen2", "qwen2-windows", "qwen3", "gemma", "qwen3-moe", "smollm3")

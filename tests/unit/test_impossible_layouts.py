@@ -85,6 +85,12 @@ IMPOSSIBLE: list[tuple[str, int, Flags, str]] = [
     ("experts", 4, {"etp": 8}, "does not divide the 20 wide experts"),
     ("experts", 2, {"ep": 2, "etp": 2}, "= 4 does not divide the 2 processes of a pipeline stage"),
     ("experts", 2, {"tp": 2}, "needs sequence parallelism"),
+    (
+        "experts",
+        1,
+        {"moe_expert_capacity_factor": 4, "moe_pad_expert_input_to_capacity": "true"},
+        "beyond all tokens",
+    ),
     ("dense", 5, {"batch": 16}, "is no multiple of 5"),
     ("dense", 4, {"batch": 6, "micro": 2}, "is no multiple of 8"),
 ]
@@ -122,7 +128,7 @@ def remedies(text: str, processes: int, flags: Flags) -> Iterator[tuple[int, Fla
         words = shlex.split(change.replace(",", ""))
         yield processes, flags | _short(dict(zip(words[::2], words[1::2], strict=True)))
     for flag in re.findall(r"(?:leave|drop) --(\w+)", text):
-        yield processes, {name: value for name, value in flags.items() if NAMES[name] != flag}
+        yield processes, {name: value for name, value in flags.items() if NAMES.get(name, name) != flag}
     for count in re.findall(r"start (\d+)", text):
         yield int(count), flags
 

@@ -112,13 +112,14 @@ class Routers:
             "expert_load_max": uneven[sparse].mean().item(),
             "expert_load_worst": uneven[sparse].max().item(),
         }
-        if self.config.moe_aux_loss_coeff:
+        balanced = self.config.moe_aux_loss_coeff and self.config.moe_router_load_balancing_type != "none"
+        if balanced:
             metrics["load_balancing_loss"] = losses[sparse, 0].mean().item()
         if self.config.moe_z_loss_coeff:
             metrics["router_z_loss"] = losses[sparse, 1].mean().item()
         if self.per_layer:
             for layer in sparse.nonzero().flatten().tolist():
                 metrics[f"expert_load_max/layer_{layer}"] = uneven[layer].item()
-                if self.config.moe_aux_loss_coeff:
+                if balanced:
                     metrics[f"load_balancing_loss/layer_{layer}"] = losses[layer, 0].item()
         return metrics
