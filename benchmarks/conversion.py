@@ -29,6 +29,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from measuring import end, machine
+
 HIDDEN, INTERMEDIATE, EXPERT, VOCABULARY = 2048, 6144, 768, 151_936
 SIZES = {
     "hidden_size": HIDDEN,
@@ -67,10 +69,11 @@ def run(options: argparse.Namespace) -> None:
     nbytes = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     print(f"checkpoint: {nbytes / 1e9:.2f} GB bf16, largest tensor {largest / 1e9:.2f} GB")
     print(
-        f"page cache: {'cold' if options.cold else 'warm'}; {os.cpu_count()} cores; {options.repeats} repeats\n"
+        f"page cache: {'cold' if options.cold else 'warm'}; {options.repeats} rounds; {machine()}", flush=True
     )
     copies, steps = [], {}
-    for _ in range(options.repeats):
+    for number in range(1, options.repeats + 1):
+        print(f"round {number} of {options.repeats}", file=sys.stderr, flush=True)
         plain = time_copy(source, copy, options.cold, synced=False)
         copies.append((plain, time_copy(source, copy, options.cold, synced=True)))
         for count in options.processes:
@@ -88,6 +91,7 @@ def run(options: argparse.Namespace) -> None:
             shutil.rmtree(mcore)
             shutil.rmtree(back)
     report(copies, steps, largest)
+    print(machine())
 
 
 def dense_config(parameters: float) -> Any:
@@ -215,14 +219,18 @@ def convert(processes: int, flags: list[str], prepare: Callable[[], None]) -> di
         )
         for rank in range(processes)
     ]
-    for process in started:
-        if process.stdout.readline() != READY:
-            raise RuntimeError("a process did not get ready")
-    prepare()
-    for process in started:
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    outputs = [process.communicate(timeout=1800)[0] for process in started]
+    try:
+        for process in started:
+            if process.stdout.readline() != READY:
+                raise RuntimeError("a process did not get ready")
+        prepare()
+        for process in started:
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        outputs = [process.communicate(timeout=1800)[0] for process in started]
+    finally:
+        for process in started:
+            end(process)
     if any(process.returncode for process in started):
         raise RuntimeError(f"the conversion failed: {outputs}")
     results = [json.loads(output.splitlines()[-1]) for output in outputs]
@@ -277,7 +285,7 @@ def compare(first: Path, second: Path) -> None:
 def report(copies: list[tuple[float, float]], steps: dict, largest: int) -> None:
     plain, copy = (statistics.median(seconds) for seconds in zip(*copies, strict=True))
     print(
-        f"{'':24}{'seconds':>9}{'/ cp+sync':>11}{'/ cp':>8}{'imports':>9}{'peak RSS':>11}{'of it ours':>12}"
+        f"\n{'':24}{'seconds':>9}{'/ cp+sync':>11}{'/ cp':>8}{'imports':>9}{'peak RSS':>11}{'of it ours':>12}"
         f"{'limit':>9}"
     )
     for name, value, number in (("cp -r", plain, 0), ("cp -r, sync", copy, 1)):

@@ -170,8 +170,11 @@ class Model(GPTModel):
         return super().forward(input_ids, position_ids, *args, padding_mask=mask, **kwargs)
 
     def _postprocess(self, hidden_states: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
+        targets = kwargs.get("loss_mask")
+        ahead = targets.ahead if isinstance(targets, Targets) else []
         if not self.post_process:
-            return super()._postprocess(hidden_states=hidden_states, labels=labels, **kwargs)
+            depths = self._depths(hidden_states, targets, kwargs) if self.mtp_process and ahead else []
+            return torch.cat([hidden_states, *depths]) if depths else hidden_states
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         if labels is None:
@@ -191,16 +194,26 @@ class Model(GPTModel):
             scale=self.traits.logit_scale,
             softcap=self.traits.logit_softcap,
         )
-        targets: Targets = kwargs["loss_mask"]
-        losses = [nll(hidden_states, labels=labels, positions=targets.positions)]
-        if targets.ahead:
-            context = ("attention_mask", "rotary_pos_emb", "packed_seq_params")
-            attention = {name: kwargs[name] for name in context} | {"padding_mask": targets.padding_mask}
-            for layer, ahead in zip(self.mtp.layers, targets.ahead, strict=True):
-                embedded = self.embedding(input_ids=ahead.input_ids, position_ids=kwargs["position_ids"])
-                hidden_states = layer(hidden_states, embedded, **attention)
-                losses.append(nll(hidden_states, labels=ahead.labels, positions=ahead.positions))
+        depths = [hidden_states]
+        if ahead and self.mtp_process:
+            depths += self._depths(hidden_states, targets, kwargs)
+        elif ahead:  # a stage before has made them
+            depths = list(hidden_states.chunk(1 + len(ahead)))
+        losses = [nll(depths[0], labels=labels, positions=targets.positions)]
+        for hidden, step in zip(depths[1:], ahead, strict=True):
+            losses.append(nll(hidden, labels=step.labels, positions=step.positions))
         return torch.stack(losses)
+
+    def _depths(self, hidden: Tensor, targets: Targets, given: dict[str, Any]) -> list[Tensor]:
+        """Hidden states `[s, b, h]` that the multi-token layers make, one after the other, of the decoder's."""
+        context = ("attention_mask", "rotary_pos_emb", "packed_seq_params")
+        attention = {name: given[name] for name in context} | {"padding_mask": targets.padding_mask}
+        depths = []
+        for layer, ahead in zip(self.mtp.layers, targets.ahead, strict=True):
+            embedded = self.embedding(input_ids=ahead.input_ids, position_ids=given["position_ids"])
+            hidden = layer(hidden, embedded, **attention)
+            depths.append(hidden)
+        return depths
 
 
 def _lengths(position_ids: Tensor, padding: Tensor | None) -> list[int]:

@@ -83,6 +83,14 @@ def megatron_stages(layout: "Layout", num_layers: int, args: Any, *, mtp: int = 
     ]
 
 
+def prediction_rank(args: Any) -> int | None:
+    """The pipeline rank with multi-token layers where `--pipeline_model_parallel_layout` has them before the last."""
+    pp = args.pipeline_model_parallel_size
+    stages = parse_stages(getattr(args, LAYOUT, None) or "")
+    holders = [number % pp for number, stage in enumerate(stages) if "m" in stage]
+    return holders[0] if holders and holders[0] != pp - 1 else None
+
+
 def is_uneven(args: Any) -> bool:
     """Whether any flag asks for something else than equal stages."""
     return any(getattr(args, name, None) not in (None, False, "") for name in UNEVEN_FLAGS)

@@ -83,7 +83,7 @@ def stage_problems(layout: Layout, shape: ModelShape, args: Any) -> list[UserErr
     layers, given = shape.num_layers, getattr(args, LAYOUT, None)
     mtp = predicted_tokens(args, shape)
     if given:
-        return list(_layout_problems(parse_stages(given), layers, mtp))
+        return list(_layout_problems(parse_stages(given), layout.pp, layers, mtp))
     if getattr(args, FIRST, None) is not None or getattr(args, LAST, None) is not None:
         return list(_ends_problems(layout, layers, args, mtp))
     try:
@@ -188,21 +188,21 @@ def _ends_fit(layout: Layout, layers: int, first: int | None, last: int | None) 
     return rest == 0 if not middle else rest > 0 and rest % (middle * vpp) == 0
 
 
-def _layout_problems(stages: list[str], layers: int, mtp: int) -> Iterator[UserError]:
+def _layout_problems(stages: list[str], pp: int, layers: int, mtp: int) -> Iterator[UserError]:
     """The layout describes the right number of stages; does it describe this model?"""
-    reasons = list(_layout_reasons(stages, layers, mtp))
+    reasons = list(_layout_reasons(stages, pp, layers, mtp))
     if not reasons:
         return
     nearest = _mended(stages, layers, mtp)
-    if list(_layout_reasons(nearest, layers, mtp)):
+    if list(_layout_reasons(nearest, pp, layers, mtp)):
         nearest = balanced(layers, len(stages), mtp)
     remedy = f"the nearest possible is --{LAYOUT} '{render_stages(nearest)}'"
-    if list(_layout_reasons(nearest, layers, mtp)):
+    if list(_layout_reasons(nearest, pp, layers, mtp)):
         remedy = f"describe at most {layers + 2} stages, one layer or an end in each"
     yield UserError(f"--{LAYOUT} {render_stages(stages)}: {'; '.join(reasons)}", remedy)
 
 
-def _layout_reasons(stages: list[str], layers: int, mtp: int) -> Iterator[str]:
+def _layout_reasons(stages: list[str], pp: int, layers: int, mtp: int) -> Iterator[str]:
     flat = "".join(stages)
     for letter, what, place in (("E", "embedding", 0), ("L", "loss", -1)):
         if flat.count(letter) != 1:
@@ -216,19 +216,20 @@ def _layout_reasons(stages: list[str], layers: int, mtp: int) -> Iterator[str]:
     if flat.count("m") != mtp:
         yield f"has {flat.count('m')} layers of multi-token prediction (m), and the model has {mtp}"
     elif mtp:
-        yield from _prediction_reasons(stages)
+        yield from _prediction_reasons(stages, pp)
 
 
-def _prediction_reasons(stages: list[str]) -> Iterator[str]:
-    """`m` come behind all layers and in the stage of the loss, since each depth has a loss of its own.
-
-    megatron-core lets them have a stage to themselves, which hands on the hidden states of all depths; ours does not.
-    """
+def _prediction_reasons(stages: list[str], pp: int) -> Iterator[str]:
+    """megatron-core's rules for `m`: behind all layers, together, on the last chunk of a rank but the first."""
+    holders = [number for number, stage in enumerate(stages) if "m" in stage]
+    if len(holders) > 1:
+        yield "the m (multi-token prediction) are in several stages, and must be in one"
     if "t" in "".join(stages).partition("m")[2]:
         yield "a decoder layer (t) follows the multi-token prediction (m)"
-    elsewhere = [number for number, stage in enumerate(stages[:-1], start=1) if "m" in stage]
-    if elsewhere:
-        yield f"m (multi-token prediction) is in stage {elsewhere[0]}, and must be in the last one, beside L"
+    first = len(stages) - pp + 1  # the last chunks but that of the first rank
+    if holders[0] < first:
+        which = "the last" if pp == 2 else f"one of the last {pp - 1}"
+        yield f"m (multi-token prediction) is in stage {holders[0] + 1}, and must be in {which}"
 
 
 def _mended(stages: list[str], layers: int, mtp: int) -> list[str]:

@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from mcore_swift.models.reading import read_model  # noqa: E402
 from mcore_swift.objectives.sft import NextToken  # noqa: E402
 from mcore_swift.plan import Layout, ModelShape, check_layout  # noqa: E402
 from mcore_swift.plan.axes import length_multiple  # noqa: E402
+from mcore_swift.plan.stages import prediction_rank  # noqa: E402
 
 ALL_LAYOUTS = {
     1: [Layout()],
@@ -95,19 +97,18 @@ GRADIENT_RTOL = 1e-4  # the issue's bound on the norm
 WEIGHT_ATOL = 2e-5  # after one SGD step of rate 1: the error of each single gradient, which are up to about 1
 
 
-_groups: dict[Layout, dict[str, Any]] = {}
+_groups: dict[tuple[Layout, int | None], dict[str, Any]] = {}
 
 
-def start(layout: Layout) -> None:
+def start(layout: Layout, letters: str | None = None) -> None:
     """Process groups for a layout, made once: gloo takes long to connect dozens of them."""
-    layout = replace(layout, sequence_parallel=False)
+    flags = {"pipeline_model_parallel_size": layout.pp, "pipeline_model_parallel_layout": letters}
+    key = replace(layout, sequence_parallel=False), prediction_rank(SimpleNamespace(**flags))
     parallel_state.destroy_model_parallel()
-    if layout not in _groups:
-        process_groups.start(layout, seed=1, timeout_s=120)
-        _groups[layout] = {
-            name: value for name, value in vars(parallel_state).items() if name.startswith("_")
-        }
-    vars(parallel_state).update(_groups[layout])
+    if key not in _groups:
+        process_groups.start(key[0], seed=1, timeout_s=120, prediction_rank=key[1])
+        _groups[key] = {name: value for name, value in vars(parallel_state).items() if name.startswith("_")}
+    vars(parallel_state).update(_groups[key])
     process_groups.seed_everything(1)
 
 
@@ -187,7 +188,7 @@ def agrees_with_transformers(
     flags: further arguments of the run.
     """
     reference: Reference = torch.load(folder / "reference.pt", weights_only=False)
-    start(layout)
+    start(layout, flags.get("pipeline_model_parallel_layout"))
     # Adam with this epsilon and without memory is plain SGD, and the distributed optimizer knows Adam only.
     rule = {"optimizer": "adam", "adam_beta1": 0.0, "adam_beta2": 0.0, "adam_eps": ADAM_EPS}
     args = MegatronSftArguments(
@@ -236,7 +237,7 @@ def agrees_with_transformers(
 def equal_microbatches_have_equal_losses(folder: Path, layout: Layout, **flags: Any) -> None:
     """Under every pipeline schedule: a schedule that mixes up messages gives the same batch several losses."""
     reference: Reference = torch.load(folder / "reference.pt", weights_only=False)
-    start(layout)
+    start(layout, flags.get("pipeline_model_parallel_layout"))
     args = MegatronSftArguments(**flags)
     engine = MegatronEngine(read_model(str(folder / "model")), layout, args, torch.float32)
     with HFReader(folder / "model") as reader:
@@ -287,16 +288,6 @@ def main() -> None:
             )
     if world_size == 4:
         cases |= stages_cases(folder, start, agrees_with_transformers, equal_microbatches_have_equal_losses)
-        # the letters of multi-token layers are those of the checkpoint: no --mtp_num_layers
-        letters = {"pipeline_model_parallel_layout": "Ettt|tmmL", "cp_comm_type": "a2a"}
-        cases["deepseek-v3-mtp, letters, PP2·CP2"] = partial(
-            agrees_with_transformers,
-            folder / "deepseek-v3-mtp",
-            Layout(pp=2, cp=2),
-            True,
-            True,
-            **letters,
-        )
     run_cases(cases, folder)
     if dist.get_rank() == 0:
         shown = {variant: row for variant, row in errors.items() if variant in VARIANTS}

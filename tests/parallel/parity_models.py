@@ -244,7 +244,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 THOROUGH = ("llama3-rope-tied", "qwen3", "qwen3-moe")
 """Variants that go through every layout; the others through a few that mix the axes."""
-SIX_LAYERS = {"six-tied": "qwen2", "six-untied": "qwen3"}
+SIX_LAYERS = {"six-tied": "qwen2", "six-untied": "qwen3", "six-mtp": "deepseek-v3-mtp"}
 """Folder of a reference for uneven pipelines -> its variant."""
 LENGTHS = [24, 9, 17, 24, 5, 21, 13, 24]
 PROMPT = 3

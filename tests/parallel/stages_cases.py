@@ -38,6 +38,13 @@ UNEVEN: dict[str, tuple[Layout, dict[str, Any]]] = {
     "ends on their own": (Layout(pp=4), {LAYOUT: "E|t*4|tt|L"}),
 }
 
+# layouts of a model with two multi-token layers, which may have a stage of their own
+PREDICTING = [
+    (Layout(pp=2, cp=2), "deepseek-v3-mtp", "Ettt|tmmL"),
+    (Layout(pp=4), "deepseek-v3-mtp", "Ett|tt|mm|L"),
+    (Layout(pp=4, vpp=2), "six-mtp", "E|(t|)*4tt|mm|L"),
+]
+
 
 def builds_what_is_planned(start: Start, folder: Path, layout: Layout, flags: dict[str, Any]) -> None:
     """Each chunk of each rank holds the layers that the plan says, by their numbers in the whole model."""
@@ -60,4 +67,10 @@ def stages_cases(folder: Path, start: Start, agrees: Check, equal: Check) -> dic
         cases[f"built {name}"] = partial(builds_what_is_planned, start, place, layout, flags)
         if name == "letters, interleaved":
             cases[f"equal {name}"] = partial(equal, place, layout, **flags)
+    for number, (layout, variant, letters) in enumerate(PREDICTING):
+        flags = {LAYOUT: letters, "cp_comm_type": "a2a"}  # and no --mtp_num_layers
+        cases[f"predicting {letters}"] = partial(
+            agrees, folder / variant, layout, number % 2 == 0, True, **flags
+        )
+    cases[f"equal {letters}"] = partial(equal, folder / variant, layout, **flags)
     return cases

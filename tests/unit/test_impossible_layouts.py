@@ -72,7 +72,12 @@ IMPOSSIBLE: list[tuple[str, int, Flags, str]] = [
     ("dense", 2, {"pp": 2, "letters": "Ett|ttL"}, "has 4 decoder layers (t), and the model has 6"),
     ("dense", 1, {"letters": "EttttttL"}, "needs a pipeline"),
     ("predicting", 2, {"pp": 2, "letters": "Ettt|tttL"}, "0 layers of multi-token prediction (m)"),
-    ("predicting", 4, {"pp": 4, "letters": "Ett|tt|ttm|L"}, "must be in the last one"),
+    (
+        "predicting",
+        4,
+        {"pp": 4, "letters": "Ettttttm|L||"},
+        "is in stage 1, and must be in one of the last 3",
+    ),
     ("predicting", 1, {"mtp": 2}, "the model has 1 multi-token layers"),
     ("dense", 2, {"tp": 4}, "2 processes cannot be divided into copies of 4"),
     ("dense", 6, {"tp": 4}, "6 processes cannot be divided into copies of 4"),

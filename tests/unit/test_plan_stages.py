@@ -209,8 +209,14 @@ def test_layers_of_multi_token_prediction_are_those_of_the_model_unless_flags_sa
 
     assert told("Ett|ttmL") == told("Ett|ttL", mtp_num_layers=0) == ""
     assert "nearest possible is --pipeline_model_parallel_layout 'Ett|ttmL'" in told("Ett|ttL")
-    assert "m (multi-token prediction) is in stage 1, and must be in the last one" in told("Ettttm|L")
+    assert "m (multi-token prediction) is in stage 1, and must be in the last" in told("Ettttm|L")
     assert "a decoder layer (t) follows" in told("Ett|tmtL")
+    # DeepSeek-V3 as NVIDIA lays it out: multi-token layers in a stage of their own
+    deep, args = dataclasses.replace(shape_of(61), num_mtp_layers=1), SimpleNamespace()
+    args.pipeline_model_parallel_layout = "Et*3|(tt|)*29m|L"
+    assert stage_problems(Layout(pp=16, vpp=2), deep, args) == []
+    args.pipeline_model_parallel_layout = "Et*3|(tt|)*28ttm||L"
+    assert "holds nothing" in str(stage_problems(Layout(pp=16, vpp=2), deep, args))
 
 
 def test_another_mistake_is_told_beside_the_stages():

@@ -17,6 +17,7 @@ from mcore_swift.errors import UserError
 from mcore_swift.models.reading import ModelPlan, read_model
 from mcore_swift.plan.adapter import CONFIG, PeftFolder, read_config
 from mcore_swift.plan.layout import Layout
+from mcore_swift.plan.stages import prediction_rank
 from mcore_swift.tuners.settings import LoraSettings
 from mcore_swift.tuners.targets import linear_modules
 
@@ -24,7 +25,13 @@ from mcore_swift.tuners.targets import linear_modules
 def start(args: Any, layout: Layout) -> None:
     """Join the processes of the run."""
     backend = None if args.ddp_backend == "auto" else args.ddp_backend
-    process_groups.start(layout, seed=args.seed, timeout_s=args.ddp_timeout, backend=backend)
+    process_groups.start(
+        layout,
+        seed=args.seed,
+        timeout_s=args.ddp_timeout,
+        backend=backend,
+        prediction_rank=prediction_rank(args),
+    )
 
 
 def stop() -> None:

@@ -9,8 +9,18 @@ from mcore_swift.engines import processes
 from mcore_swift.plan.layout import Layout
 
 
-def start(layout: Layout, *, seed: int, timeout_s: float = 600, backend: str | None = None) -> None:
-    """Join the other processes of the run, as `processes.join` says, and seed this one."""
+def start(
+    layout: Layout,
+    *,
+    seed: int,
+    timeout_s: float = 600,
+    backend: str | None = None,
+    prediction_rank: int | None = None,
+) -> None:
+    """Join the other processes of the run, as `processes.join` says, and seed this one.
+
+    prediction_rank: the pipeline rank with multi-token layers, and so a copy of the embedding, if it is not the last.
+    """
     get_accelerator().install()
     processes.join(timeout_s=timeout_s, backend=backend)
     parallel_state.initialize_model_parallel(
@@ -23,6 +33,9 @@ def start(layout: Layout, *, seed: int, timeout_s: float = 600, backend: str | N
         distributed_timeout_minutes=max(1, round(timeout_s / 60)),
         # A second set of groups, which nothing here uses, would only take time to connect.
         create_gloo_process_groups=False,
+        get_embedding_ranks=None
+        if prediction_rank is None
+        else lambda ranks: [ranks[0], ranks[prediction_rank]],
     )
     seed_everything(seed)
 
