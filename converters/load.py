@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -11,9 +11,10 @@ from converters.coverage import check_hf, check_model
 from converters.hf_reader import HFReader
 from converters.ranks import Ranks
 from converters.regions import numel
+from mcore_swift.accelerator import get_accelerator
 from mcore_swift.errors import UserError
 from mcore_swift.models.rules import RuleTable, Shape
-from mcore_swift.models.shards import LiveShard, live_shards
+from mcore_swift.models.shards import ADAPTER, LiveShard, live_shards, parameter_shards, unwrap
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,11 @@ def load_hf(
     not used or of the wrong shape, or a parameter would stay unfilled.
     """
     started, before = time.monotonic(), reader.bytes_read
-    shards = live_shards(model_chunks)
-    check_coverage(shards, reader, table, ranks or Ranks())
-    shapes = reader.shapes
+    chunks = [model_chunks] if isinstance(model_chunks, nn.Module) else list(model_chunks)
+    check_coverage(live_shards(chunks), reader, table, ranks or Ranks())
     with torch.no_grad():
-        for shard in shards:
-            _fill(shard, reader, table, shapes)
+        for chunk in map(unwrap, chunks):
+            _fill_chunk(chunk, reader, table)
     return LoadStats(reader.bytes_read - before, time.monotonic() - started)
 
 
@@ -59,6 +59,25 @@ def check_coverage(shards: Sequence[LiveShard], reader: HFReader, table: RuleTab
     except UserError as mistake:
         error = mistake
     ranks.agree(error)
+
+
+def _fill_chunk(chunk: nn.Module, reader: HFReader, table: RuleTable) -> None:
+    """Fill parameters; of a layer that keeps its weight in another form, one at a time, for it to take."""
+    shapes = reader.shapes
+    takers = {module.weight: module.take for module in chunk.modules() if hasattr(module, "take")}
+    of_takers: dict[torch.Tensor, list[LiveShard]] = {}
+    for parameter, shard in parameter_shards(chunk):
+        if parameter in takers:
+            of_takers.setdefault(parameter, []).append(shard)
+        elif not shard.key.startswith(ADAPTER):
+            _fill(shard, reader, table, shapes)
+    for parameter, shards in of_takers.items():
+        values = parameter.new_empty(parameter.shape, device=get_accelerator().device)
+        for shard in shards:
+            place = shard.data.storage_offset() - parameter.storage_offset()
+            view = values.as_strided(shard.data.shape, shard.data.stride(), place)
+            _fill(replace(shard, data=view), reader, table, shapes)
+        takers[parameter](values)
 
 
 def _fill(shard: LiveShard, reader: HFReader, table: RuleTable, shapes: dict[str, Shape]) -> None:

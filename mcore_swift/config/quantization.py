@@ -93,3 +93,29 @@ class QuantizationArguments(Arguments):
                 "--perform_initialization: random weights stay as they are beside adapters, and quantized at that",
                 "give a model with weights, or drop the quantization",
             )
+        if self.PROGRAM == "megatron":
+            yield from self._on_megatron()
+
+    def _on_megatron(self) -> Iterator[UserError]:
+        if (self.quant_method, self.quant_bits) != ("bnb", 4):
+            yield UserError(
+                f"--quant_method {self.quant_method} --quant_bits {self.quant_bits}: megatron-core's layers keep "
+                "weights in 4 bits by bitsandbytes, and in no other form",
+                "give --quant_method bnb --quant_bits 4, or use `swift sft --backend ddp`",
+            )
+        given = {
+            "bnb_4bit_compute_dtype": getattr(self, "torch_dtype", None),
+            "bnb_4bit_quant_storage": "uint8",
+        }
+        for name, harmless in given.items():
+            if getattr(self, name) not in (None, harmless):
+                yield UserError(
+                    f"--{name} {getattr(self, name)}: on megatron-core's layers it is not a choice; they multiply in "
+                    "the precision of the model, and bits are kept in uint8",
+                    f"drop --{name}",
+                )
+        if getattr(self, "transformer_impl", "") == "transformer_engine":
+            yield UserError(
+                "--transformer_impl transformer_engine: its layers do not keep weights in 4 bits",
+                "use --transformer_impl local",
+            )

@@ -1,11 +1,13 @@
 """From a HF config to the model chunks of this rank."""
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
@@ -22,6 +24,7 @@ from mcore_swift.models.shards import is_expert
 from mcore_swift.models.specs import block_spec, choose_implementation, multi_token_block_spec
 from mcore_swift.models.targets import Targets
 from mcore_swift.models.token_nll import token_nll, transformed
+from mcore_swift.models.without_memory import parameters_on_meta
 from mcore_swift.plan.layout import Layout
 from mcore_swift.plan.shape import padded_vocab_size
 from mcore_swift.plan.stages import megatron_stages
@@ -227,33 +230,41 @@ def _lengths(position_ids: Tensor, padding: Tensor | None) -> list[int]:
 
 
 def build_model(
-    plan: ModelPlan, config: TransformerConfig, implementation: str = "auto", vocab_divisible_by: int = 128
+    plan: ModelPlan,
+    config: TransformerConfig,
+    implementation: str = "auto",
+    vocab_divisible_by: int = 128,
+    *,
+    linears_on_meta: bool = False,
 ) -> list[Model]:
     """The model chunks of this rank, one for each virtual pipeline stage, on the accelerator's device.
 
     The vocabulary is padded to a multiple of `vocab_divisible_by` and of TP. megatron-core's process groups must exist.
+    linears_on_meta: matrices of the layers have no memory yet, for who quantizes them as they come.
     """
     implementation = choose_implementation(implementation, plan)
     virtual = config.virtual_pipeline_model_parallel_size
+    device = get_accelerator().device
     chunks = []
     for stage in range(virtual or 1):
         vp_stage = stage if virtual else None
         model_fields = plan.family.model(plan.hf)
         vocab_size = model_fields.pop("vocab_size")
-        model = Model(
-            config=config,
-            transformer_layer_spec=block_spec(plan, config, implementation, vp_stage),
-            mtp_block_spec=multi_token_block_spec(plan, config, implementation, vp_stage),
-            real_vocab_size=vocab_size,
-            traits=plan.family.outer(plan.hf),
-            vocab_size=padded_vocab_size(vocab_size, vocab_divisible_by, config.tensor_model_parallel_size),
-            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
-            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
-            parallel_output=True,
-            vp_stage=vp_stage,
-            **model_fields,
-        )
-        device = get_accelerator().device
+        padded = padded_vocab_size(vocab_size, vocab_divisible_by, config.tensor_model_parallel_size)
+        with parameters_on_meta(partial(_is_matrix, padded)) if linears_on_meta else nullcontext():
+            model = Model(
+                config=config,
+                transformer_layer_spec=block_spec(plan, config, implementation, vp_stage),
+                mtp_block_spec=multi_token_block_spec(plan, config, implementation, vp_stage),
+                real_vocab_size=vocab_size,
+                traits=plan.family.outer(plan.hf),
+                vocab_size=padded,
+                pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+                post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+                parallel_output=True,
+                vp_stage=vp_stage,
+                **model_fields,
+            )
         rotary = Rotary(plan.family.rotary(plan.hf), device, interleaved=config.rotary_interleaved)
         model.rotary_pos_emb = rotary
         best = plan.family.best_of_group(plan.hf)
@@ -263,8 +274,18 @@ def build_model(
             if isinstance(module, TopKRouter) and best:
                 module.router_replay = GroupChoice(best)
         _mark_experts(model, config)
-        chunks.append(model.to(device))
+        chunks.append(model._apply(_move))
     return chunks
+
+
+def _move(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_meta else tensor.to(get_accelerator().device)
+
+
+def _is_matrix(vocab_size: int, module: torch.nn.Module, name: str) -> bool:
+    """Whether a parameter is the weight of a linear layer, other than the output layer, which stages share."""
+    is_linear = isinstance(module, ColumnParallelLinear | RowParallelLinear)
+    return is_linear and name == "weight" and module.output_size != vocab_size
 
 
 def _mark_experts(model: Model, config: TransformerConfig) -> None:

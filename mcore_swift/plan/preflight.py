@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import UserError, UserErrors
 from .check import check_layout, notices
 from .layout import Layout
-from .quantization import problems_beside_adapters, quantization_problems
+from .quantization import package_problems, problems_beside_adapters, quantization_problems
 from .shape import ModelShape, family_of
 from .weights import multi_token_names, tensor_names, weight_problems
 
@@ -36,7 +36,7 @@ def preflight(args: Any, world_size: int) -> list[UserError]:
         problems.append(error)
     if _reads_weights(args):
         problems += weight_problems(folder)
-        problems += _quantization(folder)
+        problems += _quantization(folder) + package_problems(getattr(args, "quant_method", None))
     return problems
 
 

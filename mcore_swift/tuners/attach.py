@@ -4,17 +4,24 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from torch import nn
 
+from mcore_swift.accelerator import get_accelerator
 from mcore_swift.models.rules import RuleTable
 from mcore_swift.models.shards import ADAPTER, LiveShard, MergedShard, parameter_shards, unwrap
+from mcore_swift.models.without_memory import given_memory
 from mcore_swift.tuners.lora import LoraLinear
 from mcore_swift.tuners.parts import parts_by_weight
+from mcore_swift.tuners.quantized import FourBit, QuantizedLinear
 from mcore_swift.tuners.settings import LoraSettings
 from mcore_swift.tuners.targets import choose, linear_modules
 from mcore_swift.tuners.whole import start_gradients
 
 
-def attach(chunks: Sequence[nn.Module], table: RuleTable, settings: LoraSettings) -> list[LoraLinear]:
+def attach(
+    chunks: Sequence[nn.Module], table: RuleTable, settings: LoraSettings, four_bit: FourBit | None = None
+) -> list[LoraLinear]:
     """Freeze the model and give an adapter to every chosen linear layer of this rank; returns those layers.
+
+    four_bit: frozen linear layers, with an adapter or not, are to keep their weights so; values come afterwards.
 
     What is chosen depends on the names of the whole model, so every rank comes to the same answer.
     Raises UserError for a target that matches nothing.
@@ -27,12 +34,27 @@ def attach(chunks: Sequence[nn.Module], table: RuleTable, settings: LoraSettings
     adapted = []
     for chunk in chunks:
         for parent, name, layer, column in list(_parallel_linears(chunk)):
-            wanted = [part for part in parts.get(layer.weight, []) if part.module in chosen]
+            held = parts.get(layer.weight, [])
+            if four_bit is not None and QuantizedLinear.fits(layer, held):
+                layer = QuantizedLinear(layer, held, four_bit)
+                setattr(parent, name, layer)
+            wanted = [part for part in held if part.module in chosen]
             if wanted:
                 adapter = LoraLinear(layer, wanted, settings, column=column)
                 setattr(parent, name, adapter)
                 adapted.append(adapter)
+        if four_bit is not None:
+            _give_rest_memory(chunk)
     return adapted
+
+
+def _give_rest_memory(chunk: nn.Module) -> None:
+    """Weights that were declared without memory and are not quantized."""
+    quantized = {id(module.base) for module in chunk.modules() if isinstance(module, QuantizedLinear)}
+    for module in chunk.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta and id(module) not in quantized:
+                module._parameters[name] = given_memory(parameter, get_accelerator().device)
 
 
 def adapter_names(table: RuleTable, settings: LoraSettings) -> list[str]:
@@ -58,7 +80,10 @@ def merged_shards(chunks: Iterable[nn.Module]) -> list[LiveShard]:
     """
     shards = []
     for chunk in map(unwrap, chunks):
-        adapted = {layer.weight: layer for layer in chunk.modules() if isinstance(layer, LoraLinear)}
+        adapted: dict[nn.Parameter, nn.Module] = {}
+        for layer in chunk.modules():  # an adapter before the quantized layer in it
+            if isinstance(layer, LoraLinear | QuantizedLinear):
+                adapted.setdefault(layer.weight, layer)
         for parameter, shard in parameter_shards(chunk):
             if parameter in adapted:
                 shard = MergedShard(**vars(shard), layer=adapted[parameter])

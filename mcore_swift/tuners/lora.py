@@ -27,6 +27,7 @@ from torch.nn import functional
 
 from mcore_swift.models.shards import ADAPTER, LiveShard
 from mcore_swift.tuners.parts import Part
+from mcore_swift.tuners.quantized import frozen_values, like_weight
 from mcore_swift.tuners.settings import LoraSettings
 
 
@@ -53,7 +54,7 @@ class LoraLinear(nn.Module):
         # Experts are given their tokens gathered, and what they give is summed outside: megatron-core's dispatcher.
         self.summed_outside = self.is_expert and split
         self.sequence_parallel = base.config.sequence_parallel and not self.is_expert and split
-        weight = base.weight
+        weight = like_weight(base)
         self.lora_A, self.lora_B = nn.ParameterList(), nn.ParameterList()
         self.ranks = [settings.rank_of(part.module) for part in self.parts]
         self.scalings = [settings.scaling_of(part.module) for part in self.parts]
@@ -149,7 +150,7 @@ class LoraLinear(nn.Module):
     def merged(self) -> Tensor:
         """The layer's weight with the adapter in it, a new tensor; nothing is communicated and nothing changed."""
         with torch.no_grad():
-            merged = self.base.weight.to(torch.float32, copy=True)
+            merged = frozen_values(self.base).to(torch.float32, copy=True)
             for part, scaling, down, up in zip(
                 self.parts, self.scalings, self.lora_A, self.lora_B, strict=True
             ):

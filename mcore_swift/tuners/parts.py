@@ -69,9 +69,7 @@ def _parts(parameter: nn.Parameter, shards: Iterable[LiveShard], table: RuleTabl
     for shard in shards:
         rule = table.by_mcore[shard.key]
         shapes: Mapping[str, Shape] = rule.hf_shapes(shard.global_shape)
-        first = (
-            (shard.data.data_ptr() - parameter.data_ptr()) // parameter.element_size() // parameter.size(1)
-        )
+        first = (shard.data.storage_offset() - parameter.storage_offset()) // parameter.size(1)
         for block in rule.blocks(shard.region, shapes):
             if len(block.hf) != 2:
                 return []  # several matrices in one tensor: no module of transformers', so no adapter of peft's

@@ -1,5 +1,6 @@
 """One process of the adapters' grid: forward, gradients and one step equal peft's, in every layout."""
 
+import importlib.util
 import json
 import os
 import sys
@@ -11,6 +12,7 @@ import lora_merging
 import pytest
 import torch
 import torch.distributed as dist
+from four_bit_cases import four_bit_cases
 from jobs import run_cases
 from lora_models import LEARNING_RATE, AdapterReference
 from parity_job import (
@@ -219,6 +221,8 @@ def main() -> None:
         )
     if world_size == 2:
         cases["base stays"] = partial(base_stays, folder / "qwen2", "mlp", Layout(tp=2))
+    if importlib.util.find_spec("bitsandbytes"):
+        cases |= four_bit_cases(folder, LAYOUTS[world_size], engine_with, own_batches)
     cases["divided tensor"] = partial(divided_tensor_is_refused, folder / "qwen3")
     run_cases(cases, folder)
 

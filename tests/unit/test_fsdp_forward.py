@@ -6,8 +6,8 @@ from torch.nn.functional import cross_entropy
 from mcore_swift.data.batch import Batch
 from mcore_swift.engines.fsdp import token_nll
 from mcore_swift.engines.fsdp.forward import unpacked
-from mcore_swift.engines.fsdp.model import parameters_on_meta
 from mcore_swift.engines.fsdp.weights import names_on_disk
+from mcore_swift.models.without_memory import parameters_on_meta
 
 
 def test_the_loss_and_its_gradient_are_torchs_own_in_any_chunks(monkeypatch):

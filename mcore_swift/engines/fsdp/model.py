@@ -5,8 +5,6 @@ made real (and random, where no checkpoint fills it) only to be sharded at once.
 """
 
 import importlib.util
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +15,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from mcore_swift.accelerator import get_accelerator
 from mcore_swift.errors import UserError
+from mcore_swift.models.without_memory import parameters_on_meta
 
 
 @dataclass(frozen=True)
@@ -80,23 +79,6 @@ def build_on_meta(
         raise UserError(f"this model cannot be built: {first_line(error)}") from None
     model.config.use_cache = False
     return model
-
-
-@contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Parameters that modules register inside have no memory; buffers, which no checkpoint holds, are computed."""
-    register = nn.Module.register_parameter
-
-    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:
-            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = register_on_meta
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register
 
 
 @dataclass(frozen=True)

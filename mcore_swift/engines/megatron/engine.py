@@ -54,6 +54,7 @@ from mcore_swift.plan.shape import ModelShape
 from mcore_swift.plan.stages import is_uneven, render_stages, stage_letters
 from mcore_swift.tuners.attach import adapter_names, adapter_shards, attach, merged_shards
 from mcore_swift.tuners.freezing import freezes
+from mcore_swift.tuners.quantized import FourBit, quantized_layers
 from mcore_swift.tuners.settings import LoraSettings
 from mcore_swift.tuners.targets import linear_modules
 from mcore_swift.tuners.whole import freeze
@@ -84,7 +85,9 @@ class MegatronEngine:
         self.layout = layout
         self.args = args
         self.dtype = dtype
-        self.implementation = choose_implementation(args.transformer_impl, plan)
+        four_bit = FourBit.from_args(args) if adapter else None
+        wanted = args.transformer_impl if four_bit is None else "local"  # config refuses others
+        self.implementation = choose_implementation(wanted, plan)
         options = model_options(args, self.implementation, experts=plan.is_moe) | pipeline_options(
             plan, layout, args
         )
@@ -93,10 +96,10 @@ class MegatronEngine:
         if layout.cp > 1:
             options["cp_comm_type"] = choose_cp_comm_type(args.cp_comm_type, self.implementation)
         config = transformer_config(plan, layout, dtype, options)
-        self.chunks = build_model(plan, config, self.implementation)
+        self.chunks = build_model(plan, config, self.implementation, linears_on_meta=four_bit is not None)
         self.adapter = adapter
         self.saves_adapter = adapter is not None
-        self.adapted = attach(self.chunks, plan.table, adapter) if adapter else []
+        self.adapted = attach(self.chunks, plan.table, adapter, four_bit) if adapter else []
         self.trained_share = 0.0 if adapter else 1.0
         if not adapter and freezes(args):
             self.trained_share = freeze(self.chunks, plan.table, args)
@@ -274,6 +277,8 @@ class MegatronEngine:
         told = f"layers: {self.implementation}"
         if self.adapter is not None:
             told += f", LoRA of rank {self.adapter.rank}"
+            if quantized_layers(self.chunks):
+                told += " beside weights in 4 bits"
         elif self.trained_share < 1:
             told += f", {self.trained_share:.0%} of the weights train"
         if self.layout.pp == 1 or not is_uneven(self.args):
