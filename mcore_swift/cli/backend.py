@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 from ..config import SwiftSftArguments, print_notice
-from ..errors import raise_together
+from ..errors import UserError, raise_together
 
 
 def train_on_backend(args: SwiftSftArguments) -> int:
@@ -23,6 +23,11 @@ def loop_arguments(args: SwiftSftArguments) -> Any:
     from ..plan.preflight import preflight
 
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size % args.sequence_parallel_size:
+        raise UserError(
+            f"--sequence_parallel_size {args.sequence_parallel_size} does not divide the {world_size} processes",
+            "start as many processes with NPROC_PER_NODE, or a multiple of it",
+        )
     backend, why = choose_backend(args, world_size, _memory_of_a_process())
     if args.backend == "auto":
         print_notice(f"--backend {backend}: {why}")

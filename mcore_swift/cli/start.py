@@ -74,7 +74,7 @@ def check(command: str, argv: Sequence[str]) -> None:
     if args.PROGRAM != "swift":
         reading.add(preflight(args, world_size))
     elif args.COMMAND != "export":
-        reading.add(preflight_swift(args))
+        reading.add(preflight_swift(args, world_size))
     reading.add(family_problems(args))
     if getattr(args, "dataset", None):
         from ..data import check_sources

@@ -98,7 +98,9 @@ class SwiftSftArguments(
 
         backend: megatron, fsdp or ddp: what 'auto' has become.
         """
-        values = dict(vars(self)) | self.loop_settings(world_size) | self.save_settings()
+        shared = self.sequence_parallel_size
+        values = dict(vars(self)) | self.loop_settings(max(1, world_size // shared)) | self.save_settings()
+        values["context_parallel_size"] = shared
         if backend != "megatron":
             single = dict.fromkeys(("tensor_model_parallel_size", "pipeline_model_parallel_size"), 1)
             return LoopArguments(**(values | single | {"backend": backend, "source": self}))

@@ -42,6 +42,12 @@ class BackendArguments(Arguments):
         refused={"flex_attention": "it has not been tried yet"},
         default_text="flash_attention_2 for packed rows where it is installed, else transformers' choice",
     )
+    sequence_parallel_size: int = arg(
+        1,
+        "processes that share each row, for rows too long for one: each computes a part of its tokens, and attention "
+        "exchanges tokens for heads (Ulysses, arXiv:2309.14509)",
+        at_least=1,
+    )
     gradient_checkpointing: bool = arg(
         True, "keep only the input of each layer, and compute the rest again in the backward pass"
     )
@@ -109,7 +115,7 @@ class TrainerArguments(Arguments):
             yield UserError("--min_lr: a constant learning rate does not fall", "drop --min_lr")
 
     def loop_settings(self, world_size: int) -> dict[str, object]:
-        """What these flags are called by the training loop and the engines."""
+        """What these flags are called by the training loop and the engines. world_size: data-parallel processes."""
         full = getattr(self, "tuner_type", "full") == "full"
         lr = self.learning_rate if self.learning_rate is not None else FULL_LR if full else LORA_LR
         a_round = self.per_device_train_batch_size * world_size

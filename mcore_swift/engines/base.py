@@ -61,6 +61,10 @@ class Backend(Protocol):
         """Leave them."""
         ...
 
+    def length_multiples(self, layout: "Layout") -> tuple[int, int]:
+        """What the length of a row, and that of each sample in a row of several, is padded to a multiple of."""
+        ...
+
     def read(self, args: Any) -> Any:
         """What is known of the model before it is built; `hf` is its transformers config. Raises UserError."""
         ...

@@ -1,11 +1,13 @@
 """Looks at a model folder and a layout before any process is started: milliseconds, no torch."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, UserErrors
+from .axes import nearest_size
 from .check import check_layout, notices
 from .layout import Layout
 from .quantization import package_problems, problems_beside_adapters, quantization_problems
@@ -40,7 +42,7 @@ def preflight(args: Any, world_size: int) -> list[UserError]:
     return problems
 
 
-def preflight_swift(args: Any) -> list[UserError]:
+def preflight_swift(args: Any, world_size: int = 1) -> list[UserError]:
     """Everything wrong with `args.model` for a run on transformers' model, found together.
 
     Any architecture may be there; with `args.backend` megatron only what `preflight` lets pass.
@@ -49,20 +51,41 @@ def preflight_swift(args: Any) -> list[UserError]:
         return []
     try:
         folder = model_folder(args.model)
-        read_config(folder)
+        config = read_config(folder)
         if args.backend == "megatron":
             read_shape(folder)
     except UserErrors as error:
         return list(error.errors)
     except UserError as error:
         return [error]
+    shared = list(_shared_rows(args, config, world_size))
     if not args.check_model or args.perform_initialization or args.resume_from_checkpoint:
-        return []
+        return shared
     if args.backend == "megatron":
-        return weight_problems(folder) + _quantization(folder)
-    return weight_problems(folder) + problems_beside_adapters(
-        args, read_config(folder), str(folder / "config.json")
+        return shared + weight_problems(folder) + _quantization(folder)
+    return (
+        shared
+        + weight_problems(folder)
+        + problems_beside_adapters(args, read_config(folder), str(folder / "config.json"))
     )
+
+
+def _shared_rows(args: Any, config: dict[str, Any], world_size: int) -> Iterator[UserError]:
+    """Whether the processes and the attention heads can be divided as --sequence_parallel_size says."""
+    size = args.sequence_parallel_size
+    heads = config.get("text_config", config).get("num_attention_heads", config.get("n_head"))
+    if world_size % size:
+        nearest = nearest_size(size, lambda n: world_size % n == 0, world_size)
+        yield UserError(
+            f"--sequence_parallel_size {size} does not divide the {world_size} processes",
+            f"the nearest possible is --sequence_parallel_size {nearest}, or set NPROC_PER_NODE",
+        )
+    elif args.backend != "megatron" and heads and heads % size:
+        nearest = nearest_size(size, lambda n: heads % n == 0 and world_size % n == 0, world_size)
+        yield UserError(
+            f"--sequence_parallel_size {size} does not divide the model's {heads} attention heads",
+            f"the nearest possible is --sequence_parallel_size {nearest}",
+        )
 
 
 def _quantization(folder: Path) -> list[UserError]:

@@ -22,7 +22,6 @@ from mcore_swift.engines.base import Backend, Engine
 from mcore_swift.errors import UserError, raise_together
 from mcore_swift.objectives.sft import NextToken
 from mcore_swift.observability import Meter, RunLog, configure_logging
-from mcore_swift.plan.axes import length_multiple
 from mcore_swift.plan.layout import Layout
 from mcore_swift.plan.peaks import peak_tflops
 from mcore_swift.training.checkpoint import Checkpoints, find_checkpoint, load_checkpoint, version_of
@@ -186,6 +185,7 @@ def _prepare_data(args: Any, layout: Layout, plan: Any, run_dir: Path, ranks: Ra
         os.environ.get("LOCAL_RANK", "0") == "0"
     )  # one for each machine, which may have disks of its own
     data, error = None, None
+    padding_multiple, segment_multiple = backend_of(args).length_multiples(layout)
     try:
         data = prepare(
             args,
@@ -195,8 +195,8 @@ def _prepare_data(args: Any, layout: Layout, plan: Any, run_dir: Path, ranks: Ra
             gather=ranks.gather,
             wait_limit=args.ddp_timeout,
             output_dir=run_dir,
-            padding_multiple=length_multiple(layout),
-            segment_multiple=layout.segment_multiple,
+            padding_multiple=padding_multiple,
+            segment_multiple=segment_multiple,
             uniform_shapes=layout.pp > 1,  # stages agree on the size of their messages beforehand
             model_max_length=getattr(plan.hf, "max_position_embeddings", None),
             vocab_size=getattr(plan.hf.get_text_config(), "vocab_size", None),

@@ -63,6 +63,28 @@ def test_streamed_rows_are_dealt_out_and_resumed_as_prepared_ones(runs):
     assert losses[1][0] != pytest.approx(prepared[1][0], rel=1e-4), "other rows than those of a prepared run"
 
 
+@pytest.mark.parametrize(
+    ("alone", "shared"),
+    [
+        ("one", "shared-fsdp2"),
+        ("one", "shared-ddp2"),
+        ("lora", "shared-lora-fsdp2"),
+        ("eight-padded", "shared-padded-fsdp2"),
+        ("windows", "shared-windows-fsdp2"),
+        ("gpt2-padded", "shared-gpt2-ddp2"),
+    ],
+)
+def test_processes_that_share_rows_have_the_losses_and_gradients_of_one(runs, alone, shared):
+    """Packed and padded rows, windows, key heads repeated, layers computed again; later steps prove the gradients."""
+    expected = curve(runs(alone))
+    assert_same_curve(runs(alone), runs(shared), steps=sorted(expected))
+
+
+def test_a_run_that_shared_its_rows_goes_on(runs):
+    assert_same_curve(runs("one"), runs("shared-again"), steps=REST)
+    assert eval_losses(runs("shared-fsdp2")) == pytest.approx(eval_losses(runs("one")), rel=1e-5)
+
+
 def test_evaluation_does_not_depend_on_the_processes(runs):
     one, two = eval_losses(runs("one")), eval_losses(runs("fsdp2"))
     assert one.keys() == two.keys() == {SAVED, STEPS}
@@ -173,7 +195,7 @@ def test_every_kind_of_adapter_begins_as_nothing_and_learns(runs, kind):
     )
 
 
-@pytest.mark.parametrize("mistake", transformers_plan.REFUSED)
+@pytest.mark.parametrize("mistake", [*transformers_plan.REFUSED, *transformers_plan.REFUSED_SHARED])
 def test_a_mistake_is_told_in_words(runs, mistake):
     runs(mistake)
 

@@ -59,6 +59,14 @@ REFUSED: dict[str, tuple[dict, list[str]]] = {
     "nothing-trains": ({"freeze_parameters_ratio": 1}, ["every parameter is frozen"]),
 }
 
+REFUSED_SHARED: dict[str, tuple[dict, list[str]]] = {
+    "shared-bloom": (
+        {"model": "{models}/bloom"} | EIGHT | {"sequence_parallel_size": 2},
+        ["--sequence_parallel_size", "bloom gives other results"],
+    ),
+}
+"""Of two processes. BLOOM tells positions apart by a bias in its own attention."""
+
 
 def resumed(run: str, step: int = SAVED) -> dict[str, str]:
     return {"resume_from_checkpoint": f"{{runs}}/{run}/checkpoint-{step}"}
@@ -66,8 +74,18 @@ def resumed(run: str, step: int = SAVED) -> dict[str, str]:
 
 STREAMED = {"streaming": "true", "shuffle_buffer_size": 20, "dataloader_num_workers": 0}
 
+SHARED = {"sequence_parallel_size": 2}
+WINDOWS = {"model": "{models}/windows"}
+
 SWIFT: dict[int, dict[str, dict]] = {
     2: {
+        "shared-fsdp2": SHARED | {"val_dataset": "{val}"},
+        "shared-ddp2": SHARED | DDP | {"gradient_checkpointing": "true"},
+        "shared-padded-fsdp2": SHARED | EIGHT | {"per_device_train_batch_size": 4},
+        "shared-windows-fsdp2": SHARED | WINDOWS | EIGHT,
+        "shared-gpt2-ddp2": SHARED | GPT2 | EIGHT | DDP,
+        "shared-lora-fsdp2": SHARED | LORA,
+        "shared-again": SHARED | resumed("shared-ddp2"),
         "streamed-fsdp2": STREAMED | {"dataloader_num_workers": 2},
         "fsdp2": EXPORT | {"val_dataset": "{val}"},
         "fsdp2-again": resumed("fsdp2"),
@@ -88,6 +106,7 @@ SWIFT: dict[int, dict[str, dict]] = {
         "one": {"val_dataset": "{val}"},
         "fsdp2-to-one": resumed("fsdp2"),
         "streamed": STREAMED,
+        "windows": WINDOWS | EIGHT,
         "streamed-fsdp2-to-one": STREAMED | resumed("streamed-fsdp2"),
         "random": RANDOM,
         "gpt2-padded": GPT2 | EIGHT | EXPORT,
@@ -141,16 +160,23 @@ def plan(world_size: int, tiny: Tiny, folder: Path) -> list[dict]:
             }
         else:
             rows = given.pop("global_batch")
+            copies = world_size // given.get("sequence_parallel_size", 1)
             given["gradient_accumulation_steps"] = (
-                rows // given.get("per_device_train_batch_size", 1) // world_size
+                rows // given.get("per_device_train_batch_size", 1) // copies
             )
         argv = [part for key, value in given.items() for part in (f"--{key}", str(value).format(**places))]
-        return {"name": name, "do": do, "argv": argv, "said": REFUSED[name][1] if do == "refused" else None}
+        return {
+            "name": name,
+            "do": do,
+            "argv": argv,
+            "said": (REFUSED | REFUSED_SHARED)[name][1] if do == "refused" else None,
+        }
 
     cases = [case(name, flags) for name, flags in SWIFT[world_size].items()]
+    refusals = REFUSED if world_size == 1 else REFUSED_SHARED
+    cases += [case(name, flags, "refused") for name, (flags, _) in refusals.items()]
     if world_size == 1:
         cases += [case(name, flags, "megatron") for name, flags in ON_MEGATRON.items()]
-        cases += [case(name, flags, "refused") for name, (flags, _) in REFUSED.items()]
         cases += [case(name, flags, "merge") for name, flags in MERGED.items()]
         cases += [case(name, flags) for name, flags in AFTERWARDS.items()]
     return cases
@@ -159,7 +185,14 @@ def plan(world_size: int, tiny: Tiny, folder: Path) -> list[dict]:
 def make_models(folder: Path, tokenizer) -> None:
     """Architectures that the Megatron engine does not have, or that transformers stores in another form."""
     import torch
-    from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig, Qwen3MoeConfig
+    from transformers import (
+        AutoModelForCausalLM,
+        BloomConfig,
+        GPT2Config,
+        OPTConfig,
+        Qwen2Config,
+        Qwen3MoeConfig,
+    )
 
     size = (len(tokenizer) + 1) | 1
     common = {"vocab_size": size, "bos_token_id": None, "eos_token_id": 0, "dtype": "float32"}
@@ -178,6 +211,11 @@ def make_models(folder: Path, tokenizer) -> None:
             decoder_sparse_step=1, tie_word_embeddings=False, **common,
         ),
     }  # fmt: skip
+    configs["bloom"] = BloomConfig(hidden_size=32, n_layer=2, n_head=4, initializer_range=0.1, **common)
+    configs["windows"] = Qwen2Config(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1,
+        use_sliding_window=True, sliding_window=6, max_window_layers=1, initializer_range=0.1, **common,
+    )  # fmt: skip
     for name, config in configs.items():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

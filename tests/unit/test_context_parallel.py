@@ -10,7 +10,8 @@ from test_attention import dense
 
 from mcore_swift.engines.megatron import context_parallel
 from mcore_swift.errors import UserError
-from mcore_swift.models.attention import exchange, flex
+from mcore_swift.models import collectives
+from mcore_swift.models.attention import flex
 from mcore_swift.models.attention.blockwise import Form
 from mcore_swift.models.attention.exchange import gather_keys, share_heads, unite_heads
 from mcore_swift.models.attention.kernels import attend_pieces
@@ -86,7 +87,7 @@ SHAPES = {"heads": (8, 8, 8, 8), "groups": (8, 2, 8, 8), "latent": (4, 4, 12, 8)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("comm", ["all_gather", "a2a"])
 def test_parts_of_rows_give_what_whole_rows_give(comm, shape, features, size, monkeypatch):
-    monkeypatch.setattr(exchange, "dist", Rank)
+    monkeypatch.setattr(collectives, "dist", Rank)
     traits = dict(FEATURES[features])
     heads, groups, dk, dv = SHAPES[shape]
     lengths, b = ([8, 24, 16], 1) if shape == "groups" else ([24], 2)

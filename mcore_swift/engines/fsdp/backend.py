@@ -25,6 +25,11 @@ def stop() -> None:
     processes.stop()
 
 
+def length_multiples(layout: Layout) -> tuple[int, int]:
+    """What rows, and samples in rows of several, are padded to: only whole rows are cut."""
+    return layout.cp, 1
+
+
 def read(args: Any) -> TransformersPlan:
     """The model that `args.model` holds. Raises UserError if transformers cannot train it."""
     return read_plan(args.model)

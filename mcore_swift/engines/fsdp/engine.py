@@ -21,7 +21,7 @@ from converters.ranks import Ranks
 from mcore_swift.accelerator import get_accelerator
 from mcore_swift.data.batch import Batch
 from mcore_swift.engines.base import StepResult
-from mcore_swift.engines.fsdp import processes, weights
+from mcore_swift.engines.fsdp import processes, sequence_parallel, weights
 from mcore_swift.engines.fsdp.forward import Forward, on_device
 from mcore_swift.engines.fsdp.model import (
     Spread,
@@ -36,6 +36,7 @@ from mcore_swift.engines.fsdp.model import (
 )
 from mcore_swift.engines.fsdp.optimizer import build_optimizer, scale_and_clip, set_hyperparameters
 from mcore_swift.engines.fsdp.quantized import is_quantized, load_quantized, number_of_values
+from mcore_swift.engines.fsdp.sequence_parallel import SequenceParallel
 from mcore_swift.engines.fsdp.shards import (
     optimizer_shards,
     optimizer_step,
@@ -74,10 +75,12 @@ class TransformersEngine:
         self.layout = layout
         self.args = args
         self.dtype = dtype
-        self.is_sharded = args.backend == "fsdp" and layout.dp > 1
+        self.is_sharded = args.backend == "fsdp" and layout.world_size > 1
         self.saves_adapter = args.tuner_type != "full"
         end_to_end = args.packing or args.padding_free
         attention = attention_implementation(args.attn_impl, end_to_end=end_to_end)
+        parallel = self._share_rows(attention)
+        attention = attention if parallel is None else sequence_parallel.NAME
         self._told = ""
         self.is_quantized = is_quantized(plan, args)
         if self.is_quantized:
@@ -100,8 +103,20 @@ class TransformersEngine:
         make_real(self.model, spread, seed=args.seed if random else None)
         if self.saves_adapter and not random:
             self._load_base()
-        self.forward = Forward(self.model, self.attention)
+        self.forward = Forward(self.model, self.attention, parallel)
         self.optimizer = build_optimizer(self.model, args, learning_rate_factors(self.model, args))
+
+    def _share_rows(self, attention: str | None) -> SequenceParallel | None:
+        """The processes that share rows with this one, if --sequence_parallel_size asks for it. Collective."""
+        if self.layout.cp == 1:
+            return None
+        if attention == "eager":
+            raise UserError(
+                "--attn_impl eager: attention of shared rows is sdpa or flash attention", "drop --attn_impl"
+            )
+        sequence_parallel.check_kinds(self.plan.hf.get_text_config())
+        sequence_parallel.register()
+        return SequenceParallel(processes.row_group(self.layout.cp), attention or "sdpa")
 
     def _choose_parameters(self, *, random: bool) -> nn.Module:
         """The model with what trains and what does not; adapters that start from weights get those first."""
@@ -156,7 +171,7 @@ class TransformersEngine:
 
     @property
     def description(self) -> str:
-        how = "FSDP2" if self.is_sharded else "DDP" if self.layout.dp > 1 else "one process"
+        how = "FSDP2" if self.is_sharded else "DDP" if self.layout.world_size > 1 else "one process"
         parameters = list(self.model.parameters())
         trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
         share = trained / max(1, sum(number_of_values(parameter) for parameter in parameters))
@@ -165,7 +180,7 @@ class TransformersEngine:
 
     @property
     def dp_rank(self) -> int:
-        return dist.get_rank()
+        return dist.get_rank() // self.layout.cp
 
     def train_step(
         self, microbatches: Sequence[Batch], objective: Objective, *, lr: float, weight_decay: float
@@ -214,7 +229,7 @@ class TransformersEngine:
     def writes(self, shard: LiveShard) -> bool:
         """Whether this rank, of those that hold the same values, is the one to save them."""
         everywhere = not self.is_sharded or shard.key in persistent_buffers(self.model)
-        copies = self.layout.dp if everywhere else 1
+        copies = self.layout.world_size if everywhere else 1
         return shard.replica[-1] == zlib.crc32(shard.key.encode()) % copies
 
     def optimizer_step(self) -> int:
@@ -300,7 +315,7 @@ class TransformersEngine:
         set_random_state(state)
 
     def _settle(self, microbatches: Sequence[Batch]) -> None:
-        if self.forward.is_unsettled and any(batch.cu_seqlens is not None for batch in microbatches):
+        if self.forward.is_unsettled(microbatches):
             self.forward.settle()
             reshard(self.model)
 
@@ -309,6 +324,7 @@ class TransformersEngine:
         sums = torch.zeros(2 + len(objective.metrics), dtype=torch.float64, device=device)
         for number, batch in enumerate(microbatches, start=1):
             self._reduce_gradients(last=number == len(microbatches))
+            batch = self.forward.own_part(batch)
             loss = objective(self.forward.token_nll(batch), on_device(batch, device))
             if backward:
                 loss.sum.backward()

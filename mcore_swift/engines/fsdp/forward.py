@@ -10,7 +10,7 @@ Which of the latter two is cheaper is decided for each row; whether a model's ma
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mcore_swift.accelerator import get_accelerator
 from mcore_swift.data.batch import Batch
+from mcore_swift.engines.fsdp.sequence_parallel import SequenceParallel, prove
 from mcore_swift.engines.fsdp.token_nll import nll_of_logits
 
 _WORTH_UNPACKING = 1.25
@@ -43,8 +44,11 @@ class Rows:
 class Forward:
     """Calls one model with the arguments it knows."""
 
-    def __init__(self, model: nn.Module, attention: str) -> None:
+    def __init__(self, model: nn.Module, attention: str, parallel: SequenceParallel | None = None) -> None:
+        """parallel: the processes that share rows, if this one does."""
         self.model = model
+        self._parallel = parallel
+        self._is_proved = parallel is None
         self.is_varlen = attention.startswith("flash")
         self._accepts = set(inspect.signature(inspect.unwrap(_causal_lm(model).forward)).parameters)
         self._masks_follow_positions: bool | None = None
@@ -60,12 +64,26 @@ class Forward:
         whole = torch.zeros(batch.labels.numel(), dtype=nll.dtype, device=device)
         return whole.index_put((places,), nll).view(batch.labels.shape)
 
-    @property
-    def is_unsettled(self) -> bool:
-        return self._masks_follow_positions is None and not self.is_varlen
+    def own_part(self, batch: Batch) -> Batch:
+        """What this process computes of a batch: its part of the tokens where rows are shared, else all of it."""
+        return batch if self._parallel is None else self._parallel.begin(batch)
+
+    def is_unsettled(self, batches: Sequence[Batch]) -> bool:
+        """Whether something has to be found out about the model before these batches."""
+        if self._parallel is not None:
+            return not self._is_proved
+        is_packed = any(batch.cu_seqlens is not None for batch in batches)
+        return is_packed and self._masks_follow_positions is None and not self.is_varlen
 
     def settle(self) -> None:
-        """Find out whether the model's masks follow position ids. Collective: needed before the first packed row."""
+        """Find out whether the model's masks follow position ids, or whether its rows can be shared. Collective.
+
+        Raises UserError if they are to be shared and cannot.
+        """
+        if self._parallel is not None:
+            prove(self._parallel, self.model, _causal_lm(self.model), self._call)
+            self._is_proved = True
+            return
         self._masks_follow_positions = "position_ids" in self._accepts and self._follows_positions()
 
     def _rows(self, batch: Batch) -> Rows:

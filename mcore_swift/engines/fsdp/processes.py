@@ -20,6 +20,14 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def row_group(size: int) -> dist.ProcessGroup | None:
+    """The `size` neighbouring processes that share rows with this one; None if it has its rows alone. Collective."""
+    if size == 1:
+        return None
+    own, _ = dist.new_subgroups(size)
+    return own
+
+
 def mesh(*, sharded: bool) -> DeviceMesh:
     """The processes as fully_shard takes them.
 

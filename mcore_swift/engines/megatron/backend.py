@@ -16,6 +16,7 @@ from mcore_swift.engines.megatron.engine import MegatronEngine
 from mcore_swift.errors import UserError
 from mcore_swift.models.reading import ModelPlan, read_model
 from mcore_swift.plan.adapter import CONFIG, PeftFolder, read_config
+from mcore_swift.plan.axes import length_multiple
 from mcore_swift.plan.layout import Layout
 from mcore_swift.plan.stages import prediction_rank
 from mcore_swift.tuners.settings import LoraSettings
@@ -36,6 +37,11 @@ def start(args: Any, layout: Layout) -> None:
 
 def stop() -> None:
     process_groups.stop()
+
+
+def length_multiples(layout: Layout) -> tuple[int, int]:
+    """What rows, and samples in rows of several, are padded to: they are cut in zigzag."""
+    return length_multiple(layout), layout.segment_multiple
 
 
 def read(args: Any) -> ModelPlan:

@@ -4,12 +4,12 @@ Tensors are `[s, b, heads or groups, d]`; s is the whole row's length in the row
 """
 
 import math
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mcore_swift.models.collectives import AllGather, AllToAll
 from mcore_swift.models.segments import Segments
 
 
@@ -21,7 +21,7 @@ def gather_keys(
     Backward, each rank gets the sum of what all ranks' queries have to say about its keys.
     """
     both = torch.cat((key.flatten(2), value.flatten(2)), dim=-1)
-    row = _AllGather.apply(both, group).index_select(0, segments.natural)
+    row = AllGather.apply(both, group).index_select(0, segments.natural)
     keys, values = row.split((key.shape[2:].numel(), value.shape[2:].numel()), dim=-1)
     return keys.unflatten(-1, key.shape[2:]), values.unflatten(-1, value.shape[2:])
 
@@ -41,7 +41,7 @@ def share_heads(
     # [s / N, b, N, (heads / N) * d], so that one message carries all three
     parts = [tensor.unflatten(2, (size, -1)).flatten(3) for tensor in (query, key, value)]
     message = torch.cat(parts, dim=-1).movedim(2, 0)
-    row = _AllToAll.apply(message, group).flatten(0, 1).index_select(0, segments.natural)
+    row = AllToAll.apply(message, group).flatten(0, 1).index_select(0, segments.natural)
     parted = row.split([part.size(-1) for part in parts], dim=-1)
     return tuple(
         part.unflatten(-1, (-1, tensor.size(-1)))
@@ -52,41 +52,4 @@ def share_heads(
 def unite_heads(out: Tensor, segments: Segments, group: dist.ProcessGroup) -> Tensor:
     """A part of the heads of all tokens, `[s, b, heads / N, d]`, -> all heads of a rank's, `[s / N, b, heads, d]`."""
     message = out.index_select(0, segments.by_rank).unflatten(0, (group.size(), -1))
-    return _AllToAll.apply(message, group).movedim(0, 2).flatten(2, 3)
-
-
-class _AllGather(torch.autograd.Function):
-    """`[n, ...]` of each rank -> `[N * n, ...]`, rank after rank."""
-
-    @staticmethod
-    def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        whole = part.new_empty(group.size() * part.size(0), *part.shape[1:])
-        dist.all_gather_into_tensor(whole, part.contiguous(), group=group)
-        return whole
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        part = grad.new_empty(grad.size(0) // ctx.group.size(), *grad.shape[1:])
-        dist.reduce_scatter_tensor(part, grad.contiguous(), group=ctx.group)
-        return part, None
-
-
-class _AllToAll(torch.autograd.Function):
-    """`[N, ...]`: block j goes to rank j, where it is block i if it comes from rank i. Gradients go back likewise."""
-
-    @staticmethod
-    def forward(ctx: Any, blocks: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _all_to_all(blocks, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _all_to_all(grad, ctx.group), None
-
-
-def _all_to_all(blocks: Tensor, group: dist.ProcessGroup) -> Tensor:
-    blocks = blocks.contiguous()
-    received = torch.empty_like(blocks)
-    dist.all_to_all_single(received, blocks, group=group)
-    return received
+    return AllToAll.apply(message, group).movedim(0, 2).flatten(2, 3)
