@@ -91,9 +91,7 @@ class Router(TopKRouter):
         room = get_capacity(tokens * self.topk, self.num_experts, self.config.moe_expert_capacity_factor)
         if room >= tokens:
             return torch.ones_like(chosen)
-        first = (
-            torch.arange(tokens, 0, -1, device=chosen.device)[:, None] / tokens
-        )  # 1 for the first, above 0
+        first = torch.arange(tokens, 0, -1, device=chosen.device)[:, None] / tokens  # 1, then down to above 0
         rank = probs if self.config.moe_token_drop_policy == "probs" else first
         best = torch.where(chosen, rank, first - 2).topk(room, dim=0).indices
         return torch.zeros_like(chosen).scatter(0, best, True)
