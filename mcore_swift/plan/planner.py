@@ -11,7 +11,7 @@ from .gpus import GPUS, Gpu, gpu_of
 from .layout import Layout
 from .memory import GIB, Memory, Recompute, Run, peak_memory, stages_of
 from .peaks import peak_tflops
-from .preflight import model_folder, read_config
+from .preflight import as_held, model_folder, read_config
 from .search import Option, Wish, search, spread_layers
 from .shape import ModelShape
 from .stages import stage_layers
@@ -56,11 +56,9 @@ def read_any_shape(model: str) -> ModelShape:
     """Sizes of a model by its folder or its config.json; also of one that we can plan and not train yet."""
     path = Path(model).expanduser()
     if path.is_file() and path.suffix == ".json":
-        source, config = path, _config_file(path)
-    else:
-        folder = model_folder(model)
-        source, config = folder / "config.json", read_config(folder)
-    return ModelShape.from_config_dict(config, str(source))
+        return ModelShape.from_config_dict(_config_file(path), str(path))
+    folder = model_folder(model)
+    return as_held(ModelShape.from_config_dict(read_config(folder), str(folder / "config.json")), folder)
 
 
 def wish_of(args: Any) -> Wish:

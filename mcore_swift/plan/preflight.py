@@ -145,13 +145,14 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_shape(folder: Path) -> ModelShape:
-    """Sizes of the model in a checkpoint folder. Raises UserError, also for a model that we cannot train.
-
-    Multi-token layers that config.json tells of and the weights beside it lack are not counted: they are left out.
-    """
+    """Sizes of the model in a checkpoint folder. Raises UserError, also for a model that we cannot train."""
     config, source = read_config(folder), str(folder / "config.json")
     family_of(config, source)
-    shape = ModelShape.from_config_dict(config, source)
+    return as_held(ModelShape.from_config_dict(config, source), folder)
+
+
+def as_held(shape: ModelShape, folder: Path) -> ModelShape:
+    """Without multi-token layers if config.json tells of them and the weights beside it lack them."""
     names = tensor_names(folder) if shape.num_mtp_layers else []
     if names and not multi_token_names(names, shape.num_layers, shape.num_mtp_layers):
         return replace(shape, num_mtp_layers=0)
