@@ -18,9 +18,7 @@ DOWN = ("down_proj", "w2")
 _FIXED: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "use_dora": (False,),
-    "bias": ("none",),
     "fan_in_fan_out": (False,),
-    "modules_to_save": (None, []),
     "lora_bias": (False,),
     "trainable_token_indices": (None,),
     "megatron_config": (None,),
@@ -28,11 +26,18 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 }
 """Options of peft's that would change what the matrices mean, with the values we know."""
 
+_ALONE: dict[str, tuple[Any, ...]] = {"bias": ("none",), "modules_to_save": (None, [])}
+"""Options by which more belongs to an adapter than its matrices, with the values by which nothing does."""
 
-def refuse_other_kinds(config: Mapping[str, Any], path: Path) -> None:
-    """Raise UserError for a kind of adapter, or an option of one, that is not supported on megatron-core's layers."""
+
+def refuse_other_kinds(config: Mapping[str, Any], path: Path, *, alone: bool = True) -> None:
+    """Raise UserError for a kind of adapter, or an option of one, that is not supported on megatron-core's layers.
+
+    alone: nothing but matrices A and B is understood; else what trains whole beside them is too.
+    """
+    known = _FIXED | _ALONE if alone else _FIXED
     refused = [
-        f"{name} {config[name]!r}" for name, fine in _FIXED.items() if config.get(name, fine[0]) not in fine
+        f"{name} {config[name]!r}" for name, fine in known.items() if config.get(name, fine[0]) not in fine
     ]
     if refused:
         raise UserError(
@@ -48,7 +53,7 @@ def settings_of(adapter: PeftFolder) -> LoraSettings:
     Raises UserError for a kind of adapter, or an option of one, that is not supported.
     """
     config = adapter.config
-    refuse_other_kinds(config, adapter.folder / CONFIG)
+    refuse_other_kinds(config, adapter.folder / CONFIG, alone=False)
     rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)
     modules = list(adapter.modules)
     targets = config.get("target_modules") or []
@@ -60,6 +65,9 @@ def settings_of(adapter: PeftFolder) -> LoraSettings:
         alpha=alpha,
         dropout=config.get("lora_dropout", 0.0),
         use_rslora=config.get("use_rslora", False),
+        modules_to_save=tuple(config.get("modules_to_save") or ()),
+        bias=config.get("bias", "none"),
+        ensure_weight_tying=bool(config.get("ensure_weight_tying", False)),
         target_modules=tuple(modules or named),
         target_regex=targets if is_regex and not modules else None,
         rank_pattern={name: held for name in modules if (held := adapter.modules[name]["A"][0]) != rank},
@@ -84,15 +92,17 @@ def config_of(
         "lora_dropout": settings.dropout,
         "use_rslora": settings.use_rslora,
         "use_dora": False,
-        "bias": "none",
+        "bias": settings.bias,
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "inference_mode": True,
         "target_modules": _targets(modules, linear),
         "rank_pattern": dict(settings.rank_pattern),
         "alpha_pattern": dict(settings.alpha_pattern),
-        "modules_to_save": None,
+        "modules_to_save": list(settings.modules_to_save) or None,
     }
+    if settings.ensure_weight_tying:
+        config["ensure_weight_tying"] = True
     experts = {module for module in modules if _EXPERT.search(module)}
     return config | _beside_experts(settings, experts, modules - experts) if experts else config
 

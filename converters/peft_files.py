@@ -22,7 +22,9 @@ from mcore_swift.errors import UserError, raise_together
 from mcore_swift.models.rules import Experts, Region, RuleTable, Same, as_slices
 from mcore_swift.models.shards import ADAPTER, LiveShard
 from mcore_swift.plan.adapter import CONFIG, PREFIX, WEIGHTS, PeftFolder, matrix_problems, read_peft_folder
+from mcore_swift.tuners.beside import Beside, beside
 from mcore_swift.tuners.settings import LoraSettings
+from mcore_swift.tuners.targets import linear_modules
 
 
 def write_adapter(
@@ -30,23 +32,23 @@ def write_adapter(
     shards: Sequence[LiveShard],
     settings: LoraSettings,
     base_model: str,
-    linear: Iterable[str],
+    table: RuleTable,
     ranks: Ranks | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write the adapter that all ranks hold together. Collective.
+    """Write the adapter that all ranks hold together, with the weights that train whole beside it. Collective.
 
-    linear: HF modules of the whole model that could have an adapter.
+    table: of the base model.
     Raises UserError on every rank if the disk refuses.
     """
     ranks = ranks or Ranks()
     names: dict[str, None] = {}
     for keys in ranks.gather(list(dict.fromkeys(shard.key for shard in shards))):
         names.update(dict.fromkeys(keys))
-    table = RuleTable(Same(key, (peft_name(key),)) for key in names)
+    whole = beside(table, settings)
     own = {
         name: tensor.detach().to("cpu", copy=True).contiguous()
-        for bucket in hf_tensors(shards, table, dtype=dtype, ranks=ranks)
+        for bucket in hf_tensors(shards, _in_file(names, table, whole), dtype=dtype, ranks=ranks)
         for name, tensor in bucket.tensors.items()
     }
     collected = ranks.collect(own)
@@ -54,10 +56,23 @@ def write_adapter(
     if ranks.is_first:
         tensors = {name: tensor for part in collected for name, tensor in part.items()}
         try:
-            save_peft(folder, tensors, settings, base_model, linear)
+            tensors |= {copy: tensors[name].clone() for copy, name in whole.copies.items()}
+            save_peft(folder, tensors, settings, base_model, linear_modules(table))
         except Exception as raised:
             error = raised
     ranks.agree(error)
+
+
+def _in_file(keys: Iterable[str], table: RuleTable, whole: Beside) -> RuleTable:
+    """Keys of adapters and of weights that train whole -> names in adapter_model.safetensors."""
+    rules = []
+    for key in keys:
+        if key.startswith(ADAPTER):
+            rules.append(Same(key, (peft_name(key),)))
+        else:
+            names = (whole.files.get(name) for name in table.by_mcore[key].hf)
+            rules.append(replace(table.by_mcore[key], hf=tuple(name for name in names if name)))
+    return RuleTable(rules)
 
 
 def save_peft(
@@ -70,7 +85,8 @@ def save_peft(
     """Write whole matrices, by their names in the file, and the config beside them."""
     with disk_errors(folder):
         save_file(dict(sorted(tensors.items())), folder / WEIGHTS, metadata={"format": "pt"})
-    write_config(folder, settings, map(module_of, tensors), linear, base_model)
+    modules = [module_of(name) for name in tensors if ".lora_" in name]
+    write_config(folder, settings, modules, linear, base_model)
 
 
 def write_config(
@@ -111,13 +127,13 @@ class PeftAdapter:
     A is `[experts * rank, in]`, B `[out, rank * experts]`, the expert counting fastest.
     """
 
-    def __init__(self, folder: str | Path, table: RuleTable) -> None:
-        """table: of the base model, with a name for each expert's matrices.
+    def __init__(self, folder: str | Path, table: RuleTable, *, alone: bool = True) -> None:
+        """table: of the base model, with a name for each expert's matrices. alone: see `refuse_other_kinds`.
 
         Raises UserError for a kind of adapter that is not supported, and for files that are broken or do not agree.
         """
         held = read_peft_folder(folder)
-        refuse_other_kinds(held.config, held.folder / CONFIG)
+        refuse_other_kinds(held.config, held.folder / CONFIG, alone=alone)
         raise_together(matrix_problems(held))
         self.folder = held.folder
         self.path = held.weights
@@ -133,7 +149,11 @@ class PeftAdapter:
 
     def read(self, key: str, region: Region) -> torch.Tensor:
         """A region of a matrix, by its key. Raises UserError if the file cannot be read."""
-        place = self._places[peft_name(key)]
+        return self.read_named(peft_name(key), region)
+
+    def read_named(self, name: str, region: Region) -> torch.Tensor:
+        """The same of any tensor, by its name in the file."""
+        place = self._places[name]
         try:
             if self._file is None:
                 self._file = safe_open(self.path, framework="pt")
@@ -217,29 +237,39 @@ def _experts_places(held: PeftFolder, module: str, rule: Experts) -> dict[str, P
     return places
 
 
-def read_adapter(source: PeftAdapter, shards: Iterable[LiveShard], names: Iterable[str]) -> None:
-    """Fill this rank's adapter shards. Not collective.
+def read_adapter(
+    source: PeftAdapter,
+    shards: Iterable[LiveShard],
+    names: Iterable[str],
+    table: RuleTable,
+    settings: LoraSettings,
+) -> None:
+    """Fill this rank's shards of adapters and of weights that train whole beside them. Not collective.
 
     names: keys of all adapter tensors of the model, this rank's and others', to find what the model does not take.
-    Raises UserError for a matrix of another shape, one that is missing, and one that no layer takes.
+    table: of the base model. Raises UserError for a matrix of another shape, one that is missing, and one that no
+    layer takes.
     """
-    wanted, stored = {peft_name(key) for key in names}, set(source.shapes)
+    whole = beside(table, settings)
+    wanted, stored = {*map(peft_name, names), *whole.files.values()}, set(source.shapes)
+    known = wanted | whole.copies.keys() | whole.buffers
     _refuse(source.path, sorted(wanted - stored), "lacks")
-    _refuse(
-        source.path, sorted(stored - wanted), "holds, for layers this model or its settings do not adapt,"
-    )
+    _refuse(source.path, sorted(stored - known), "holds, for layers this model or its settings do not adapt,")
     shards = list(shards)
+    keys = dict.fromkeys(shard.key for shard in shards)
+    rules = _in_file(keys, table, whole).by_mcore
     for shard in shards:
-        shape = source.shapes[peft_name(shard.key)]
-        if shape != shard.global_shape:
-            raise UserError(
-                f"{source.path}: {peft_name(shard.key)} is {list(shape)}, and the model takes "
-                f"{list(shard.global_shape)}",
-                "it is an adapter of another base model, or of another rank",
-            )
+        for name, shape in rules[shard.key].hf_shapes(shard.global_shape).items():
+            if source.shapes[name] != shape:
+                raise UserError(
+                    f"{source.path}: {name} is {list(source.shapes[name])}, and the model takes {list(shape)}",
+                    "it is an adapter of another base model, or of another rank",
+                )
     with torch.no_grad():
         for shard in shards:
-            shard.data.copy_(source.read(shard.key, shard.region))
+            rule = rules[shard.key]
+            for block in rule.blocks(shard.region, rule.hf_shapes(shard.global_shape)):
+                block.of(shard.data).copy_(source.read_named(block.name, block.hf))
 
 
 def _refuse(path: Path, names: Sequence[str], verb: str) -> None:

@@ -42,6 +42,16 @@ class MegatronTunerArguments(Arguments):
     lora_alpha: float = arg(32, "adapters count alpha / rank times", above=0)
     lora_dropout: float = arg(0.05, "share of an adapter's inputs left out in training", at_least=0, below=1)
     use_rslora: bool = arg(False, "alpha / sqrt(rank) in place of alpha / rank (arXiv:2312.03732)")
+    modules_to_save: list[str] = arg(
+        [],
+        "modules that train whole beside the adapters, by the ends of their Hugging Face names (embed_tokens, "
+        "lm_head, norm, mlp.gate); a tied embedding stays tied",
+    )
+    lora_bias: str = arg(
+        "none",
+        "biases that train too: all, or those of layers with adapters",
+        choices=("none", "all", "lora_only"),
+    )
     lorap_lr_ratio: float | None = arg(
         None,
         "LoRA+: learning rate of B as a multiple of that of all else (arXiv:2402.12354); the schedule moves both",
@@ -86,7 +96,8 @@ class MegatronTunerArguments(Arguments):
                 yield UserError(
                     f"--{name} names an adapter, and all parameters are trained", "add --tuner_type lora"
                 )
-        for name in ("use_rslora", "lorap_lr_ratio") if not lora else ():
+        lora_only = ("use_rslora", "lorap_lr_ratio", "modules_to_save")
+        for name in (*lora_only, *(["lora_bias"] if self.lora_bias != "none" else [])) if not lora else ():
             if getattr(self, name):
                 yield UserError(f"--{name} is for --tuner_type lora, not {self.tuner_type}", f"drop --{name}")
         if len(self.adapters) > 1:

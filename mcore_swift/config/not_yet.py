@@ -181,8 +181,6 @@ _MEGATRON = table(
     # tuners
     settings(
         "this kind of adapter is not supported yet",
-        modules_to_save=None,
-        lora_bias="none",
         lora_dtype=None,
         use_dora=False,
         init_weights=("true",),

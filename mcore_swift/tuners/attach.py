@@ -8,12 +8,13 @@ from mcore_swift.accelerator import get_accelerator
 from mcore_swift.models.rules import RuleTable
 from mcore_swift.models.shards import ADAPTER, LiveShard, MergedShard, parameter_shards, unwrap
 from mcore_swift.models.without_memory import given_memory
+from mcore_swift.tuners.beside import beside, whole_shards
 from mcore_swift.tuners.lora import LoraLinear
 from mcore_swift.tuners.parts import parts_by_weight
 from mcore_swift.tuners.quantized import FourBit, QuantizedLinear
 from mcore_swift.tuners.settings import LoraSettings
-from mcore_swift.tuners.targets import choose, linear_modules
-from mcore_swift.tuners.whole import start_gradients
+from mcore_swift.tuners.targets import chosen_modules
+from mcore_swift.tuners.whole import start_gradients, train_only, weights_of
 
 
 def attach(
@@ -23,12 +24,12 @@ def attach(
 
     four_bit: frozen linear layers, with an adapter or not, are to keep their weights so; values come afterwards.
 
-    What is chosen depends on the names of the whole model, so every rank comes to the same answer.
-    Raises UserError for a target that matches nothing.
+    What is chosen depends on the names of the whole model, so every rank comes to the same answer. Collective.
+    Raises UserError for a target that matches nothing, and for what cannot train whole beside adapters.
     """
-    chosen = choose(linear_modules(table), settings.target_modules, settings.target_regex)
+    chosen = chosen_modules(table, settings)
+    train_only(chunks, weights_of(chunks, table), beside(table, settings).files)
     for chunk in chunks:
-        chunk.requires_grad_(False)
         start_gradients(chunk)
     parts = parts_by_weight(chunks, table)
     adapted = []
@@ -59,8 +60,13 @@ def _give_rest_memory(chunk: nn.Module) -> None:
 
 def adapter_names(table: RuleTable, settings: LoraSettings) -> list[str]:
     """Keys of the adapter's tensors in the whole model, whichever rank holds them."""
-    chosen = choose(linear_modules(table), settings.target_modules, settings.target_regex)
+    chosen = chosen_modules(table, settings)
     return [f"{ADAPTER}{module}.lora_{matrix}.weight" for module in sorted(chosen) for matrix in "AB"]
+
+
+def trained_shards(chunks: Sequence[nn.Module]) -> list[LiveShard]:
+    """What this rank holds of the adapters, and of the weights that train whole beside them."""
+    return adapter_shards(chunks) + whole_shards(chunks)
 
 
 def adapter_shards(chunks: Iterable[nn.Module]) -> list[LiveShard]:

@@ -14,6 +14,9 @@ class LoraSettings:
     target_modules: HF module names or ends of them, megatron-core module names, or 'all-linear'.
     target_regex: matches whole HF module names; takes the place of target_modules.
     rank_pattern, alpha_pattern: other values for single HF modules, by full name.
+    modules_to_save: ends of names of HF modules that train whole. bias: biases that train, 'none', 'all' or those of
+    adapted layers, 'lora_only'.
+    ensure_weight_tying: an embedding that trains whole is the output layer still, where it was; None: as the model is.
     """
 
     rank: int = 8
@@ -24,6 +27,9 @@ class LoraSettings:
     target_regex: str | None = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    modules_to_save: tuple[str, ...] = ()
+    bias: str = "none"
+    ensure_weight_tying: bool | None = None
     seed: int = 42
 
     @classmethod
@@ -36,6 +42,8 @@ class LoraSettings:
             use_rslora=args.use_rslora,
             target_modules=tuple(args.target_modules),
             target_regex=args.target_regex,
+            modules_to_save=tuple(args.modules_to_save),
+            bias=args.lora_bias,
             seed=args.seed,
         )
 

@@ -2,10 +2,11 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from mcore_swift.errors import UserError
 from mcore_swift.models.rules import RuleTable
+from mcore_swift.tuners.settings import LoraSettings
 
 ALL_LINEAR = "all-linear"
 
@@ -37,6 +38,27 @@ def choose(modules: Iterable[str], targets: Sequence[str], regex: str | None = N
             raise _nothing_matches(f"--target_modules {target}", target, modules)
         chosen |= matched
     return chosen
+
+
+def chosen_modules(table: RuleTable, settings: LoraSettings) -> set[str]:
+    """HF modules of the whole model that get an adapter. Raises UserError for a target that matches nothing.
+
+    As in peft, a module that trains whole gets none.
+    """
+    chosen = choose(linear_modules(table), settings.target_modules, settings.target_regex)
+    adapted = {name for name in chosen if not is_in(name, settings.modules_to_save)}
+    if not adapted:
+        raise UserError(
+            f"--modules_to_save {' '.join(settings.modules_to_save)}: all modules with adapters train whole",
+            "drop it, or use --tuner_type full with --freeze_parameters",
+        )
+    return adapted
+
+
+def is_in(module: str, ends: Collection[str]) -> bool:
+    """Whether a module is, or is inside, one whose name ends so: modules_to_save as peft reads it."""
+    parts = module.split(".")
+    return any(".".join(parts[:depth]).endswith(tuple(ends)) for depth in range(1, len(parts) + 1))
 
 
 def _by_regex(modules: Sequence[str], regex: str) -> set[str]:

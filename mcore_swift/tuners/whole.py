@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_tensor_model_parallel_region
 from torch import Tensor, nn
 
 from converters.ranks import Ranks
@@ -72,7 +73,7 @@ def freeze(chunks: Sequence[nn.Module], table: RuleTable, args: Any) -> float:
     """
     weights = weights_of(chunks, table)
     stays = frozen_names(weights.sizes, args, weights.fused)
-    train_only(weights, weights.sizes.keys() - stays)
+    train_only(chunks, weights, weights.sizes.keys() - stays)
     for chunk in chunks:
         if _recomputes(chunk.config):
             start_gradients(chunk)
@@ -80,10 +81,10 @@ def freeze(chunks: Sequence[nn.Module], table: RuleTable, args: Any) -> float:
     return 1 - kept / sum(weights.sizes.values())
 
 
-def train_only(weights: Weights, wanted: Collection[str]) -> None:
+def train_only(chunks: Iterable[nn.Module], weights: Weights, wanted: Collection[str]) -> None:
     """Ask for a gradient of the parameters that hold the `wanted` HF weights, and of no others.
 
-    Raises UserError if a parameter holds others too; on every rank, whichever holds it.
+    chunks: the model of `weights`. Raises UserError if a parameter holds others too; on every rank, whichever holds it.
     """
     for together in weights.fused:
         trains = [name for name in together if name in wanted]
@@ -95,6 +96,25 @@ def train_only(weights: Weights, wanted: Collection[str]) -> None:
             )
     for parameter, names in weights.held.items():
         parameter.requires_grad_(names[0] in wanted)
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(module, ColumnParallelLinear):
+                _let_bias_train(module)
+
+
+def _let_bias_train(layer: ColumnParallelLinear) -> None:
+    """megatron-core's product with a frozen weight has no gradient for the bias it adds: it is added outside."""
+    bias = layer.bias
+    if bias is not None and bias.requires_grad and not (layer.weight.requires_grad or layer.skip_bias_add):
+        layer.skip_bias_add = True
+        layer.register_forward_hook(_add_bias)
+
+
+def _add_bias(layer: Any, inputs: Any, results: tuple[Tensor, Tensor]) -> tuple[Tensor, None]:
+    output, bias = results
+    if layer.gather_output:
+        bias = gather_from_tensor_model_parallel_region(bias, group=layer.tp_group)
+    return output + bias, None
 
 
 def start_gradients(chunk: nn.Module) -> None:

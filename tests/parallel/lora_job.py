@@ -44,12 +44,11 @@ from mcore_swift.data import Batch  # noqa: E402
 from mcore_swift.engines.megatron.engine import MegatronEngine  # noqa: E402
 from mcore_swift.errors import UserError  # noqa: E402
 from mcore_swift.models.reading import read_model  # noqa: E402
-from mcore_swift.models.shards import live_shards  # noqa: E402
+from mcore_swift.models.shards import LiveShard, parameter_shards  # noqa: E402
 from mcore_swift.objectives.sft import NextToken  # noqa: E402
 from mcore_swift.plan import Layout  # noqa: E402
-from mcore_swift.tuners.attach import adapter_names, adapter_shards  # noqa: E402
+from mcore_swift.tuners.attach import adapter_names, trained_shards  # noqa: E402
 from mcore_swift.tuners.freezing import frozen_names  # noqa: E402
-from mcore_swift.tuners.targets import linear_modules  # noqa: E402
 
 LAYOUTS = {
     1: [Layout()],
@@ -88,11 +87,12 @@ def plain_sgd(packed: bool, **flags: Any) -> MegatronSftArguments:
 def engine_with(folder: Path, adapter: Path, layout: Layout, packed: bool, **flags: Any) -> MegatronEngine:
     args = plain_sgd(packed, **flags)
     plan = read_model(str(folder / "model"))
-    source = PeftAdapter(adapter, plan.table.matrices)
+    source = PeftAdapter(adapter, plan.table.matrices, alone=False)
     engine = MegatronEngine(plan, layout, args, torch.float32, adapter=source.settings)
     with HFReader(folder / "model") as reader:
         load_hf(engine.chunks, reader, engine.plan.table)
-    read_adapter(source, adapter_shards(engine.chunks), adapter_names(plan.table, engine.adapter))
+    names = adapter_names(plan.table, engine.adapter)
+    read_adapter(source, trained_shards(engine.chunks), names, plan.table, engine.adapter)
     engine.after_load(["weights"], optimizer_step=0)
     return engine
 
@@ -103,13 +103,14 @@ def agrees_with_peft(folder: Path, adapter: Path, layout: Layout, packed: bool) 
     start(layout)
     ratio = 3.0 if packed else None
     engine = engine_with(folder, adapter / "adapter", layout, packed, tuner_type="lora", lorap_lr_ratio=ratio)
-    frozen = [shard.data.clone() for shard in live_shards(engine.chunks)]
-    linear = linear_modules(engine.plan.table)
+    frozen = [(shard, shard.data.clone()) for shard in frozen_shards(engine)]
     written = adapter / f"written-{layout}-{packed}".replace("·", "-")
     if dist.get_rank() == 0:
         written.mkdir(exist_ok=True)
     dist.barrier()
-    write_adapter(written, adapter_shards(engine.chunks), engine.adapter, str(folder / "model"), linear)
+    write_adapter(
+        written, trained_shards(engine.chunks), engine.adapter, str(folder / "model"), engine.plan.table
+    )
     if dist.get_rank() == 0:
         first, second = (
             load_file(place / "adapter_model.safetensors") for place in (adapter / "adapter", written)
@@ -124,7 +125,9 @@ def agrees_with_peft(folder: Path, adapter: Path, layout: Layout, packed: bool) 
         result.grad_norm,
         reference.grad_norm,
     )
-    write_adapter(written, adapter_shards(engine.chunks), engine.adapter, str(folder / "model"), linear)
+    write_adapter(
+        written, trained_shards(engine.chunks), engine.adapter, str(folder / "model"), engine.plan.table
+    )
     dist.barrier()
     if dist.get_rank() == 0:
         stepped = load_file(written / "adapter_model.safetensors")
@@ -137,8 +140,17 @@ def agrees_with_peft(folder: Path, adapter: Path, layout: Layout, packed: bool) 
             )
     stepped = load_file(written / "adapter_model.safetensors")
     lora_merging.equals_base_and_adapter(engine, folder / "model", stepped)
-    for before, shard in zip(frozen, live_shards(engine.chunks), strict=True):
+    for shard, before in frozen:
         assert torch.equal(before, shard.data), f"{shard.key} is frozen and has changed"
+
+
+def frozen_shards(engine: MegatronEngine) -> list[LiveShard]:
+    return [
+        shard
+        for chunk in engine.chunks
+        for parameter, shard in parameter_shards(chunk)
+        if not parameter.requires_grad
+    ]
 
 
 def own_batches(reference: Any, packed: bool, layout: Layout) -> tuple[list[Batch], int]:

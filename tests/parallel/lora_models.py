@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from parity_models import LENGTHS, PROMPT
+from safetensors.torch import load_file
 from torch import Tensor
 
 LEARNING_RATE = 1.0
@@ -29,7 +30,7 @@ def make_expert_adapter(model: Path, folder: Path) -> None:
     layers to adapt: the reference is transformers' forward pass with W + scaling * B A in place of each W.
     """
     import transformers
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     torch.manual_seed(7)
     base = (
@@ -92,11 +93,15 @@ def make_adapter(model: Path, folder: Path, **settings: object) -> None:
     adapted = peft.get_peft_model(base, config).eval()
     trained = {name: value for name, value in adapted.named_parameters() if value.requires_grad}
     with torch.no_grad():
-        for parameter in trained.values():  # B too: zero would hide what A's gradient is
-            parameter.copy_(torch.randn(parameter.shape) * 0.1)
+        for name, parameter in trained.items():  # B too: zero would hide what A's gradient is
+            parameter.copy_(torch.randn(parameter.shape) * 0.1 + ("norm" in name))
     adapted.save_pretrained(folder / "adapter")
-    leaves = {name.replace(".default", ""): value for name, value in trained.items()}
+    leaves = {_name_in_file(name): value for name, value in trained.items()}
     _finish(model, folder, lambda sample: adapted(input_ids=sample[None]).logits[0], leaves)
+
+
+def _name_in_file(parameter: str) -> str:
+    return parameter.replace(".modules_to_save", "").replace(".default", "")
 
 
 def _finish(
@@ -112,5 +117,10 @@ def _finish(
     loss.backward()
     norm = torch.stack([matrix.grad.norm() for matrix in leaves.values()]).norm()
     after = {name: (value - LEARNING_RATE * value.grad).detach() for name, value in leaves.items()}
+    if "base_model.model.lm_head.weight" in load_file(folder / "adapter/adapter_model.safetensors"):
+        # a tied one is saved twice, and is one parameter
+        after.setdefault(
+            "base_model.model.lm_head.weight", after.get("base_model.model.model.embed_tokens.weight")
+        )
     detached = [rows.detach() for rows in logits]
     torch.save(AdapterReference(samples, detached, loss.item(), norm.item(), after), folder / "reference.pt")

@@ -12,6 +12,7 @@ from jobs import assert_all_passed, run_job  # noqa: E402
 from lora_models import make_adapter, make_expert_adapter  # noqa: E402
 from parity_models import make_reference  # noqa: E402
 
+EXPERTS = "qwen3-moe"
 ADAPTERS = {
     "qwen3": {
         "all": {},
@@ -20,13 +21,24 @@ ADAPTERS = {
             "rank_pattern": {"model.layers.1.mlp.up_proj": 5},
             "alpha_pattern": {"model.layers.0.self_attn.k_proj": 9.0},
         },
+        "saved": {
+            "target_modules": ["q_proj", "down_proj"],
+            "modules_to_save": ["embed_tokens", "lm_head", "norm"],
+        },
     },
     "qwen2": {
         "one": {"target_modules": ["k_proj"]},
         "mlp": {"target_modules": ["gate_proj", "up_proj", "o_proj"]},
+        "tied": {
+            "target_modules": ["q_proj", "k_proj", "v_proj"],
+            "bias": "lora_only",
+            "modules_to_save": ["embed_tokens"],
+            "ensure_weight_tying": True,
+        },
+        "biases": {"target_modules": ["o_proj"], "bias": "all"},
     },
+    EXPERTS: {"saved": {"target_modules": ["q_proj"], "modules_to_save": ["mlp.gate", "lm_head"]}},
 }
-EXPERTS = "qwen3-moe"
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +50,10 @@ def references(tmp_path_factory):
         for name, settings in adapters.items():
             (folder / variant / name).mkdir()
             make_adapter(folder / variant / "model", folder / variant / name, **settings)
-    (folder / EXPERTS).mkdir()
-    make_reference(EXPERTS, folder / EXPERTS)
     (folder / EXPERTS / "all").mkdir()
     make_expert_adapter(folder / EXPERTS / "model", folder / EXPERTS / "all")
-    names = {name: list(kinds) for name, kinds in ADAPTERS.items()} | {EXPERTS: ["all"]}
+    names = {name: list(kinds) for name, kinds in ADAPTERS.items()}
+    names[EXPERTS].append("all")
     (folder / "adapters.json").write_text(json.dumps(names))
     return folder
 

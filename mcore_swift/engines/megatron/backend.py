@@ -72,7 +72,7 @@ def _adapter(args: Any, plan: ModelPlan, start: Path | None) -> LoraSettings | N
         saved = settings_of(PeftFolder(start, read_config(start)))
         return replace(saved, dropout=args.lora_dropout, seed=args.seed)
     if start is None and args.adapters:
-        return _fitting(PeftAdapter(args.adapters[0], plan.table.matrices), plan)
+        return _fitting(PeftAdapter(args.adapters[0], plan.table.matrices, alone=False), plan)
     return LoraSettings.from_args(args)
 
 

@@ -52,7 +52,8 @@ from mcore_swift.plan.layout import Layout
 from mcore_swift.plan.preflight import read_shape
 from mcore_swift.plan.shape import ModelShape
 from mcore_swift.plan.stages import is_uneven, render_stages, stage_letters
-from mcore_swift.tuners.attach import adapter_names, adapter_shards, attach, merged_shards
+from mcore_swift.tuners.attach import adapter_names, attach, merged_shards, trained_shards
+from mcore_swift.tuners.beside import settled
 from mcore_swift.tuners.freezing import freezes
 from mcore_swift.tuners.quantized import FourBit, quantized_layers
 from mcore_swift.tuners.settings import LoraSettings
@@ -93,13 +94,15 @@ class MegatronEngine:
         )
         if plan.is_moe:
             options |= moe_options(args)
+            if adapter:  # no gradient moves it, and beside an adapter it stays as the router does
+                options["moe_router_bias_update_rate"] = 0.0
         if layout.cp > 1:
             options["cp_comm_type"] = choose_cp_comm_type(args.cp_comm_type, self.implementation)
         config = transformer_config(plan, layout, dtype, options)
         self.chunks = build_model(plan, config, self.implementation, linears_on_meta=four_bit is not None)
-        self.adapter = adapter
+        self.adapter = settled(plan.table, adapter) if adapter else None
         self.saves_adapter = adapter is not None
-        self.adapted = attach(self.chunks, plan.table, adapter, four_bit) if adapter else []
+        self.adapted = attach(self.chunks, plan.table, self.adapter, four_bit) if adapter else []
         self.trained_share = 0.0 if adapter else 1.0
         if not adapter and freezes(args):
             self.trained_share = freeze(self.chunks, plan.table, args)
@@ -164,7 +167,7 @@ class MegatronEngine:
         return shards
 
     def _trained_shards(self) -> list[LiveShard]:
-        return adapter_shards(self.chunks) if self.adapter else live_shards(self.chunks)
+        return trained_shards(self.chunks) if self.adapter else live_shards(self.chunks)
 
     def writes(self, shard: LiveShard) -> bool:
         """Whether this rank, of those that hold the same values, is the one to save them."""
@@ -200,8 +203,10 @@ class MegatronEngine:
             return self._read(model_dir, ranks, budget)
         if not self.args.adapters:
             return "adapter: A random, B zero"
-        source = PeftAdapter(self.args.adapters[0], self.plan.table.matrices)
-        read_adapter(source, self._trained_shards(), adapter_names(self.plan.table, self.adapter))
+        table = self.plan.table
+        source = PeftAdapter(self.args.adapters[0], table.matrices, alone=False)
+        names = adapter_names(table, self.adapter)
+        read_adapter(source, self._trained_shards(), names, table, self.adapter)
         return f"adapter from {source.folder}"
 
     def load_frozen(self, ranks: Ranks, budget: Budget) -> None:
@@ -228,9 +233,8 @@ class MegatronEngine:
     def export_hf(self, folder: Path, max_shard_bytes: int, ranks: Ranks, budget: Budget) -> None:
         """Write the model in Hugging Face form, or its adapter in PEFT's, into an existing folder. Collective."""
         if self.adapter is not None:
-            linear = linear_modules(self.plan.table)
-            shards = self._trained_shards()
-            write_adapter(folder, shards, self.adapter, self.args.model, linear, ranks, self.dtype)
+            shards, table = self._trained_shards(), self.plan.table
+            write_adapter(folder, shards, self.adapter, self.args.model, table, ranks, self.dtype)
             return
         write_hf(
             self.chunks, self.plan.table, self.args.model, folder, max_shard_bytes, self.dtype, ranks, budget
