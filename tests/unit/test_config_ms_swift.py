@@ -184,7 +184,7 @@ def test_a_value_that_asks_for_nothing_is_accepted_silently(argv):
         (["--moe_pad_expert_input_to_capacity", "true"], ["add --moe_expert_capacity_factor"]),
         (["--moe_router_load_balancing_type", "sinkhorn"], ["sinkhorn", "the model's own scores"]),
         (["--tuner_type", "vera"], ["vera", "not supported"]),
-        (["--lora_bias", "all"], ["--lora_bias all", "adapter"]),
+        (["--lora_bias", "all"], ["--lora_bias", "--tuner_type lora"]),
         (["--fp8_format", "hybrid"], ["--fp8_format hybrid", "FP8"]),
         (["--reward_funcs", "a", "b"], ["--reward_funcs a b", "RL"]),
         (["--learning_rate", "1e-4"], ["--learning_rate", "--lr"]),
