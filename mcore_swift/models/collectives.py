@@ -1,4 +1,4 @@
-"""Collectives with gradients, for ranks that share the tokens of a row. Torch alone: every engine may use them."""
+"""Collectives with gradients, for ranks that share the tokens or the columns of a row. Torch alone: every engine may use them."""
 
 from typing import Any
 
@@ -42,3 +42,24 @@ def _all_to_all(blocks: Tensor, group: dist.ProcessGroup) -> Tensor:
     received = torch.empty_like(blocks)
     dist.all_to_all_single(received, blocks, group=group)
     return received
+
+
+class SumOverRanks(torch.autograd.Function):
+    """The sum over ranks, which every rank goes on to use differently: so the gradient is summed over them, too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _all_reduced(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _all_reduced(grad, ctx.group), None
+
+
+def _all_reduced(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    if group.size() == 1:
+        return x
+    x = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(x, group=group)
+    return x

@@ -6,11 +6,12 @@ The plain kind, one weight that all heads share, needs no class of its own: it i
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 from torch.nn import functional
+
+from mcore_swift.models.collectives import SumOverRanks
 
 
 class _HeadNorm(nn.Module):
@@ -48,7 +49,7 @@ class FullNorm(_HeadNorm):
     def forward(self, x: Tensor) -> Tensor:
         """x: `[s, b, heads / TP, head_dim]`."""
         wide = x.float().flatten(-2)
-        squares = _SumOverRanks.apply(wide.pow(2).sum(-1, keepdim=True), self.group)
+        squares = SumOverRanks.apply(wide.pow(2).sum(-1, keepdim=True), self.group)
         normed = wide * torch.rsqrt(squares / self.width + self.eps)
         return (self.weight * normed.to(x.dtype)).view(x.shape)
 
@@ -63,24 +64,3 @@ class EachHeadNorm(_HeadNorm):
         """x: `[s, b, heads / TP, head_dim]`."""
         normed = functional.layer_norm(x.float(), x.shape[-1:], eps=self.eps)
         return (self.weight.float() * normed).to(x.dtype)
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """The sum over ranks, which every rank goes on to use differently: so the gradient is summed over them, too."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _all_reduced(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _all_reduced(grad, ctx.group), None
-
-
-def _all_reduced(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    if group.size() == 1:
-        return x
-    x = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(x, group=group)
-    return x
