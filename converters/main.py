@@ -51,15 +51,20 @@ def export_main(args: Any) -> int:
     """
     configure_logging()
     with _processes(args) as ranks:
-        if args.adapter and not args.merge_lora:
-            model = _read_plan(hf_source(args), args.mtp_num_layers)
-            adapter = open_adapter(args.adapter, model.table)
-            convert_adapter(adapter, model.table, args, ranks, model.family.name, to_mcore=args.to_mcore)
-            return 0
-        convert(args, ranks)
-        if args.test_convert_precision:
-            check_precision(args, ranks)
+        export(args, ranks)
     return 0
+
+
+def export(args: Any, ranks: Ranks) -> None:
+    """What `export_main` does in processes that have met already. Collective."""
+    if args.adapter and not args.merge_lora:
+        model = _read_plan(hf_source(args), args.mtp_num_layers)
+        adapter = open_adapter(args.adapter, model.table)
+        convert_adapter(adapter, model.table, args, ranks, model.family.name, to_mcore=args.to_mcore)
+        return
+    convert(args, ranks)
+    if args.test_convert_precision:
+        check_precision(args, ranks)
 
 
 @dataclass(frozen=True)
@@ -225,6 +230,9 @@ def check_precision(args: Any, ranks: Ranks) -> None:
 @contextmanager
 def _processes(args: Any) -> Iterator[Ranks]:
     """The processes that convert: those of torchrun, or this one. With a model, megatron-core's groups too."""
+    if dist.is_initialized():  # the caller's, who ends them
+        yield Ranks()
+        return
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if args.test_convert_precision:
         from mcore_swift.engines.megatron.process_groups import start

@@ -84,8 +84,44 @@ def refused(argv: list[str], *, said: list[str]) -> None:
         raise AssertionError("it was not refused")
 
 
+def write_logits(argv: list[str], *, rows: int, file: str) -> None:
+    """Logits `[rows, s, vocabulary]` of fixed tokens, by the model as a run would start with it."""
+    from megatron.core import parallel_state
+
+    from converters.verify import fixed_rows, mcore_logits
+
+    run = build(argv)
+    run.log.close()
+    vocab_size = run.engine.plan.hf.vocab_size
+    logits = mcore_logits(run.engine.model, fixed_rows(vocab_size, rows), vocab_size)
+    copies = (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_data_parallel_rank(with_context_parallel=True),
+    )
+    if logits is not None and copies == (0, 0):
+        torch.save(logits, file)
+
+
+def export(argv: list[str]) -> None:
+    """`megatron export` in the processes of this job."""
+    from converters.main import export
+    from mcore_swift.config import MegatronExportArguments
+
+    export(parse(MegatronExportArguments, argv, notify=lambda notice: None), Ranks())
+
+
+def swift_export(argv: list[str]) -> None:
+    """`swift export` of an adapter, in a job of one process."""
+    from mcore_swift.cli.merge_lora import merge
+
+    merge(argv)
+
+
 DOES = {
     "train": run_training,
+    "logits": write_logits,
+    "export": export,
+    "swift-export": swift_export,
     "save": save_again,
     "megatron-load": read_by_megatron,
     "refused": refused,
