@@ -111,7 +111,7 @@ def export(argv: list[str]) -> None:
 
 
 def swift_export(argv: list[str]) -> None:
-    """`swift export` of an adapter, in a job of one process."""
+    """`swift export` of an adapter that peft cannot read."""
     from mcore_swift.cli.merge_lora import merge
 
     merge(argv)

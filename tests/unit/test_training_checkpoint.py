@@ -151,6 +151,12 @@ class TestRotation:
             ["latest", *(f"checkpoint-{step}" for step in kept)]
         )
 
+    def test_merged_weights_go_with_the_checkpoint_they_are_of(self, tmp_path):
+        for step in (2, 4):
+            (tmp_path / f"checkpoint-{step}-merged").mkdir()
+        assert self.saved(tmp_path, (2, 4), 1) == [4]
+        assert {path.name for path in tmp_path.iterdir()} == {"latest", "checkpoint-4", "checkpoint-4-merged"}
+
     def test_the_newest_goes_even_where_a_later_step_lies_about(self, tmp_path):
         """A run resumed at an older checkpoint: what it has just saved is never what is removed."""
         make(tmp_path, 100)
