@@ -146,6 +146,12 @@ def test_lora_trains_alike_and_goes_on_under_any_number_of_processes(runs):
     assert losses[-1] < 0.95 * losses[0]
 
 
+def test_adapters_have_the_curve_of_the_megatron_engine(runs):
+    """Both go on with one PEFT folder: A and B alike in the first step, and in each after it."""
+    assert_same_curve(runs("lora-on-megatron"), runs("lora-on"), steps=ALL)
+    assert curve(runs("lora-on"))[1][0] < 0.97 * curve(runs("one"))[1][0], "three steps have taught something"
+
+
 def test_adapters_learn_on_megatron_when_layers_are_computed_again(runs):
     """Their first gradient is about that of peft's adapters, whose A is drawn from the same distribution."""
     megatron, peft = curve(runs("lora-recomputed"))[1], curve(runs("lora"))[1]

@@ -117,6 +117,7 @@ SWIFT: dict[int, dict[str, dict]] = {
         | {"packing": "true", "packing_length": 1024, "global_batch": 1, "attn_impl": "eager"},
         "eight-padded": EIGHT | {"per_device_train_batch_size": 4},
         "lora": LORA | EXPORT,
+        "lora-on": LORA | {"adapters": f"{{runs}}/lora/checkpoint-{SAVED}"},
         "lora-fsdp2-to-one": LORA | resumed("lora-fsdp2"),
         "qlora": QLORA,
         "qlora-again": LORA | {"max_steps": 2} | resumed("qlora-ddp2", 1),
@@ -131,6 +132,11 @@ NOT_MEGATRON = ("train_type", "gradient_checkpointing", "backend")
 ON_MEGATRON = {
     "megatron": EXPORT,
     "lora-recomputed": {"tuner_type": "lora", "lora_dropout": 0, "recompute_granularity": "full"} | ONE_STEP,
+    "lora-on-megatron": {
+        "tuner_type": "lora",
+        "lora_dropout": 0,
+        "adapters": f"{{runs}}/lora/checkpoint-{SAVED}",
+    },
     "fsdp2-to-megatron": {"model": f"{{runs}}/fsdp2/checkpoint-{SAVED}", "max_steps": 1},
 }
 MERGED = {"merged": {"adapters": f"{{runs}}/lora/checkpoint-{STEPS}", "merge_lora": "true"}}
