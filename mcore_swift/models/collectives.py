@@ -1,4 +1,4 @@
-"""Collectives with gradients, for ranks that share the tokens or the columns of a row. Torch alone: every engine may use them."""
+"""Collectives with gradients, for ranks that share the tokens or the columns of a row. Torch only: for every engine."""
 
 from typing import Any
 
