@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import transformers_plan
 from jobs import run_job
-from tiny import curve, eval_losses, make_tiny
+from tiny import curve, eval_losses, make_tiny, stored
 from transformers_plan import SAVED, STEPS
 
 
@@ -189,6 +189,21 @@ def test_an_adapter_goes_on_and_merged_by_peft_it_is_the_same_model(runs):
         p.name for p in folder.iterdir()
     }
     assert not (folder / "config.json").exists(), "it is no model"
+
+
+@pytest.mark.parametrize(
+    "run,exported,file", [("one", "as-hf", "model"), ("lora-on", "as-peft", "adapter_model")]
+)
+def test_a_checkpoint_without_safetensors_becomes_one_with_them(runs, run, exported, file):
+    from safetensors.torch import load_file
+
+    inside = stored(runs(run) / f"checkpoint-{STEPS}")
+    kept = {
+        name.replace(".default.", "."): value for name, value in inside.items() if "optimizer" not in name
+    }
+    found = load_file(runs(exported) / f"{file}.safetensors")
+    assert found.keys() == kept.keys() and all(found[name].equal(kept[name]) for name in found)
+    assert (runs(exported) / ("config.json" if file == "model" else "adapter_config.json")).is_file()
 
 
 @pytest.mark.parametrize("kind", transformers_plan.KINDS)

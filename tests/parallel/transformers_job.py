@@ -52,6 +52,14 @@ def merge_lora(argv: list[str]) -> None:
     merge(argv)
 
 
+def export(argv: list[str]) -> None:
+    """`megatron export` in the processes of this job."""
+    from converters.main import export
+    from mcore_swift.config import MegatronExportArguments
+
+    export(parse(MegatronExportArguments, argv, notify=lambda notice: None), Ranks())
+
+
 def refused(argv: list[str], said: list[str]) -> None:
     try:
         on_transformers(argv)
@@ -62,7 +70,13 @@ def refused(argv: list[str], said: list[str]) -> None:
 
 
 DONE: set[str] = set()
-DOES = {"swift": on_transformers, "megatron": on_megatron, "merge": merge_lora, "refused": refused}
+DOES = {
+    "swift": on_transformers,
+    "megatron": on_megatron,
+    "merge": merge_lora,
+    "export": export,
+    "refused": refused,
+}
 
 
 def main(folder: Path) -> None:

@@ -139,7 +139,12 @@ ON_MEGATRON = {
     },
     "fsdp2-to-megatron": {"model": f"{{runs}}/fsdp2/checkpoint-{SAVED}", "max_steps": 1},
 }
-MERGED = {"merged": {"adapters": f"{{runs}}/lora/checkpoint-{STEPS}", "merge_lora": "true"}}
+MERGED = {
+    "merged": {"adapters": f"{{runs}}/lora/checkpoint-{STEPS}", "merge_lora": "true"},
+    "as-peft": {"adapters": f"{{runs}}/lora-on/checkpoint-{STEPS}", "to_peft_format": "true"},
+}
+AS_HF = {"as-hf": {"mcore_model": f"{{runs}}/one/checkpoint-{STEPS}", "to_hf": "true"}}
+"""Checkpoints that were written without safetensors, in a form that others read."""
 AFTERWARDS = {
     "merged-still": STILL | {"model": "{runs}/merged"},
     "megatron-to-one": {"model": f"{{runs}}/megatron/checkpoint-{SAVED}", "max_steps": 1},
@@ -158,7 +163,7 @@ def plan(world_size: int, tiny: Tiny, folder: Path) -> list[dict]:
 
     def case(name: str, flags: dict, do: str = "swift") -> dict:
         given = COMMON | {"output_dir": folder / name, "cache_dir": folder / "cache"} | flags
-        if do == "merge":
+        if do in ("merge", "export"):
             given = {"output_dir": folder / name} | flags
         elif do == "megatron":
             given = {
@@ -184,6 +189,7 @@ def plan(world_size: int, tiny: Tiny, folder: Path) -> list[dict]:
     if world_size == 1:
         cases += [case(name, flags, "megatron") for name, flags in ON_MEGATRON.items()]
         cases += [case(name, flags, "merge") for name, flags in MERGED.items()]
+        cases += [case(name, flags, "export") for name, flags in AS_HF.items()]
         cases += [case(name, flags) for name, flags in AFTERWARDS.items()]
     return cases
 
