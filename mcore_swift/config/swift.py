@@ -72,6 +72,11 @@ class SwiftSftArguments(
                 f"--num_train_epochs {self.num_train_epochs:g}: the Megatron engine takes whole epochs",
                 "give whole epochs, or --max_steps",
             )
+        if self.tuner_type == "llamapro" and self.perform_initialization:
+            yield UserError(
+                "--perform_initialization: --tuner_type llamapro extends a model that is there",
+                "use --tuner_type full",
+            )
         yield from self._quantization_problems()
 
     def _quantization_problems(self) -> Iterator[UserError]:

@@ -14,7 +14,15 @@ LORA_LR, FULL_LR = 1e-4, 1e-5
 WORLD_BATCH = 16
 """Samples of a step that --gradient_accumulation_steps is chosen for where it is not given."""
 
-_OPTIMIZERS = {"adamw_torch": "adam", "adamw_torch_fused": "adam", "adamw_hf": "adam", "sgd": "sgd"}
+_OPTIMIZERS = {
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf"), "adam"),
+    **{name: name for name in ("sgd", "adafactor", "muon", "galore_adamw")},
+    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit"), "adamw_8bit"),
+    "paged_adamw_8bit": "paged_adamw_8bit",
+    **dict.fromkeys(("paged_adamw", "paged_adamw_32bit"), "paged_adamw_32bit"),
+}
+ON_PARTS = ("adam", "sgd")
+"""Optimizers that sharded parameters can have, and the Megatron engine."""
 _SCHEDULES = {
     "cosine": "cosine",
     "cosine_with_min_lr": "cosine",
@@ -91,9 +99,17 @@ class TrainerArguments(Arguments):
     warmup_steps: int = arg(0, "steps that warm up, in place of --warmup_ratio", at_least=0)
     optim: str = arg(
         "adamw_torch",
-        "update rule",
+        "update rule: AdamW, SGD, Adafactor; Muon and GaLore (galore-torch) for matrices, AdamW for the rest; AdamW "
+        "with 8-bit or paged state (bitsandbytes). All but the first two need whole parameters: --backend ddp, or one "
+        "process",
         choices=tuple(_OPTIMIZERS),
-        refused=dict.fromkeys(("muon", "galore_adamw", "paged_adamw_8bit"), "it is not there yet"),
+    )
+    use_galore: bool = arg(False, "the same as --optim galore_adamw")
+    galore_rank: int = arg(128, "rank that galore projects gradients to (arXiv:2403.03507)", at_least=1)
+    galore_update_proj_gap: int = arg(50, "steps between two choices of the projection", at_least=1)
+    galore_scale: float = arg(1.0, "factor of projected updates", above=0)
+    galore_proj_type: str = arg(
+        "std", "side of a matrix that is projected", choices=("std", "reverse_std", "right", "left")
     )
     weight_decay: float = arg(0.1, "weight decay of matrices (biases and norms have none)", at_least=0)
     adam_beta1: float = arg(0.9, "decay of Adam's mean", at_least=0, below=1)
@@ -102,7 +118,17 @@ class TrainerArguments(Arguments):
     sgd_momentum: float = arg(0.9, "momentum of sgd", at_least=0, below=1)
     max_grad_norm: float = arg(1.0, "largest norm of the whole gradient; 0 does not clip", at_least=0)
 
+    @property
+    def whole_parameters(self) -> bool:
+        """Whether the optimizer needs parameters that are not sharded."""
+        return _OPTIMIZERS[self.optim] not in ON_PARTS
+
+    def fill(self) -> None:
+        if self.use_galore and self.optim in ("adamw_torch", "adamw_hf", "adamw_torch_fused"):
+            self.optim = "galore_adamw"
+
     def check(self) -> Iterator[UserError]:
+        yield from self._check_optimizer()
         if self.max_steps == 0:
             yield UserError("--max_steps 0 trains nothing", "give the number of steps, or -1")
         if self.warmup_ratio and self.warmup_steps:
@@ -113,6 +139,20 @@ class TrainerArguments(Arguments):
             )
         if self.lr_scheduler_type.startswith("constant") and self.min_lr:
             yield UserError("--min_lr: a constant learning rate does not fall", "drop --min_lr")
+
+    def _check_optimizer(self) -> Iterator[UserError]:
+        if self.use_galore and self.optim != "galore_adamw":
+            yield UserError(f"--use_galore true with --optim {self.optim}", "give one of them")
+        if not self.whole_parameters:
+            return
+        if getattr(self, "backend", None) == "megatron":
+            yield UserError(
+                f"--optim {self.optim}: the Megatron engine has adamw_torch and sgd", "use --backend ddp"
+            )
+        if getattr(self, "tuner_type", None) == "adalora":
+            yield UserError(
+                f"--optim {self.optim}: adalora prunes by the state of adamw_torch or sgd", "drop --optim"
+            )
 
     def loop_settings(self, world_size: int) -> dict[str, object]:
         """What these flags are called by the training loop and the engines. world_size: data-parallel processes."""

@@ -19,12 +19,24 @@ class TunerArguments(Arguments):
 
     tuner_type: str = arg(
         "lora",
-        "adapters of this kind, or all parameters (full)",
-        choices=("full", "lora", "loha", "lokr", "oft", "boft", "vera", "ia3"),
+        "adapters of this kind, all parameters (full), or new layers among those of the model (llamapro)",
+        choices=(
+            "full",
+            "lora",
+            "adalora",
+            "loha",
+            "lokr",
+            "oft",
+            "boft",
+            "vera",
+            "ia3",
+            "fourierft",
+            "llamapro",
+        ),
         refused={
-            **dict.fromkeys(("lora_llm", "longlora", "llamapro", "adapter", "reft", "bone"), _NOT_IN_PEFT),
-            "adalora": "its ranks change while it trains, which checkpoints here cannot follow yet",
-            "fourierft": "it is not supported yet",
+            **dict.fromkeys(("lora_llm", "adapter", "reft"), _NOT_IN_PEFT),
+            "longlora": "its shifted attention is not in peft; --sequence_parallel_size makes long rows fit",
+            "bone": "peft has given it up for MiSS, which is not supported yet",
         },
     )
     adapters: list[str] = arg(
@@ -62,6 +74,26 @@ class TunerArguments(Arguments):
     vera_projection_prng_key: int = arg(0, "seed of those projections", at_least=0)
     vera_dropout: float = arg(0.0, "dropout on vera's input", at_least=0, below=1)
     vera_d_initial: float = arg(0.1, "start of vera's vector d")
+    adalora_target_r: int = arg(
+        8, "mean rank that adalora (arXiv:2303.10512) prunes its adapters to", at_least=1
+    )
+    adalora_init_r: int = arg(12, "rank they begin with", at_least=1)
+    adalora_tinit: int = arg(0, "steps before it prunes", at_least=0)
+    adalora_tfinal: int = arg(0, "steps at the end in which ranks stay", at_least=0)
+    adalora_deltaT: int = arg(1, "steps between two choices of what to prune", at_least=1)
+    adalora_beta1: float = arg(0.85, "decay of a weight's importance", above=0, below=1)
+    adalora_beta2: float = arg(0.85, "decay of how unsure it is", above=0, below=1)
+    adalora_orth_reg_weight: float = arg(
+        0.5, "weight of the factors' distance from orthogonality", at_least=0
+    )
+    fourier_n_frequency: int = arg(2000, "coefficients fourierft learns for each matrix", at_least=1)
+    fourier_scaling: float = arg(300.0, "scale of what they give", above=0)
+    llamapro_num_new_blocks: int = arg(
+        4, "layers that llamapro (arXiv:2401.02415) adds and trains", at_least=1
+    )
+    llamapro_num_groups: int | None = arg(
+        None, "groups of layers behind which they are put", at_least=1, default_text="as many as new layers"
+    )
     freeze_parameters: list[str] = arg(
         [], "with full: parameters that stay, by the beginnings of their names"
     )
@@ -84,9 +116,15 @@ class TunerArguments(Arguments):
         yield from check_freezing(self)
         if len(self.adapters) > 1:
             yield UserError("--adapters names several: one can be trained", "give one folder")
-        if self.adapters and self.tuner_type == "full":
+        if self.tuner_type == "adalora" and self.adalora_init_r < self.adalora_target_r:
             yield UserError(
-                "--adapters goes on with an adapter, and --tuner_type full trains all parameters",
+                f"--adalora_init_r {self.adalora_init_r} is below --adalora_target_r {self.adalora_target_r}: ranks "
+                "only fall",
+                "raise --adalora_init_r",
+            )
+        if self.adapters and self.tuner_type in ("full", "llamapro", "adalora"):
+            yield UserError(
+                f"--adapters goes on with an adapter, and --tuner_type {self.tuner_type} does not",
                 "drop one, or merge first with `swift export --merge_lora true`",
             )
         if self.target_regex and self.target_modules != ["all-linear"]:

@@ -93,6 +93,10 @@ class Engine(Protocol):
     saves_adapter: bool
     generators_name: str
 
+    def begin(self, total_steps: int) -> None:
+        """Told before the first step how many the run has. Raises UserError if what trains does not fit into them."""
+        ...
+
     def train_step(
         self, microbatches: "Sequence[Batch]", objective: "Objective", *, lr: float, weight_decay: float
     ) -> StepResult:

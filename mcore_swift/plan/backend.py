@@ -22,6 +22,8 @@ def choose_backend(args: Any, world_size: int, memory_bytes: float | None) -> tu
         return args.backend, "as --backend says"
     if args.tuner_type != "full":
         return _spread(world_size), f"{args.tuner_type} adapters go with transformers' model"
+    if args.whole_parameters:
+        return _spread(world_size), f"--optim {args.optim} needs whole parameters on each process"
     if args.attn_impl:
         return _spread(world_size), "--attn_impl chooses the attention of transformers' model"
     if world_size == 1:

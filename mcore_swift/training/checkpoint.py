@@ -184,7 +184,8 @@ class Checkpoints:
         if not self.ranks.is_first:
             return
         if not self.engine.saves_adapter:
-            changes = self.engine.plan.table.config if hasattr(self.engine.plan, "table") else None
+            plan = self.engine.plan
+            changes = plan.table.config if hasattr(plan, "table") else plan.config_changes
             copy_side_files(self.source_dir, folder, self.engine.dtype, changes)
         self._write_args(folder)
         if self.engine.saves_adapter:

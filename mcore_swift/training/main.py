@@ -73,6 +73,7 @@ def _build_run(args: Any, layout: Layout, ranks: Ranks, resume: Path | None, run
     start = resume or _starts_from(args)
     engine = backend.build(plan, layout, args, model_dtype(args, plan), start)
     state = _fill(engine, args, data, resume, start, ranks)
+    engine.begin(data.train.total_steps)
     ranks.agree(_args_saved(args, run_dir) if ranks.is_first else None)
     budget = Budget.of(args.memory_budget)
     engine.check_budget(budget, ranks)

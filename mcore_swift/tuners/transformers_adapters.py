@@ -80,6 +80,25 @@ def adapter_config(args: Any) -> Any:
             target_parameters=args.target_parameters or None,
             init_lora_weights=True if args.init_weights == "true" else args.init_weights,
         )
+    if args.tuner_type == "adalora":
+        return peft.AdaLoraConfig(
+            **common,
+            lora_alpha=args.lora_alpha,
+            lora_dropout=args.lora_dropout,
+            target_r=args.adalora_target_r,
+            init_r=args.adalora_init_r,
+            tinit=args.adalora_tinit,
+            tfinal=args.adalora_tfinal,
+            deltaT=args.adalora_deltaT,
+            beta1=args.adalora_beta1,
+            beta2=args.adalora_beta2,
+            orth_reg_weight=args.adalora_orth_reg_weight,
+            total_step=1 << 60,  # until the run knows
+        )
+    if args.tuner_type == "fourierft":
+        return peft.FourierFTConfig(
+            **common, n_frequency=args.fourier_n_frequency, scaling=args.fourier_scaling, random_loc_seed=777
+        )
     if args.tuner_type == "loha":
         return peft.LoHaConfig(**common, **scaled)
     if args.tuner_type == "lokr":

@@ -216,6 +216,53 @@ def test_every_kind_of_adapter_begins_as_nothing_and_learns(runs, kind):
     )
 
 
+@pytest.mark.parametrize(
+    ("kind", "two"), [("adalora", "adalora-fsdp2"), ("llamapro", "llamapro-fsdp2"), ("muon", "muon-ddp2")]
+)
+def test_what_changes_as_it_trains_is_the_same_on_two_and_resumed(runs, kind, two):
+    # Muon iterates on directions, in bfloat16: what differs in the last digit of fp32 may grow
+    rel = 1e-3 if kind == "muon" else 1e-5
+    assert_same_curve(runs(kind), runs(two), steps=ALL, rel=rel)
+    assert_same_curve(runs(kind), runs(f"{two}-to-one"), steps=REST, rel=rel)
+    assert curve(runs(kind))[1][0] == pytest.approx(curve(runs("one"))[1][0], rel=1e-6), (
+        "it begins as the model"
+    )
+
+
+def test_adalora_leaves_as_many_triplets_as_it_is_told(runs):
+    import peft
+    from safetensors.torch import load_file
+
+    folder = runs("adalora-fsdp2") / f"checkpoint-{STEPS}"
+    factors = load_file(folder / "adapter_model.safetensors")
+    values = [tensor for name, tensor in factors.items() if "lora_E" in name]
+    assert sum(int((value != 0).sum()) for value in values) == 3 * len(values) < 12 * len(values)
+    assert peft.PeftConfig.from_pretrained(folder).peft_type == "ADALORA"
+
+
+def test_new_layers_train_alone_and_are_exported_with_the_others(runs):
+    from safetensors.torch import load_file
+
+    folder = runs("llamapro-fsdp2") / f"checkpoint-{SAVED}"
+    before = load_file(folder.parents[1] / "model" / "model.safetensors")
+    after = load_file(folder / "model.safetensors")
+    assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 6
+    places = {0: 0, 1: 1, 2: 3, 3: 4}  # the third and the last are new
+    for name, tensor in before.items():
+        parts = name.split(".")
+        if parts[1] == "layers":
+            parts[2] = str(places[int(parts[2])])
+        assert after[".".join(parts)].equal(tensor), name
+    assert after["model.layers.5.mlp.down_proj.weight"].abs().max() > 0
+
+    assert curve(runs("llamapro-exported"))[1][0] < curve(runs("one"))[1][0]
+
+
+def test_fourierft_learns(runs):
+    losses = [loss for loss, _ in curve(runs("fourierft")).values()]
+    assert losses[-1] < losses[0]
+
+
 @pytest.mark.parametrize("mistake", [*transformers_plan.REFUSED, *transformers_plan.REFUSED_SHARED])
 def test_a_mistake_is_told_in_words(runs, mistake):
     runs(mistake)

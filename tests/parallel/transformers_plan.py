@@ -60,6 +60,7 @@ REFUSED: dict[str, tuple[dict, list[str]]] = {
 }
 
 REFUSED_SHARED: dict[str, tuple[dict, list[str]]] = {
+    "muon-fsdp2": ({"optim": "muon"}, ["--optim muon needs whole parameters", "--backend ddp"]),
     "shared-bloom": (
         {"model": "{models}/bloom"} | EIGHT | {"sequence_parallel_size": 2},
         ["--sequence_parallel_size", "bloom gives other results"],
@@ -72,6 +73,14 @@ def resumed(run: str, step: int = SAVED) -> dict[str, str]:
     return {"resume_from_checkpoint": f"{{runs}}/{run}/checkpoint-{step}"}
 
 
+ADALORA = LORA | {
+    "learning_rate": 0.05,
+    "train_type": "adalora",
+    "adalora_tinit": 1,
+    "adalora_tfinal": 1,
+    "adalora_target_r": 3,
+}
+LLAMAPRO = {"train_type": "llamapro", "llamapro_num_new_blocks": 2}
 STREAMED = {"streaming": "true", "shuffle_buffer_size": 20, "dataloader_num_workers": 0}
 
 SHARED = {"sequence_parallel_size": 2}
@@ -86,6 +95,9 @@ SWIFT: dict[int, dict[str, dict]] = {
         "shared-gpt2-ddp2": SHARED | GPT2 | EIGHT | DDP,
         "shared-lora-fsdp2": SHARED | LORA,
         "shared-again": SHARED | resumed("shared-ddp2"),
+        "adalora-fsdp2": ADALORA,
+        "muon-ddp2": DDP | {"optim": "muon"},
+        "llamapro-fsdp2": LLAMAPRO | EXPORT,
         "streamed-fsdp2": STREAMED | {"dataloader_num_workers": 2},
         "fsdp2": EXPORT | {"val_dataset": "{val}"},
         "fsdp2-again": resumed("fsdp2"),
@@ -106,6 +118,13 @@ SWIFT: dict[int, dict[str, dict]] = {
         "one": {"val_dataset": "{val}"},
         "fsdp2-to-one": resumed("fsdp2"),
         "streamed": STREAMED,
+        "adalora": ADALORA,
+        "muon": {"optim": "muon"},
+        "muon-ddp2-to-one": {"optim": "muon"} | resumed("muon-ddp2"),
+        "adalora-fsdp2-to-one": ADALORA | resumed("adalora-fsdp2"),
+        "llamapro": LLAMAPRO,
+        "llamapro-fsdp2-to-one": LLAMAPRO | resumed("llamapro-fsdp2"),
+        "fourierft": LORA | {"train_type": "fourierft", "fourier_n_frequency": 50, "learning_rate": 0.05},
         "windows": WINDOWS | EIGHT,
         "streamed-fsdp2-to-one": STREAMED | resumed("streamed-fsdp2"),
         "random": RANDOM,
@@ -146,6 +165,7 @@ MERGED = {
 AS_HF = {"as-hf": {"mcore_model": f"{{runs}}/one/checkpoint-{STEPS}", "to_hf": "true"}}
 """Checkpoints that were written without safetensors, in a form that others read."""
 AFTERWARDS = {
+    "llamapro-exported": STILL | {"model": f"{{runs}}/llamapro-fsdp2/checkpoint-{SAVED}"},
     "merged-still": STILL | {"model": "{runs}/merged"},
     "megatron-to-one": {"model": f"{{runs}}/megatron/checkpoint-{SAVED}", "max_steps": 1},
 }

@@ -117,7 +117,11 @@ def test_auto_resumes_with_the_adapter_of_the_newest_checkpoint(tmp_path):
         (["--deepspeed", "zero3"], ["--deepspeed zero3", "--backend fsdp"]),
         (["--learning_rat", "1"], ["did you mean --learning_rate"]),
         (["--tensor_model_parallel_size", "2"], ["`megatron sft`", "`swift sft`"]),
-        (["--tuner_type", "adalora"], ["adalora", "ranks change"]),
+        (["--tuner_type", "longlora"], ["longlora", "--sequence_parallel_size"]),
+        (
+            ["--tuner_type", "adalora", "--adalora_init_r", "4"],
+            ["--adalora_init_r 4", "--adalora_target_r 8"],
+        ),
         (["--load_in_8bit", "true", "--quant_bits", "4"], ["--load_in_8bit means", "--quant_bits 8"]),
         (["--load_in_4bit", "true", "--tuner_type", "full"], ["--quant_method", "cannot be trained"]),
         (["--load_in_4bit", "true", "--tuner_type", "loha"], ["no loha adapters", "lora, oft, vera, ia3"]),

@@ -9,7 +9,8 @@ import torch
 from mcore_swift.config import ARGS_FILE
 from mcore_swift.config.base import read_args_file
 from mcore_swift.engines.fsdp import processes
-from mcore_swift.engines.fsdp.engine import TransformersEngine
+from mcore_swift.engines.fsdp.block_expansion import expanded
+from mcore_swift.engines.fsdp.engine import WHOLE, TransformersEngine
 from mcore_swift.engines.fsdp.model import TransformersPlan, read_plan
 from mcore_swift.plan.adapter import CONFIG
 from mcore_swift.plan.layout import Layout
@@ -32,7 +33,10 @@ def length_multiples(layout: Layout) -> tuple[int, int]:
 
 def read(args: Any) -> TransformersPlan:
     """The model that `args.model` holds. Raises UserError if transformers cannot train it."""
-    return read_plan(args.model)
+    plan = read_plan(args.model)
+    if args.tuner_type == "llamapro":
+        return expanded(plan, args.llamapro_num_new_blocks, args.llamapro_num_groups)
+    return plan
 
 
 def build(
@@ -42,7 +46,7 @@ def build(
 
     start: the checkpoint whose weights will come.
     """
-    if start is not None and args.tuner_type != "full" and not args.adapters and _went_on(start):
+    if start is not None and args.tuner_type not in WHOLE and not args.adapters and _went_on(start):
         # the adapter is not the one that the arguments describe, but the one that run began with
         args = copy(args)
         args.adapters = [str(start)]

@@ -22,6 +22,7 @@ from mcore_swift.accelerator import get_accelerator
 from mcore_swift.data.batch import Batch
 from mcore_swift.engines.base import StepResult
 from mcore_swift.engines.fsdp import processes, sequence_parallel, weights
+from mcore_swift.engines.fsdp.block_expansion import Expansion
 from mcore_swift.engines.fsdp.forward import Forward, on_device
 from mcore_swift.engines.fsdp.model import (
     Spread,
@@ -36,6 +37,7 @@ from mcore_swift.engines.fsdp.model import (
 )
 from mcore_swift.engines.fsdp.optimizer import build_optimizer, scale_and_clip, set_hyperparameters
 from mcore_swift.engines.fsdp.quantized import is_quantized, load_quantized, number_of_values
+from mcore_swift.engines.fsdp.rank_allocation import RankAllocation
 from mcore_swift.engines.fsdp.sequence_parallel import SequenceParallel
 from mcore_swift.engines.fsdp.shards import (
     optimizer_shards,
@@ -54,12 +56,16 @@ from mcore_swift.plan.layout import Layout
 from mcore_swift.plan.preflight import read_shape
 from mcore_swift.plan.shape import ModelShape
 from mcore_swift.tuners.transformers_adapters import (
+    ADAPTER,
     base_names,
     choose_parameters,
     learning_rate_factors,
     needs_weights,
     save_config,
 )
+
+WHOLE = ("full", "llamapro")
+"""Kinds of training whose checkpoints are whole models."""
 
 
 class TransformersEngine:
@@ -76,12 +82,13 @@ class TransformersEngine:
         self.args = args
         self.dtype = dtype
         self.is_sharded = args.backend == "fsdp" and layout.world_size > 1
-        self.saves_adapter = args.tuner_type != "full"
+        self.saves_adapter = args.tuner_type not in WHOLE
         end_to_end = args.packing or args.padding_free
         attention = attention_implementation(args.attn_impl, end_to_end=end_to_end)
         parallel = self._share_rows(attention)
         attention = attention if parallel is None else sequence_parallel.NAME
         self._told = ""
+        self._expansion: Expansion | None = None
         self.is_quantized = is_quantized(plan, args)
         if self.is_quantized:
             self._check_quantized()
@@ -104,7 +111,11 @@ class TransformersEngine:
         if self.saves_adapter and not random:
             self._load_base()
         self.forward = Forward(self.model, self.attention, parallel)
-        self.optimizer = build_optimizer(self.model, args, learning_rate_factors(self.model, args))
+        factors = learning_rate_factors(self.model, args)
+        self.optimizer = build_optimizer(self.model, args, factors, is_sharded=self.is_sharded)
+        self._ranks: RankAllocation | None = None
+        if args.tuner_type == "adalora":
+            self._ranks = RankAllocation(self.model, self.optimizer, self.model.peft_config[ADAPTER])
 
     def _share_rows(self, attention: str | None) -> SequenceParallel | None:
         """The processes that share rows with this one, if --sequence_parallel_size asks for it. Collective."""
@@ -130,6 +141,11 @@ class TransformersEngine:
             with torch.no_grad():
                 shards = weight_shards(self.base, dist.get_rank())
                 self._told = weights.load(self.args.model, self.base, shards, Ranks())
+        if self.args.tuner_type == "llamapro":
+            new, groups = self.args.llamapro_num_new_blocks, self.args.llamapro_num_groups
+            self._expansion = Expansion(self.base, new, groups)
+            self._expansion.freeze(self.base)
+            return self.base
         tensors = (*self.base.named_parameters(), *self.base.named_buffers())
         base = {name for name, _ in tensors}
         model = choose_parameters(self.base, self.args)
@@ -182,6 +198,11 @@ class TransformersEngine:
     def dp_rank(self) -> int:
         return dist.get_rank() // self.layout.cp
 
+    def begin(self, total_steps: int) -> None:
+        """Told before the first step how many there are. Raises UserError if AdaLoRA's phases do not fit into them."""
+        if self._ranks is not None:
+            self._ranks.set_total_steps(total_steps)
+
     def train_step(
         self, microbatches: Sequence[Batch], objective: Objective, *, lr: float, weight_decay: float
     ) -> StepResult:
@@ -199,6 +220,8 @@ class TransformersEngine:
             raise FloatingPointError(f"the loss is {result.loss}; the weights are as they were")
         with timer("optimizer"):
             parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            if self._ranks is not None:
+                result.metrics["orthogonality"] = self._ranks.add_orthogonality(max(result.count, 1))
             result.grad_norm = scale_and_clip(parameters, max(result.count, 1), self.args.clip_grad)
             if not math.isfinite(result.grad_norm):
                 raise FloatingPointError(
@@ -206,6 +229,8 @@ class TransformersEngine:
                 )
             set_hyperparameters(self.optimizer, lr=lr, weight_decay=weight_decay)
             self.optimizer.step()
+            if self._ranks is not None:
+                self._ranks.after_step(self.optimizer_step())
         result.phases_s = timer.take()
         return result
 
@@ -223,6 +248,8 @@ class TransformersEngine:
         """What a checkpoint that holds 'weights' and / or 'optimizer' keeps of this rank: views, not copies."""
         shards = self._saved_weights() if "weights" in holds else []
         if "optimizer" in holds:
+            if for_loading and self._ranks is not None:
+                self._ranks.make_states()
             shards += optimizer_shards(self.model, self.optimizer, for_loading=for_loading)
         return shards
 
@@ -246,6 +273,11 @@ class TransformersEngine:
 
         Frozen weights beside adapters are there already; adapters are filled from `--adapters`, if it is given.
         """
+        if self._expansion is not None:
+            shards = self._saved_weights()
+            told = weights.load(model_dir, self.model, self._expansion.sources(shards), ranks, budget)
+            self._expansion.silence(shards)
+            return told
         if not self.saves_adapter:
             return weights.load(model_dir, self.model, self._saved_weights(), ranks, budget)
         if self.args.adapters:
@@ -290,6 +322,8 @@ class TransformersEngine:
 
     @cached_property
     def _shape(self) -> ModelShape | None:
+        if self._expansion is not None:
+            return None
         try:
             return read_shape(Path(self.args.model))
         except UserError:

@@ -5,7 +5,7 @@ made real (and random, where no checkpoint fills it) only to be sharded at once.
 """
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,10 +20,14 @@ from mcore_swift.models.without_memory import parameters_on_meta
 
 @dataclass(frozen=True)
 class TransformersPlan:
-    """What is known of a model before it is built. hf: its transformers config. family: its model_type."""
+    """What is known of a model before it is built. hf: its transformers config. family: its model_type.
+
+    config_changes: what its config.json says otherwise than the one it was read from.
+    """
 
     hf: Any
     family: str
+    config_changes: dict[str, Any] = field(default_factory=dict)
 
 
 def read_plan(model: str) -> TransformersPlan:

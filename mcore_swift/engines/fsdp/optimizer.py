@@ -9,14 +9,19 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mcore_swift.accelerator import get_accelerator
+from mcore_swift.errors import UserError
+
+ON_PARTS = ("adam", "sgd")
+"""Optimizers that treat each value by itself, and so the parts of sharded parameters."""
 
 
 def build_optimizer(
-    model: nn.Module, args: Any, lr_factors: Mapping[str, float] | None = None
-) -> torch.optim.Optimizer:
-    """AdamW or SGD over the parameters that train; norms and biases are not decayed.
+    model: nn.Module, args: Any, lr_factors: Mapping[str, float] | None = None, *, is_sharded: bool = False
+) -> Any:
+    """The optimizer `args.optimizer` over the parameters that train; norms and biases are not decayed.
 
-    lr_factors: parameters whose learning rate is a multiple of that of the others.
+    lr_factors: parameters whose learning rate is a multiple of that of the others. is_sharded: processes hold parts of
+    parameters. Raises UserError for an optimizer that needs whole ones, or whose package is missing.
     """
     members: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -29,6 +34,15 @@ def build_optimizer(
     ]
     if args.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=args.lr, momentum=args.sgd_momentum)
+    if args.optimizer not in ON_PARTS:
+        from mcore_swift.engines.fsdp.whole_optimizers import build_whole_optimizer
+
+        if is_sharded:
+            raise UserError(
+                f"--optim {args.optimizer} needs whole parameters, and --backend fsdp shards them over the processes",
+                "use --backend ddp, or --optim adamw_torch",
+            )
+        return build_whole_optimizer(model, groups, args)
     betas = (args.adam_beta1, args.adam_beta2)
     return torch.optim.AdamW(groups, lr=args.lr, betas=betas, eps=args.adam_eps)
 
@@ -58,7 +72,7 @@ def scale_and_clip(parameters: Iterable[nn.Parameter], divisor: float, limit: fl
     square = torch.zeros((), device=device)
     if norms:
         square = torch.stack([norm.to(device) for norm in norms]).square().sum()
-    group = _shard_group(parameters)
+    group = shard_group(parameters)
     if group is not None:
         dist.all_reduce(square, group=group)
     norm = float(square.sqrt()) / divisor
@@ -70,7 +84,7 @@ def scale_and_clip(parameters: Iterable[nn.Parameter], divisor: float, limit: fl
     return norm
 
 
-def _shard_group(parameters: list[nn.Parameter]) -> dist.ProcessGroup | None:
+def shard_group(parameters: list[nn.Parameter]) -> dist.ProcessGroup | None:
     """The ranks that hold the other parts of this rank's parameters; None if it holds whole ones."""
     for parameter in parameters:
         if isinstance(parameter, DTensor):

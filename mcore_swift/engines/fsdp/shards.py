@@ -4,19 +4,22 @@ So the checkpoint files of the Megatron engine serve here too, and any number of
 Tensors have the names that transformers gives its parameters.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from mcore_swift.engines.fsdp import rank_allocation
 from mcore_swift.engines.fsdp.optimizer import local
+from mcore_swift.engines.fsdp.whole_optimizers import WholeTensorOptimizer
 from mcore_swift.models.rules import full_region
 from mcore_swift.models.shards import LiveShard
 
-STATE_NAMES = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+STATE_NAMES = ("exp_avg", "exp_avg_sq", "momentum_buffer", *rank_allocation.STATES)
 
 
 def weight_shards(model: nn.Module, rank: int, *, only_trained: bool = False) -> list[LiveShard]:
@@ -38,6 +41,8 @@ def optimizer_shards(
     for_loading: make them first (zero) where no step has been taken yet.
     """
     shards = []
+    if isinstance(optimizer, WholeTensorOptimizer):
+        return list(_whole_tensors(model, optimizer, for_loading=for_loading))
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -50,9 +55,23 @@ def optimizer_shards(
     return shards
 
 
+def _whole_tensors(
+    model: nn.Module, optimizer: WholeTensorOptimizer, *, for_loading: bool
+) -> Iterator[LiveShard]:
+    """What every process holds a copy of."""
+    if for_loading:
+        optimizer.make_states()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            for key, tensor in optimizer.tensors(parameter).items():
+                shape = tuple(tensor.shape)
+                place = (0, 0, dist.get_rank())
+                yield LiveShard(f"optimizer.{key}.{name}", tensor, full_region(shape), shape, place)
+
+
 def optimizer_step(optimizer: torch.optim.Optimizer) -> int:
     """Steps taken so far, as Adam counts them for its bias correction."""
-    for state in optimizer.state.values():
+    for state in _states(optimizer):
         if "step" in state:
             return int(state["step"])
     return 0
@@ -60,9 +79,14 @@ def optimizer_step(optimizer: torch.optim.Optimizer) -> int:
 
 def set_optimizer_step(optimizer: torch.optim.Optimizer, step: int) -> None:
     """The inverse of `optimizer_step`."""
-    for state in optimizer.state.values():
-        if "exp_avg" in state:
-            state["step"] = torch.tensor(float(step))
+    for state in _states(optimizer):
+        if "step" in state:  # packages have numbers, torch has tensors
+            state["step"] = torch.tensor(float(step)) if isinstance(state["step"], Tensor) else step
+
+
+def _states(optimizer: Any) -> Iterable[dict[str, Any]]:
+    is_whole = isinstance(optimizer, WholeTensorOptimizer)
+    return optimizer.states() if is_whole else optimizer.state.values()
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:

@@ -111,6 +111,9 @@ class MegatronEngine:
         per_layer = getattr(args, "moe_per_layer_logging", False)
         self.routers = Routers(self.chunks, config, per_layer=per_layer) if plan.is_moe else None
 
+    def begin(self, total_steps: int) -> None:
+        """Nothing here depends on how many steps a run has."""
+
     def train_step(
         self, microbatches: Sequence[Batch], objective: Objective, *, lr: float, weight_decay: float
     ) -> StepResult:
