@@ -151,6 +151,7 @@ def test_the_python_call_takes_the_names_of_the_command():
         TrainArguments(model="m", dataset=["a"], learning_speed=3)
 
 
+OPT = {"architectures": ["OPTForCausalLM"]}
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 128, "vocab_size": 1000,
@@ -164,14 +165,22 @@ LLAMA = {
         (["--train_type", "full"], 2, 1e9, {}, "megatron", "known"),
         (["--train_type", "full"], 1, 1e9, {}, "fsdp", "one process"),
         (["--train_type", "full"], 2, 1e6, {}, "fsdp", "GB"),
-        (["--train_type", "full"], 2, 1e9, {"architectures": ["OPTForCausalLM"]}, "fsdp", "architecture"),
+        (["--train_type", "full"], 2, 1e9, OPT, "ddp", "architecture; a copy of the model"),
+        (["--train_type", "full"], 2, 1e4, OPT, "fsdp", "1.6e-05 GB beside activations, which does not fit"),
         (["--train_type", "full", "--attn_impl", "sdpa"], 2, 1e9, {}, "ddp", "--attn_impl"),
-        ([], 2, 1e9, {}, "ddp", "lora"),
+        ([], 2, 1e9, {}, "ddp", "lora goes with transformers' model; a copy"),
+        ([], 2, 1e4, {}, "fsdp", "does not fit into 1e-05 GB"),
+        ([], 2, None, {}, "fsdp", "is not known"),
+        ([], 1, 1e9, {}, "fsdp", "lora"),
+        (["--train_type", "llamapro"], 2, 1e9, {}, "ddp", "which fits"),
+        (["--train_type", "full", "--optim", "muon"], 2, 1e3, {}, "ddp", "--optim muon"),
+        (["--quant_method", "bnb", "--quant_bits", "4"], 2, 1e3, {}, "ddp", "quantized"),
         (["--train_type", "full", "--backend", "ddp"], 2, 1e9, {}, "ddp", "as --backend says"),
     ],
 )
 def test_the_engine_is_chosen_for_a_reason(tmp_path, argv, world_size, memory, config, chosen, why):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA | config))
+    (tmp_path / "model.safetensors").write_bytes(b"\0" * 2000)  # a thousand values, by its size
     args = arguments(*argv)
     args.model = str(tmp_path)
     found, reason = choose_backend(args, world_size, memory)
