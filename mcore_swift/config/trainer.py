@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ..errors import UserError
 from .base import Arguments
@@ -59,6 +59,15 @@ class BackendArguments(Arguments):
     gradient_checkpointing: bool = arg(
         True, "keep only the input of each layer, and compute the rest again in the backward pass"
     )
+    device_map: str | None = arg(
+        None,
+        "with one process and several GPUs: put layers on one after the other, for models that do not fit into one "
+        "(accelerate); with one device it changes nothing",
+        choices=("auto", "balanced", "balanced_low_0", "sequential"),
+    )
+    max_memory: dict[str, Any] | None = arg(
+        None, 'what --device_map may fill, JSON: {"0": "20GB", "1": "40GB"}'
+    )
     fsdp_cpu_offload: bool = arg(False, "keep weights and optimizer state in host memory, on a GPU machine")
     ddp_backend: str = arg(
         "auto",
@@ -68,6 +77,20 @@ class BackendArguments(Arguments):
     ddp_timeout: int = arg(
         600, "seconds a process waits for the others before the run stops and names what hung", above=0
     )
+
+    def check(self) -> Iterator[UserError]:
+        if self.max_memory and not self.device_map:
+            yield UserError("--max_memory is for --device_map, which is not given", "add --device_map auto")
+        if not self.device_map:
+            return
+        others = {
+            "--backend": None if self.backend in ("auto", "fsdp") else self.backend,
+            "--fsdp_cpu_offload": self.fsdp_cpu_offload or None,
+            "--perform_initialization": getattr(self, "perform_initialization", False) or None,
+        }
+        for flag, value in others.items():
+            if value is not None:
+                yield UserError(f"--device_map {self.device_map} with {flag} {value}", f"drop {flag}")
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -49,6 +49,8 @@ def _why_transformers(args: Any) -> str | None:
     """Why the Megatron engine is out of the question; None if it is not."""
     if args.tuner_type != "full":
         return f"{args.tuner_type} goes with transformers' model"
+    if args.device_map:
+        return "--device_map spreads transformers' model"
     if args.attn_impl:
         return "--attn_impl chooses the attention of transformers' model"
     if find_spec("megatron") is None or find_spec("megatron.core") is None:

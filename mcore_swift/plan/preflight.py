@@ -71,8 +71,14 @@ def preflight_swift(args: Any, world_size: int = 1) -> list[UserError]:
 
 
 def _shared_rows(args: Any, config: dict[str, Any], world_size: int) -> Iterator[UserError]:
-    """Whether the processes and the attention heads can be divided as --sequence_parallel_size says."""
+    """Whether the processes go with --device_map, and are divided as --sequence_parallel_size says."""
     size = args.sequence_parallel_size
+    if args.device_map and world_size > 1:
+        yield UserError(
+            f"--device_map {args.device_map} puts the layers of one process's model on several devices, and there are "
+            f"{world_size} processes",
+            "start one process, or drop --device_map: --backend fsdp spreads a model over processes",
+        )
     heads = config.get("text_config", config).get("num_attention_heads", config.get("n_head"))
     if world_size % size:
         nearest = nearest_size(size, lambda n: world_size % n == 0, world_size)

@@ -23,6 +23,7 @@ from mcore_swift.data.batch import Batch
 from mcore_swift.engines.base import StepResult
 from mcore_swift.engines.fsdp import processes, sequence_parallel, weights
 from mcore_swift.engines.fsdp.block_expansion import Expansion
+from mcore_swift.engines.fsdp.device_map import device_map_of, place
 from mcore_swift.engines.fsdp.forward import Forward, on_device
 from mcore_swift.engines.fsdp.model import (
     Spread,
@@ -107,7 +108,12 @@ class TransformersEngine:
             keep_gathered=not self.is_sharded,
             only_trained=self.is_quantized,
         )
-        make_real(self.model, spread, seed=args.seed if random else None)
+        device_map = device_map_of(self.base, args)
+        self._autocasts = device_map is not None and dtype is not torch.float32
+        if device_map is not None:
+            place(self.base, device_map)
+        else:
+            make_real(self.model, spread, seed=args.seed if random else None)
         if self.saves_adapter and not random:
             self._load_base()
         self.forward = Forward(self.model, self.attention, parallel)
@@ -359,7 +365,9 @@ class TransformersEngine:
         for number, batch in enumerate(microbatches, start=1):
             self._reduce_gradients(last=number == len(microbatches))
             batch = self.forward.own_part(batch)
-            loss = objective(self.forward.token_nll(batch), on_device(batch, device))
+            with torch.autocast(device.type, self.dtype, enabled=self._autocasts):
+                nll = self.forward.token_nll(batch)
+            loss = objective(nll, on_device(batch, device))
             if backward:
                 loss.sum.backward()
             sums += _report(loss, objective)
