@@ -151,6 +151,17 @@ def _joined_patterns(settings: LoraSettings, experts: set[str]) -> tuple[dict[st
     return ranks, alphas
 
 
+def unloadable(modules: Iterable[str]) -> str | None:
+    """Why peft could not load an adapter on these modules beside transformers 5; None if nothing is in the way."""
+    ends = {_end(module) for module in modules if _EXPERT.search(module)}.difference(DOWN)
+    if len(ends) != 1:
+        return None
+    return (
+        f"experts have an adapter on {ends.pop()} and not on the matrix it is joined with in transformers: peft takes "
+        "both or none, and will not load this adapter (merged weights are not concerned)"
+    )
+
+
 def _end(module: str) -> str:
     return module.rpartition(".")[2]
 

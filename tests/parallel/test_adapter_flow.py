@@ -30,6 +30,7 @@ LORA = {
     "lora_rank": 4,
     "train_iters": STEPS,
     "save_steps": SAVED,
+    "global_batch_size": 2,
 }
 SAVES = {"save_safetensors": "true"}
 MOE = {"model": "{moe}"}

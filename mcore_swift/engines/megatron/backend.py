@@ -1,6 +1,7 @@
 """How a run on megatron-core starts, what it reads of a model, and its engine."""
 
 import difflib
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 
 from converters.budget import Budget
-from converters.peft_config import settings_of
+from converters.peft_config import settings_of, unloadable
 from converters.peft_files import PeftAdapter
 from converters.ranks import Ranks
 from mcore_swift.engines.megatron import process_groups
@@ -20,7 +21,9 @@ from mcore_swift.plan.axes import length_multiple
 from mcore_swift.plan.layout import Layout
 from mcore_swift.plan.stages import prediction_rank
 from mcore_swift.tuners.settings import LoraSettings
-from mcore_swift.tuners.targets import linear_modules
+from mcore_swift.tuners.targets import chosen_modules, linear_modules
+
+logger = logging.getLogger(__name__)
 
 
 def start(args: Any, layout: Layout) -> None:
@@ -60,6 +63,8 @@ def build(
     adapter = _adapter(args, plan, start)
     engine = MegatronEngine(plan, layout, args, dtype, adapter=adapter)
     if adapter is not None:
+        if reason := unloadable(chosen_modules(plan.table, adapter)):
+            logger.info(reason)
         engine.load_frozen(Ranks(), Budget.of(args.memory_budget))
     return engine
 
