@@ -17,7 +17,6 @@ DOWN = ("down_proj", "w2")
 
 _FIXED: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
-    "use_dora": (False,),
     "fan_in_fan_out": (False,),
     "lora_bias": (False,),
     "trainable_token_indices": (None,),
@@ -26,7 +25,11 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 }
 """Options of peft's that would change what the matrices mean, with the values we know."""
 
-_ALONE: dict[str, tuple[Any, ...]] = {"bias": ("none",), "modules_to_save": (None, [])}
+_ALONE: dict[str, tuple[Any, ...]] = {
+    "bias": ("none",),
+    "modules_to_save": (None, []),
+    "use_dora": (False,),
+}
 """Options by which more belongs to an adapter than its matrices, with the values by which nothing does."""
 
 
@@ -55,7 +58,8 @@ def settings_of(adapter: PeftFolder) -> LoraSettings:
     config = adapter.config
     refuse_other_kinds(config, adapter.folder / CONFIG, alone=False)
     rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)
-    modules = list(adapter.modules)
+    held = {**adapter.modules, **adapter.embeddings}
+    modules = list(held)
     targets = config.get("target_modules") or []
     beside = [name.removesuffix(".weight") for name in config.get("target_parameters") or []]
     named = [*targets, *beside] if isinstance(targets, list) else [targets]
@@ -65,12 +69,13 @@ def settings_of(adapter: PeftFolder) -> LoraSettings:
         alpha=alpha,
         dropout=config.get("lora_dropout", 0.0),
         use_rslora=config.get("use_rslora", False),
+        use_dora=config.get("use_dora", False),
         modules_to_save=tuple(config.get("modules_to_save") or ()),
         bias=config.get("bias", "none"),
         ensure_weight_tying=bool(config.get("ensure_weight_tying", False)),
         target_modules=tuple(modules or named),
         target_regex=targets if is_regex and not modules else None,
-        rank_pattern={name: held for name in modules if (held := adapter.modules[name]["A"][0]) != rank},
+        rank_pattern={name: own for name in modules if (own := held[name]["A"][0]) != rank},
         alpha_pattern={name: told for name in modules if (told := adapter.alpha_of(name)) != alpha},
     )
 
@@ -91,7 +96,7 @@ def config_of(
         "lora_alpha": settings.alpha,
         "lora_dropout": settings.dropout,
         "use_rslora": settings.use_rslora,
-        "use_dora": False,
+        "use_dora": settings.use_dora,
         "bias": settings.bias,
         "fan_in_fan_out": False,
         "init_lora_weights": True,

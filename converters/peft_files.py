@@ -24,7 +24,7 @@ from mcore_swift.models.shards import ADAPTER, LiveShard
 from mcore_swift.plan.adapter import CONFIG, PREFIX, WEIGHTS, PeftFolder, matrix_problems, read_peft_folder
 from mcore_swift.tuners.beside import Beside, beside
 from mcore_swift.tuners.settings import LoraSettings
-from mcore_swift.tuners.targets import linear_modules
+from mcore_swift.tuners.targets import adaptable_modules
 
 
 def write_adapter(
@@ -57,7 +57,7 @@ def write_adapter(
         tensors = {name: tensor for part in collected for name, tensor in part.items()}
         try:
             tensors |= {copy: tensors[name].clone() for copy, name in whole.copies.items()}
-            save_peft(folder, tensors, settings, base_model, linear_modules(table))
+            save_peft(folder, tensors, settings, base_model, adaptable_modules(table))
         except Exception as raised:
             error = raised
     ranks.agree(error)
@@ -135,6 +135,12 @@ class PeftAdapter:
         held = read_peft_folder(folder)
         refuse_other_kinds(held.config, held.folder / CONFIG, alone=alone)
         raise_together(matrix_problems(held))
+        strange = sorted(held.shapes.keys() - held.names) if alone else []
+        if strange:
+            raise UserError(
+                f"{held.weights}: holds {strange[0]}, which is no matrix of a linear layer",
+                "train it with `megatron sft --adapters`, whose --merge_lora joins it with its base",
+            )
         self.folder = held.folder
         self.path = held.weights
         self._places = {name: Place(name) for name in held.shapes}
@@ -252,7 +258,9 @@ def read_adapter(
     """
     whole = beside(table, settings)
     wanted, stored = {*map(peft_name, names), *whole.files.values()}, set(source.shapes)
+    # peft keeps the frozen weight of an embedding or output layer with an adapter, too
     known = wanted | whole.copies.keys() | whole.buffers
+    known |= {name for name in stored if name.endswith(".base_layer.weight")}
     _refuse(source.path, sorted(wanted - stored), "lacks")
     _refuse(source.path, sorted(stored - known), "holds, for layers this model or its settings do not adapt,")
     shards = list(shards)

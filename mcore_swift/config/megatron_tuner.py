@@ -33,7 +33,8 @@ class MegatronTunerArguments(Arguments):
     target_modules: list[str] = arg(
         ["all-linear"],
         "layers with an adapter: ends of Hugging Face module names (q_proj), names of megatron-core's fused layers "
-        "(linear_qkv), or all-linear: every matrix of attention, MLP and experts",
+        "(linear_qkv), all-linear: every matrix of attention, MLP and experts; all-router, all-embedding. The output "
+        "layer (lm_head) is in none of these and is named",
     )
     target_regex: str | None = arg(
         None, "layers with an adapter, by an expression that matches their whole Hugging Face name"
@@ -42,6 +43,9 @@ class MegatronTunerArguments(Arguments):
     lora_alpha: float = arg(32, "adapters count alpha / rank times", above=0)
     lora_dropout: float = arg(0.05, "share of an adapter's inputs left out in training", at_least=0, below=1)
     use_rslora: bool = arg(False, "alpha / sqrt(rank) in place of alpha / rank (arXiv:2312.03732)")
+    use_dora: bool = arg(
+        False, "DoRA: direction by the adapter, magnitude of each row trained apart (arXiv:2402.09353)"
+    )
     modules_to_save: list[str] = arg(
         [],
         "modules that train whole beside the adapters, by the ends of their Hugging Face names (embed_tokens, "
@@ -96,7 +100,7 @@ class MegatronTunerArguments(Arguments):
                 yield UserError(
                     f"--{name} names an adapter, and all parameters are trained", "add --tuner_type lora"
                 )
-        lora_only = ("use_rslora", "lorap_lr_ratio", "modules_to_save")
+        lora_only = ("use_rslora", "use_dora", "lorap_lr_ratio", "modules_to_save")
         for name in (*lora_only, *(["lora_bias"] if self.lora_bias != "none" else [])) if not lora else ():
             if getattr(self, name):
                 yield UserError(f"--{name} is for --tuner_type lora, not {self.tuner_type}", f"drop --{name}")
@@ -104,12 +108,6 @@ class MegatronTunerArguments(Arguments):
             yield UserError(f"--adapters names {len(self.adapters)}: one can be trained", "give one folder")
         if self.adapters and self.mcore_adapter:
             yield UserError("--adapters and --mcore_adapter both name what to start from", "give one of them")
-        for name in ("all-router", "all-embedding"):
-            if name in self.target_modules:
-                yield UserError(
-                    f"--target_modules {name}: adapters on router, embedding and output layer are not supported yet",
-                    "use all-linear",
-                )
         if lora and getattr(self, "mcore_model", None):
             yield UserError(
                 "--mcore_model gives the weights of a full training run, and with --tuner_type lora they are those "

@@ -182,7 +182,6 @@ _MEGATRON = table(
     settings(
         "this kind of adapter is not supported yet",
         lora_dtype=None,
-        use_dora=False,
         init_weights=("true",),
     ),
     # heads and overrides

@@ -196,6 +196,7 @@ class Model(GPTModel):
             sequence_parallel=self.config.sequence_parallel,
             scale=self.traits.logit_scale,
             softcap=self.traits.logit_softcap,
+            logits_of=getattr(self.output_layer, "logits_of_gathered", None),  # it has an adapter
         )
         depths = [hidden_states]
         if ahead and self.mtp_process:

@@ -5,6 +5,7 @@ and padding never reach the vocabulary, and one buffer of `[learnt, vocabulary /
 the logits going forward and their gradient going back.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ def token_nll(
     sequence_parallel: bool,
     scale: float = 1.0,
     softcap: float | None = None,
+    logits_of: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """-log p(label) at the given positions, 0 elsewhere: fp32 `[b, s]`.
 
@@ -34,6 +36,7 @@ def token_nll(
     `[padded vocabulary / TP, h]`. labels: int64 `[b, s]`. positions: int64 `[learnt]`, into labels laid end to end.
     vocab_size: rows that exist; padding takes no part in the softmax, or the loss would depend on TP.
     scale, softcap: what becomes of the logits first, see `transformed`.
+    logits_of: an output layer that is more than its weight: `[learnt, h]`, the same on all ranks -> this rank's logits.
     """
     if sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
@@ -41,9 +44,11 @@ def token_nll(
     learnt = hidden.flatten(0, 1).index_select(0, _token_major(positions, labels.shape))
     if not sequence_parallel:  # sums the gradient over ranks; only now, when there is less of it
         learnt = copy_to_tensor_model_parallel_region(learnt)
-    nll = _VocabParallelNLL.apply(
-        learnt, weight, labels.reshape(-1)[positions], vocab_size, group, scale, softcap
-    )
+    wanted = labels.reshape(-1)[positions]
+    if logits_of is not None:
+        nll = _NLLOfLogits.apply(logits_of(learnt), wanted, vocab_size, group, scale, softcap)
+    else:
+        nll = _VocabParallelNLL.apply(learnt, weight, wanted, vocab_size, group, scale, softcap)
     return (
         torch.zeros(labels.numel(), dtype=nll.dtype, device=nll.device)
         .index_put((positions,), nll)
@@ -82,42 +87,82 @@ class _VocabParallelNLL(torch.autograd.Function):
         scale: float,
         softcap: float | None,
     ) -> Tensor:
-        rows = weight.size(0)
-        first = rows * group.rank()
-        logits = transformed(hidden @ weight.t(), scale, softcap)
-        if vocab_size < first + rows:
-            logits[:, max(0, vocab_size - first) :] = float("-inf")
-        wide = logits.float()
-        normalizer = _logsumexp_over_ranks(wide.logsumexp(-1), group)
-        local = labels - first
-        mine = ((local >= 0) & (local < rows)).nonzero().squeeze(-1)
-        target = torch.zeros_like(normalizer)
-        target[mine] = wide[mine, local[mine]]
-        _all_reduce(target, dist.ReduceOp.SUM, group)
-        ctx.save_for_backward(hidden, weight, normalizer, mine, local[mine])
-        ctx.scale, ctx.softcap = scale, softcap
-        ctx.logits = wide  # kept out of save_for_backward: the backward pass overwrites it
-        return normalizer - target
+        nll, saved = _nll(ctx, hidden @ weight.t(), labels, vocab_size, group, scale, softcap)
+        ctx.save_for_backward(hidden, weight, *saved)
+        return nll
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, normalizer, mine, columns = ctx.saved_tensors
-        gradient, ctx.logits = ctx.logits, None
-        slope = _softcap_slope(gradient, ctx.softcap) if ctx.softcap is not None else None
-        gradient.sub_(normalizer[:, None]).exp_()
-        gradient[mine, columns] -= 1
-        gradient.mul_(grad[:, None] * ctx.scale)
-        if slope is not None:
-            gradient.mul_(slope)
-        gradient = gradient.to(weight.dtype)
+        hidden, weight, *saved = ctx.saved_tensors
+        gradient = _gradient_of_logits(ctx, saved, grad).to(weight.dtype)
         of_hidden, of_weight = ctx.needs_input_grad[:2]
         return (
             gradient @ weight if of_hidden else None,
-            gradient.t() @ hidden
-            if of_weight
-            else None,  # the largest matrix product of all: not if it is frozen
+            # the largest matrix product of all: not if it is frozen
+            gradient.t() @ hidden if of_weight else None,
             *(None,) * 5,
         )
+
+
+class _NLLOfLogits(torch.autograd.Function):
+    """The same of this rank's logits `[n, rows]`, before `transformed`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        vocab_size: int,
+        group: dist.ProcessGroup,
+        scale: float,
+        softcap: float | None,
+    ) -> Tensor:
+        ctx.dtype = logits.dtype
+        nll, saved = _nll(ctx, logits.clone(), labels, vocab_size, group, scale, softcap)
+        ctx.save_for_backward(*saved)
+        return nll
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (_gradient_of_logits(ctx, ctx.saved_tensors, grad).to(ctx.dtype), *(None,) * 5)
+
+
+def _nll(
+    ctx: Any,
+    logits: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    group: dist.ProcessGroup,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """-log softmax at the labels, and what `_gradient_of_logits` needs. Overwrites the logits."""
+    rows = logits.size(-1)
+    first = rows * group.rank()
+    logits = transformed(logits, scale, softcap)
+    if vocab_size < first + rows:
+        logits[:, max(0, vocab_size - first) :] = float("-inf")
+    wide = logits.float()
+    normalizer = _logsumexp_over_ranks(wide.logsumexp(-1), group)
+    local = labels - first
+    mine = ((local >= 0) & (local < rows)).nonzero().squeeze(-1)
+    target = torch.zeros_like(normalizer)
+    target[mine] = wide[mine, local[mine]]
+    _all_reduce(target, dist.ReduceOp.SUM, group)
+    ctx.scale, ctx.softcap = scale, softcap
+    ctx.logits = wide  # kept out of save_for_backward: the backward pass overwrites it
+    return normalizer - target, (normalizer, mine, local[mine])
+
+
+def _gradient_of_logits(ctx: Any, saved: Sequence[Tensor], grad: Tensor) -> Tensor:
+    """Of the logits before `transformed`, fp32."""
+    normalizer, mine, columns = saved
+    gradient, ctx.logits = ctx.logits, None
+    slope = _softcap_slope(gradient, ctx.softcap) if ctx.softcap is not None else None
+    gradient.sub_(normalizer[:, None]).exp_()
+    gradient[mine, columns] -= 1
+    gradient.mul_(grad[:, None] * ctx.scale)
+    return gradient if slope is None else gradient.mul_(slope)
 
 
 def _softcap_slope(capped: Tensor, softcap: float) -> Tensor:

@@ -19,6 +19,7 @@ PREFIX = "base_model.model."
 _COPY_AGAIN = "copy or download the file again"
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 _MATRIX = re.compile(r"(.+)\.lora_([AB])\.weight")
+_EMBEDDING = re.compile(r"(.+)\.lora_embedding_([AB])")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 Shape = tuple[int, ...]
@@ -44,9 +45,17 @@ class PeftFolder:
     @cached_property
     def modules(self) -> dict[str, dict[str, Shape]]:
         """Module of the base with low-rank matrices -> shapes of its 'A' and 'B', as far as they are there."""
+        return self._matched(_MATRIX)
+
+    @cached_property
+    def embeddings(self) -> dict[str, dict[str, Shape]]:
+        """The same of embeddings, whose weight has B A lying on its side."""
+        return self._matched(_EMBEDDING)
+
+    def _matched(self, pattern: re.Pattern[str]) -> dict[str, dict[str, Shape]]:
         found: dict[str, dict[str, Shape]] = {}
         for name, shape in self.shapes.items():
-            if match := _MATRIX.fullmatch(name):
+            if match := pattern.fullmatch(name):
                 found.setdefault(match[1].removeprefix(PREFIX), {})[match[2]] = shape
         return found
 
@@ -136,7 +145,7 @@ def folder_problems(folder: str | Path, base: Path | None) -> list[UserError]:
 
 def matrix_problems(adapter: PeftFolder) -> list[UserError]:
     """Whether every A has its B, and both the rank that the config tells."""
-    if not adapter.modules:
+    if not adapter.modules and not adapter.embeddings:
         return [UserError(f"{adapter.weights}: holds no low-rank matrices", "is it a LoRA adapter?")]
     alone = [name for name, shapes in adapter.modules.items() if len(shapes) < 2]
     if alone:

@@ -1,26 +1,30 @@
 """Putting adapters into a model that has been built, and finding them again."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
 
 from mcore_swift.accelerator import get_accelerator
+from mcore_swift.models.moe.router import Router
 from mcore_swift.models.rules import RuleTable
 from mcore_swift.models.shards import ADAPTER, LiveShard, MergedShard, parameter_shards, unwrap
 from mcore_swift.models.without_memory import given_memory
 from mcore_swift.tuners.beside import beside, whole_shards
 from mcore_swift.tuners.lora import LoraLinear
-from mcore_swift.tuners.parts import parts_by_weight
+from mcore_swift.tuners.lora_outer import LoraEmbedding, LoraOutput, RouterAdapter
+from mcore_swift.tuners.parts import Part, parts_by_weight
 from mcore_swift.tuners.quantized import FourBit, QuantizedLinear
 from mcore_swift.tuners.settings import LoraSettings
-from mcore_swift.tuners.targets import chosen_modules
+from mcore_swift.tuners.targets import chosen_modules, embedding_module
 from mcore_swift.tuners.whole import start_gradients, train_only, weights_of
+
+Adapter = LoraLinear | LoraEmbedding | RouterAdapter
 
 
 def attach(
     chunks: Sequence[nn.Module], table: RuleTable, settings: LoraSettings, four_bit: FourBit | None = None
-) -> list[LoraLinear]:
-    """Freeze the model and give an adapter to every chosen linear layer of this rank; returns those layers.
+) -> list[Adapter]:
+    """Freeze the model and give an adapter to every chosen module of this rank; returns the adapters.
 
     four_bit: frozen linear layers, with an adapter or not, are to keep their weights so; values come afterwards.
 
@@ -32,7 +36,7 @@ def attach(
     for chunk in chunks:
         start_gradients(chunk)
     parts = parts_by_weight(chunks, table)
-    adapted = []
+    adapted: list[Adapter] = []
     for chunk in chunks:
         for parent, name, layer, column in list(_parallel_linears(chunk)):
             held = parts.get(layer.weight, [])
@@ -44,8 +48,35 @@ def attach(
                 adapter = LoraLinear(layer, wanted, settings, column=column)
                 setattr(parent, name, adapter)
                 adapted.append(adapter)
+        adapted += _outer(chunk, parts, chosen, settings)
         if four_bit is not None:
             _give_rest_memory(chunk)
+    return adapted
+
+
+def _outer(
+    chunk: nn.Module,
+    parts: Mapping[nn.Parameter, list[Part]],
+    chosen: Collection[str],
+    settings: LoraSettings,
+) -> list[Adapter]:
+    """Adapters on the chosen of embedding, output layer and routers."""
+
+    def wanted(weight: nn.Parameter) -> list[Part]:
+        return [part for part in parts.get(weight, []) if part.module in chosen]
+
+    adapted: list[Adapter] = []
+    embedding, output = getattr(chunk, "embedding", None), getattr(chunk, "output_layer", None)
+    if embedding is not None and (own := wanted(embedding.word_embeddings.weight)):
+        embedding.word_embeddings = LoraEmbedding(embedding.word_embeddings, own[0], settings)
+        adapted.append(embedding.word_embeddings)
+    if output is not None and output.weight is not None and (own := wanted(output.weight)):
+        chunk.output_layer = LoraOutput(output, own, settings)
+        adapted.append(chunk.output_layer)
+    for router in [module for module in chunk.modules() if isinstance(module, Router)]:
+        if own := wanted(router.weight):
+            router.adapter = RouterAdapter(router, own[0], settings)
+            adapted.append(router.adapter)
     return adapted
 
 
@@ -61,7 +92,14 @@ def _give_rest_memory(chunk: nn.Module) -> None:
 def adapter_names(table: RuleTable, settings: LoraSettings) -> list[str]:
     """Keys of the adapter's tensors in the whole model, whichever rank holds them."""
     chosen = chosen_modules(table, settings)
-    return [f"{ADAPTER}{module}.lora_{matrix}.weight" for module in sorted(chosen) for matrix in "AB"]
+    embedding = embedding_module(table)
+    names = []
+    for module in sorted(chosen):
+        form = "lora_embedding_{}" if module == embedding else "lora_{}.weight"
+        names += [f"{ADAPTER}{module}.{form.format(matrix)}" for matrix in "AB"]
+        if settings.use_dora:
+            names.append(f"{ADAPTER}{module}.lora_magnitude_vector")
+    return names
 
 
 def trained_shards(chunks: Sequence[nn.Module]) -> list[LiveShard]:
@@ -88,7 +126,7 @@ def merged_shards(chunks: Iterable[nn.Module]) -> list[LiveShard]:
     for chunk in map(unwrap, chunks):
         adapted: dict[nn.Parameter, nn.Module] = {}
         for layer in chunk.modules():  # an adapter before the quantized layer in it
-            if isinstance(layer, LoraLinear | QuantizedLinear):
+            if isinstance(layer, Adapter | QuantizedLinear):
                 adapted.setdefault(layer.weight, layer)
         for parameter, shard in parameter_shards(chunk):
             if parameter in adapted:

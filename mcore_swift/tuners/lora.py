@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mcore_swift.models.shards import ADAPTER, LiveShard
+from mcore_swift.tuners.dora import row_norms
 from mcore_swift.tuners.parts import Part
 from mcore_swift.tuners.quantized import frozen_values, like_weight
 from mcore_swift.tuners.settings import LoraSettings
@@ -62,6 +63,11 @@ class LoraLinear(nn.Module):
             drawn = draw(part, rank, settings.seed)
             self.lora_A.append(self._parameter(drawn.to(weight), shared=column))
             self.lora_B.append(self._parameter(weight.new_zeros(part.num_rows, rank), shared=not column))
+        # DoRA: the norm of each row, once the weight is there (`begin`).
+        self.magnitudes: nn.ParameterList | None = None
+        if settings.use_dora:
+            ones = [weight.new_ones(part.num_rows) for part in self.parts]
+            self.magnitudes = nn.ParameterList(self._parameter(part, shared=not column) for part in ones)
         # What the parts' `x A^T`, side by side, are multiplied by: one number, or one for each column.
         self.scaling: float | Tensor = self.scalings[0]
         if len(set(self.scalings)) > 1:
@@ -74,15 +80,9 @@ class LoraLinear(nn.Module):
 
     def _parameter(self, values: Tensor, *, shared: bool) -> nn.Parameter:
         """shared: every tensor-parallel rank has it."""
-        parameter = nn.Parameter(values)
-        parameter.allreduce = getattr(self.base.weight, "allreduce", True)
-        # The gradient norm counts a shared matrix once: on the first rank of the group.
-        parameter.tensor_model_parallel = True
-        parameter.shared = shared and self.group.rank() > 0
-        # Without sequence parallelism all ranks compute the same gradient of a shared matrix; with it, each
-        # computes that of its tokens, and megatron-core sums what is marked so.
-        parameter.sequence_parallel = shared and self.sequence_parallel
-        return parameter
+        return adapter_parameter(
+            values, self.base.weight, self.group, shared=shared, by_tokens=self.sequence_parallel
+        )
 
     @property
     def weight(self) -> nn.Parameter:
@@ -92,21 +92,65 @@ class LoraLinear(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """x as `base` takes it: `[s, b, in]`, or `[tokens, in]` in an expert."""
         output, bias = self.base(x, *args, **kwargs)
-        return output + self._delta(x), bias
+        await_parameters(self)
+        dropped = self._dropped(x)
+        delta = self._delta(dropped)
+        if self.magnitudes is None:
+            return output + delta, bias
+        if dropped is x:
+            plain = output
+        else:  # peft drops the inputs of the frozen weight too, where the adapter has a part in its output
+            plain, _ = self.base(dropped, *args, **kwargs)
+        if bias is None and self.base.bias is not None:  # the layer has added it
+            plain = plain - self._whole_output(self.base.bias)
+        scale = self._whole_output(self._magnified())
+        return output + (scale - 1) * plain + scale * delta, bias
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Take the magnitudes from the frozen weight, which has been filled. Collective over the layer's ranks."""
+        if self.magnitudes is not None:
+            for magnitude, norms in zip(self.magnitudes, self._norms(), strict=True):
+                magnitude.copy_(norms)
+
+    def _norms(self) -> list[Tensor]:
+        """Norms of the rows of each part with the adapter in them."""
+        weight = frozen_values(self.base)
+        group = None if self.column else self.group
+        norms = []
+        for part, down, up, scaling in zip(self.parts, self.lora_A, self.lora_B, self.scalings, strict=True):
+            whole = self.places is None and len(self.parts) == 1
+            rows = weight if whole else weight[part.local_rows.to(weight.device)]
+            norms.append(row_norms(rows, down, scaling * up, group))
+        return norms
+
+    def _magnified(self) -> Tensor:
+        """What each row of the layer counts: its magnitude over its norm, `[rows]`; 1 without an adapter."""
+        magnitudes = list(self.magnitudes)
+        if self.summed_outside and not self.column:  # each rank's gradient is of its share of the sum
+            magnitudes = [CopyToRanks.apply(magnitude, self.group) for magnitude in magnitudes]
+        parts = [magnitude / norms for magnitude, norms in zip(magnitudes, self._norms(), strict=True)]
+        scale = torch.cat(parts)
+        if self.places is None:
+            return scale
+        return scale.new_ones(self.base.weight.size(0)).index_copy(0, self.places, scale)
+
+    def _whole_output(self, values: Tensor) -> Tensor:
+        """Of this rank's part of the output, what the layer gives of it."""
+        if self.column and getattr(self.base, "gather_output", False):
+            return gather_from_tensor_model_parallel_region(values, group=self.group)
+        return values
 
     def _delta(self, x: Tensor) -> Tensor:
-        x = self._dropped(x)
+        """The adapter's share. x: with dropout."""
         down, up = list(self.lora_A), list(self.lora_B)
         if self.summed_outside:
             shared = down if self.column else up
             # each rank's gradient of a shared matrix is of its share of the sum
-            shared[:] = [_CopyToRanks.apply(matrix, self.group) for matrix in shared]
+            shared[:] = [CopyToRanks.apply(matrix, self.group) for matrix in shared]
         hidden = functional.linear(x, torch.cat(down) if len(down) > 1 else down[0])
         hidden = self._cross(hidden)
-        delta = functional.linear(hidden * self.scaling, self._up(up))
-        if self.column and getattr(self.base, "gather_output", False):
-            delta = gather_from_tensor_model_parallel_region(delta, group=self.group)
-        return delta
+        return self._whole_output(functional.linear(hidden * self.scaling, self._up(up)))
 
     def _up(self, matrices: Sequence[Tensor]) -> Tensor:
         """The parts' B as one matrix, each in its own rows and columns: `[rows of the layer, parts * rank]`.
@@ -134,7 +178,7 @@ class LoraLinear(nn.Module):
         if self.column:
             if self.sequence_parallel:
                 return gather_from_sequence_parallel_region(hidden, group=self.group)
-            return _CopyToRanks.apply(hidden, self.group)
+            return CopyToRanks.apply(hidden, self.group)
         if self.sequence_parallel:
             return reduce_scatter_to_sequence_parallel_region(hidden, group=self.group)
         return reduce_from_tensor_model_parallel_region(hidden, group=self.group)
@@ -148,7 +192,10 @@ class LoraLinear(nn.Module):
             return functional.dropout(x, self.dropout)
 
     def merged(self) -> Tensor:
-        """The layer's weight with the adapter in it, a new tensor; nothing is communicated and nothing changed."""
+        """The layer's weight with the adapter in it, a new tensor; nothing is changed.
+
+        Magnitudes of a row-parallel layer make it collective over the layer's ranks.
+        """
         with torch.no_grad():
             merged = frozen_values(self.base).to(torch.float32, copy=True)
             for part, scaling, down, up in zip(
@@ -156,11 +203,16 @@ class LoraLinear(nn.Module):
             ):
                 rows = part.local_rows.to(merged.device)
                 merged.index_add_(0, rows, scaling * (up.float() @ down.float()))
+            if self.magnitudes is not None:
+                merged *= self._magnified().float()[:, None]
             return merged.to(self.base.weight.dtype)
 
     def own_shards(self) -> Iterator[tuple[nn.Parameter, LiveShard]]:
-        """Each matrix of the adapter with its place in the whole one, in PEFT's shapes."""
-        for part, rank, down, up in zip(self.parts, self.ranks, self.lora_A, self.lora_B, strict=True):
+        """Each matrix of the adapter, and magnitude, with its place in the whole one, in PEFT's shapes."""
+        magnitudes = self.magnitudes if self.magnitudes is not None else [None] * len(self.parts)
+        for part, rank, down, up, magnitude in zip(
+            self.parts, self.ranks, self.lora_A, self.lora_B, magnitudes, strict=True
+        ):
             name = f"{ADAPTER}{part.module}"
             copies = (*part.replica[:1], self.group.rank(), *part.replica[2:])
             rows, columns = part.shape
@@ -174,24 +226,37 @@ class LoraLinear(nn.Module):
                     copies if self.column else part.replica,
                 ),
             )
-            first = 0
+            own, first = part.replica if self.column else copies, 0
             for start, stop in part.rows:
-                run = up.detach()[first : first + stop - start]
+                run = slice(first, first + stop - start)
                 first += stop - start
-                yield (
-                    up,
-                    LiveShard(
-                        f"{name}.lora_B.weight",
-                        run,
-                        ((start, stop), (0, rank)),
-                        (rows, rank),
-                        part.replica if self.column else copies,
-                    ),
-                )
+                region = ((start, stop), (0, rank))
+                yield up, LiveShard(f"{name}.lora_B.weight", up.detach()[run], region, (rows, rank), own)
+                if magnitude is not None:
+                    key, held = f"{name}.lora_magnitude_vector", magnitude.detach()[run]
+                    yield magnitude, LiveShard(key, held, region[:1], (rows,), own)
 
     def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The base layer's, under its own keys."""
         return self.base.sharded_state_dict(prefix, *args, **kwargs)
+
+
+def adapter_parameter(
+    values: Tensor, weight: nn.Parameter, group: Any, *, shared: bool, by_tokens: bool
+) -> nn.Parameter:
+    """A parameter beside `weight`, marked for megatron-core.
+
+    shared: every rank of `group` has it. by_tokens: each then computes the gradient of its own tokens.
+    """
+    parameter = nn.Parameter(values)
+    parameter.allreduce = getattr(weight, "allreduce", True)
+    # The gradient norm counts a shared matrix once: on the first rank of the group.
+    parameter.tensor_model_parallel = True
+    parameter.shared = shared and group.rank() > 0
+    # Without sequence parallelism all ranks compute the same gradient of a shared matrix; with it, each
+    # computes that of its tokens, and megatron-core sums what is marked so.
+    parameter.sequence_parallel = shared and by_tokens
+    return parameter
 
 
 def draw(part: Part, rank: int, seed: int) -> Tensor:
@@ -206,7 +271,15 @@ def draw(part: Part, rank: int, seed: int) -> Tensor:
     return whole[:, slice(*part.columns)].contiguous()
 
 
-class _CopyToRanks(torch.autograd.Function):
+def await_parameters(module: nn.Module) -> None:
+    """Let what waits for gathered weights (--overlap_param_gather) wait for those in lists, which are never called."""
+    for child in module.children():
+        if isinstance(child, nn.ParameterList):
+            for hook in child._forward_pre_hooks.values():
+                hook(child, ())
+
+
+class CopyToRanks(torch.autograd.Function):
     """Identity whose backward pass sums over a group."""
 
     @staticmethod

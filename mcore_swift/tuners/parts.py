@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from mcore_swift.models.rules import RuleTable, Shape
+from mcore_swift.models.rules import RuleTable, Shape, Vocab
 from mcore_swift.models.shards import LiveShard, parameter_shards, unwrap
 
 Run = tuple[int, int]
@@ -23,6 +23,7 @@ class Part:
     name: of the HF weight. shape: of the whole HF weight.
     rows: runs of its rows that are held here, in order; local: the rows of the layer's weight where each run lies.
     columns: its columns that are held here.
+    padding: rows of the layer's weight behind them that are no rows of it: of a padded vocabulary.
     replica: megatron-core's coordinates of this copy among the ranks that hold the same values.
     """
 
@@ -32,6 +33,7 @@ class Part:
     local: tuple[Run, ...]
     columns: Run
     replica: tuple[int, ...]
+    padding: int = 0
 
     @property
     def module(self) -> str:
@@ -40,7 +42,8 @@ class Part:
 
     @property
     def num_rows(self) -> int:
-        return sum(stop - start for start, stop in self.rows)
+        """Rows in the layer."""
+        return sum(stop - start for start, stop in self.rows) + self.padding
 
     @property
     def num_columns(self) -> int:
@@ -48,7 +51,7 @@ class Part:
 
     @property
     def local_rows(self) -> torch.Tensor:
-        """Place of each held row in the layer's weight, int64 `[num_rows]`."""
+        """Place of each of its rows in the layer's weight, int64 `[num_rows]`."""
         return torch.cat([torch.arange(start, stop) for start, stop in self.local])
 
 
@@ -64,6 +67,9 @@ def parts_by_weight(chunks: Iterable[nn.Module], table: RuleTable) -> dict[nn.Pa
 
 
 def _parts(parameter: nn.Parameter, shards: Iterable[LiveShard], table: RuleTable) -> list[Part]:
+    shards = list(shards)
+    if isinstance(table.by_mcore[shards[0].key], Vocab):
+        return [_vocabulary(parameter, shards[0], table)]
     runs: dict[str, list[tuple[Run, Run]]] = {}
     about: dict[str, tuple[Shape, Run, tuple[int, ...]]] = {}
     for shard in shards:
@@ -82,6 +88,16 @@ def _parts(parameter: nn.Parameter, shards: Iterable[LiveShard], table: RuleTabl
         shape, columns, replica = about[name]
         parts.append(Part(name, shape, rows, local, columns, replica))
     return parts
+
+
+def _vocabulary(parameter: nn.Parameter, shard: LiveShard, table: RuleTable) -> Part:
+    """An embedding or output layer, of which a rank may hold padding only."""
+    rule = table.by_mcore[shard.key]
+    name, shapes = rule.hf[0], rule.hf_shapes(shard.global_shape)
+    runs = [block.hf[0] for block in rule.blocks(shard.region, shapes) if block.name == name]
+    padding = parameter.size(0) - sum(stop - start for start, stop in runs)
+    whole = ((0, parameter.size(0)),)
+    return Part(name, shapes[name], tuple(runs), whole, shard.region[1], shard.replica, padding)
 
 
 def _joined(pairs: Iterable[tuple[Run, Run]]) -> list[tuple[Run, Run]]:

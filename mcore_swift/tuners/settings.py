@@ -13,6 +13,7 @@ class LoraSettings:
     rank: columns of B, rows of A. use_rslora: scale by alpha / sqrt(rank) (arXiv:2312.03732) and not alpha / rank.
     target_modules: HF module names or ends of them, megatron-core module names, or 'all-linear'.
     target_regex: matches whole HF module names; takes the place of target_modules.
+    use_dora: magnitude and direction of each row of W apart (arXiv:2402.09353).
     rank_pattern, alpha_pattern: other values for single HF modules, by full name.
     modules_to_save: ends of names of HF modules that train whole. bias: biases that train, 'none', 'all' or those of
     adapted layers, 'lora_only'.
@@ -23,6 +24,7 @@ class LoraSettings:
     alpha: float = 32.0
     dropout: float = 0.05
     use_rslora: bool = False
+    use_dora: bool = False
     target_modules: tuple[str, ...] = ("all-linear",)
     target_regex: str | None = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
@@ -40,6 +42,7 @@ class LoraSettings:
             alpha=args.lora_alpha,
             dropout=args.lora_dropout,
             use_rslora=args.use_rslora,
+            use_dora=args.use_dora,
             target_modules=tuple(args.target_modules),
             target_regex=args.target_regex,
             modules_to_save=tuple(args.modules_to_save),

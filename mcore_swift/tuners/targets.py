@@ -2,13 +2,15 @@
 
 import difflib
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from mcore_swift.errors import UserError
 from mcore_swift.models.rules import RuleTable
 from mcore_swift.tuners.settings import LoraSettings
 
-ALL_LINEAR = "all-linear"
+ALL_LINEAR, ALL_ROUTER, ALL_EMBEDDING = "all-linear", "all-router", "all-embedding"
+ROUTER, EMBEDDING, OUTPUT = "mlp.router.weight", "embedding.word_embeddings.weight", "output_layer.weight"
+"""megatron-core's keys, or the ends of them."""
 
 # megatron-core's names of fused layers, for the HF modules they are made of
 MEGATRON_NAMES = {
@@ -19,19 +21,29 @@ MEGATRON_NAMES = {
 }
 
 
-def choose(modules: Iterable[str], targets: Sequence[str], regex: str | None = None) -> set[str]:
+def choose(
+    modules: Iterable[str],
+    targets: Sequence[str],
+    regex: str | None = None,
+    kinds: Mapping[str, Iterable[str]] | None = None,
+) -> set[str]:
     """The modules (full HF names, such as 'model.layers.0.self_attn.q_proj') that the targets mean, as peft reads them.
 
-    A target is 'all-linear' (every module given), the end of a module's name, or a megatron-core name. With `regex`,
-    it must match the whole name, and targets are not looked at. Raises UserError for a target that matches nothing.
+    A target is the name of one of the `kinds` ('all-linear'), the end of a module's name, or a megatron-core name.
+    With `regex`, it must match the whole name, and targets are not looked at. Raises UserError for a target that
+    matches nothing.
     """
     modules = list(modules)
+    kinds = {ALL_LINEAR: modules} | dict(kinds or {})
     if regex is not None:
         return _by_regex(modules, regex)
-    if ALL_LINEAR in targets:
-        return set(modules)
     chosen: set[str] = set()
     for target in targets:
+        if target in kinds:
+            if not (members := set(kinds[target])):
+                raise UserError(f"--target_modules {target}: this model has none", f"drop {target}")
+            chosen |= members
+            continue
         ends = MEGATRON_NAMES.get(target, (target,))
         matched = {name for name in modules if any(name == end or name.endswith(f".{end}") for end in ends)}
         if not matched:
@@ -45,7 +57,13 @@ def chosen_modules(table: RuleTable, settings: LoraSettings) -> set[str]:
 
     As in peft, a module that trains whole gets none.
     """
-    chosen = choose(linear_modules(table), settings.target_modules, settings.target_regex)
+    kinds = {
+        ALL_LINEAR: linear_modules(table),
+        ALL_ROUTER: router_modules(table),
+        ALL_EMBEDDING: _module_names(table, EMBEDDING),
+    }
+    chosen = choose(adaptable_modules(table), settings.target_modules, settings.target_regex, kinds)
+    _refuse_vocabulary(table, chosen, settings)
     adapted = {name for name in chosen if not is_in(name, settings.modules_to_save)}
     if not adapted:
         raise UserError(
@@ -53,6 +71,52 @@ def chosen_modules(table: RuleTable, settings: LoraSettings) -> set[str]:
             "drop it, or use --tuner_type full with --freeze_parameters",
         )
     return adapted
+
+
+def adaptable_modules(table: RuleTable) -> list[str]:
+    """HF names of all modules an adapter can be on: linear layers, routers, embedding and output layer."""
+    outer = [name for key in (EMBEDDING, OUTPUT) for name in _module_names(table, key)]
+    return [*linear_modules(table), *router_modules(table), *outer]
+
+
+def router_modules(table: RuleTable) -> list[str]:
+    """HF names of the modules that choose experts."""
+    return [
+        name
+        for rule in table.rules
+        if rule.mcore.endswith(ROUTER)
+        for name in _module_names(table, rule.mcore)
+    ]
+
+
+def embedding_module(table: RuleTable) -> str:
+    """HF name of the embedding."""
+    return _module_names(table, EMBEDDING)[0]
+
+
+def _module_names(table: RuleTable, key: str) -> list[str]:
+    return [table.by_mcore[key].hf[0].removesuffix(".weight")] if key in table.by_mcore else []
+
+
+def _refuse_vocabulary(table: RuleTable, chosen: Collection[str], settings: LoraSettings) -> None:
+    """Raise UserError for an adapter on the embedding, output layer or a router that cannot be."""
+    embedding = embedding_module(table)
+    if embedding in chosen and OUTPUT not in table.by_mcore:
+        raise UserError(
+            f"an adapter on {embedding}: this model's output layer is its embedding, and would not have the adapter",
+            f"train it whole: --modules_to_save {embedding.rpartition('.')[2]}",
+        )
+    if embedding in chosen and any(key.startswith("mtp.") for key in table.by_mcore):
+        raise UserError(
+            f"an adapter on {embedding}: multi-token layers have the embedding too, on another pipeline stage",
+            f"train it whole: --modules_to_save {embedding.rpartition('.')[2]}, or add --mtp_num_layers 0",
+        )
+    others = [name for name in (embedding, *router_modules(table)) if name in chosen]
+    if settings.use_dora and others:
+        raise UserError(
+            f"--use_dora: an adapter on {others[0]} has no magnitudes, which linear layers alone have",
+            "leave it out of --target_modules, or drop --use_dora",
+        )
 
 
 def is_in(module: str, ends: Collection[str]) -> bool:

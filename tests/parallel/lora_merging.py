@@ -41,16 +41,23 @@ def equals_base_and_adapter(engine: Any, model: Path, adapter: dict[str, Tensor]
     assert merged.keys() == base.keys()
     for name, weight in base.items():
         module = name.removesuffix(".weight")
-        factor = adapter.get(f"base_model.model.{module}.lora_A.weight")
+        prefix = f"base_model.model.{module}"
+        factor = adapter.get(f"{prefix}.lora_A.weight", adapter.get(f"{prefix}.lora_embedding_A"))
         if factor is None:
             whole = [adapter.get(f"base_model.model.{kind}") for kind in (name, _beside_matrices(name))]
             expected = next((tensor for tensor in whole if tensor is not None), weight)
             assert torch.equal(merged[name], expected), f"{name} has no adapter"
             continue
-        delta = settings.scaling_of(module) * adapter[f"base_model.model.{module}.lora_B.weight"] @ factor
+        if f"{prefix}.lora_embedding_B" in adapter:
+            delta = settings.scaling_of(module) * (adapter[f"{prefix}.lora_embedding_B"] @ factor).t()
+        else:
+            delta = settings.scaling_of(module) * adapter[f"{prefix}.lora_B.weight"] @ factor
         assert delta.abs().max() > 1e-3, name
+        expected = weight + delta
+        if (magnitude := adapter.get(f"{prefix}.lora_magnitude_vector")) is not None:
+            expected = expected * (magnitude / expected.norm(dim=1))[:, None]
         torch.testing.assert_close(
-            merged[name], weight + delta, atol=MERGED_ATOL, rtol=0, msg=lambda text, n=name: f"{n}: {text}"
+            merged[name], expected, atol=MERGED_ATOL, rtol=0, msg=lambda text, n=name: f"{n}: {text}"
         )
 
 

@@ -25,7 +25,7 @@ class AdapterReference:
     after: dict[str, Tensor]
 
 
-def make_expert_adapter(model: Path, folder: Path) -> None:
+def make_expert_adapter(model: Path, folder: Path, *, dora: bool = False) -> None:
     """The same on every linear layer of a model with experts, which transformers keeps fused, so that peft has no
     layers to adapt: the reference is transformers' forward pass with W + scaling * B A in place of each W.
     """
@@ -44,9 +44,12 @@ def make_expert_adapter(model: Path, folder: Path) -> None:
         module = f"base_model.model.{name.removesuffix('.weight')}"
         matrices[f"{module}.lora_A.weight"] = torch.randn(RANK, columns) * 0.1
         matrices[f"{module}.lora_B.weight"] = torch.randn(rows, RANK) * 0.1
+        if dora:
+            matrices[f"{module}.lora_magnitude_vector"] = torch.randn(rows) * 0.1 + 1
     (folder / "adapter").mkdir()
     save_file(matrices, folder / "adapter/adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": "all-linear"}
+    config["use_dora"] = dora
     (folder / "adapter/adapter_config.json").write_text(json.dumps(config))
 
     leaves = {name: matrix.clone().requires_grad_() for name, matrix in matrices.items()}
@@ -54,7 +57,12 @@ def make_expert_adapter(model: Path, folder: Path) -> None:
     def effective(name: str) -> Tensor:
         module = f"base_model.model.{name.removesuffix('.weight')}"
         delta = leaves[f"{module}.lora_B.weight"] @ leaves[f"{module}.lora_A.weight"]
-        return weights[name] + ALPHA / RANK * delta
+        turned = weights[name] + ALPHA / RANK * delta
+        if dora:
+            turned = (leaves[f"{module}.lora_magnitude_vector"] / turned.norm(dim=1).detach())[
+                :, None
+            ] * turned
+        return turned
 
     def parameters() -> dict[str, Tensor]:
         state = {name: effective(name) for name in adapted if ".experts." not in name}
@@ -94,14 +102,15 @@ def make_adapter(model: Path, folder: Path, **settings: object) -> None:
     trained = {name: value for name, value in adapted.named_parameters() if value.requires_grad}
     with torch.no_grad():
         for name, parameter in trained.items():  # B too: zero would hide what A's gradient is
-            parameter.copy_(torch.randn(parameter.shape) * 0.1 + ("norm" in name))
+            parameter.copy_(torch.randn(parameter.shape) * 0.1 + ("norm" in name or "magnitude" in name))
     adapted.save_pretrained(folder / "adapter")
     leaves = {_name_in_file(name): value for name, value in trained.items()}
     _finish(model, folder, lambda sample: adapted(input_ids=sample[None]).logits[0], leaves)
 
 
 def _name_in_file(parameter: str) -> str:
-    return parameter.replace(".modules_to_save", "").replace(".default", "")
+    name = parameter.replace(".modules_to_save", "").replace(".default", "")
+    return name.removesuffix(".weight") if "magnitude" in name else name
 
 
 def _finish(

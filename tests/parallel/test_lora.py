@@ -25,6 +25,8 @@ ADAPTERS = {
             "target_modules": ["q_proj", "down_proj"],
             "modules_to_save": ["embed_tokens", "lm_head", "norm"],
         },
+        "outer": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+        "dora": {"target_modules": ["q_proj", "o_proj", "up_proj", "down_proj", "lm_head"], "use_dora": True},
     },
     "qwen2": {
         "one": {"target_modules": ["k_proj"]},
@@ -36,8 +38,12 @@ ADAPTERS = {
             "ensure_weight_tying": True,
         },
         "biases": {"target_modules": ["o_proj"], "bias": "all"},
+        "dora": {"target_modules": ["k_proj", "v_proj", "down_proj"], "use_dora": True, "use_rslora": True},
     },
-    EXPERTS: {"saved": {"target_modules": ["q_proj"], "modules_to_save": ["mlp.gate", "lm_head"]}},
+    EXPERTS: {
+        "saved": {"target_modules": ["q_proj"], "modules_to_save": ["mlp.gate", "lm_head"]},
+        "router": {"target_modules": ["q_proj"], "target_parameters": ["mlp.gate.weight"]},
+    },
 }
 
 
@@ -53,7 +59,9 @@ def references(tmp_path_factory):
     (folder / EXPERTS / "all").mkdir()
     make_expert_adapter(folder / EXPERTS / "model", folder / EXPERTS / "all")
     names = {name: list(kinds) for name, kinds in ADAPTERS.items()}
-    names[EXPERTS].append("all")
+    (folder / EXPERTS / "all-dora").mkdir()
+    make_expert_adapter(folder / EXPERTS / "model", folder / EXPERTS / "all-dora", dora=True)
+    names[EXPERTS] += ["all", "all-dora"]
     (folder / "adapters.json").write_text(json.dumps(names))
     return folder
 

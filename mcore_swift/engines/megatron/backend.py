@@ -21,7 +21,7 @@ from mcore_swift.plan.axes import length_multiple
 from mcore_swift.plan.layout import Layout
 from mcore_swift.plan.stages import prediction_rank
 from mcore_swift.tuners.settings import LoraSettings
-from mcore_swift.tuners.targets import chosen_modules, linear_modules
+from mcore_swift.tuners.targets import adaptable_modules, chosen_modules
 
 logger = logging.getLogger(__name__)
 
@@ -82,8 +82,8 @@ def _adapter(args: Any, plan: ModelPlan, start: Path | None) -> LoraSettings | N
 
 
 def _fitting(source: PeftAdapter, plan: ModelPlan) -> LoraSettings:
-    linear = linear_modules(plan.table)
-    unknown = sorted(set(source.held.modules) - set(linear))
+    linear = adaptable_modules(plan.table)
+    unknown = sorted((source.held.modules.keys() | source.held.embeddings.keys()) - set(linear))
     if unknown:
         near = difflib.get_close_matches(unknown[0], linear, n=3, cutoff=0.4)
         shown = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")

@@ -57,7 +57,7 @@ from mcore_swift.tuners.beside import settled
 from mcore_swift.tuners.freezing import freezes
 from mcore_swift.tuners.quantized import FourBit, quantized_layers
 from mcore_swift.tuners.settings import LoraSettings
-from mcore_swift.tuners.targets import linear_modules
+from mcore_swift.tuners.targets import adaptable_modules
 from mcore_swift.tuners.whole import freeze
 
 logger = logging.getLogger(__name__)
@@ -218,6 +218,8 @@ class MegatronEngine:
             self._draw()
         else:
             logger.info(self._read(self.args.model, ranks, budget))
+        for adapter in self.adapted:
+            adapter.begin()
 
     def _read(self, model_dir: str, ranks: Ranks, budget: Budget) -> str:
         with HFReader(model_dir, budget.staging) as reader:
@@ -255,7 +257,7 @@ class MegatronEngine:
 
     def describe_adapter(self, folder: Path) -> None:
         """Write the adapter's config, by which a checkpoint tells what adapter it holds. On one rank."""
-        linear = linear_modules(self.plan.table)
+        linear = adaptable_modules(self.plan.table)
         modules = dict.fromkeys(map(module_of, adapter_names(self.plan.table, self.adapter)))
         write_config(folder, self.adapter, modules, linear, self.args.model)
 

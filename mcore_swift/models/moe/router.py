@@ -41,8 +41,14 @@ class Router(TopKRouter):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.adapter: torch.nn.Module | None = None
         self.loss_weight: Tensor | float = 1.0
         self.tally = torch.zeros(self.num_experts + 2, device=torch.cuda.current_device())
+
+    def gating(self, input: Tensor) -> Tensor:
+        """`[s, b, h]` -> logits `[s, b, experts]`, with an adapter's share if there is one."""
+        logits = super().gating(input)
+        return logits if self.adapter is None else logits + self.adapter(input).to(logits.dtype)
 
     def begin_step(self, loss_weight: Tensor | float) -> None:
         """Forget the last step's loads. loss_weight: what the main loss of a microbatch will be divided by."""

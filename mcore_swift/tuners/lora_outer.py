@@ -1,0 +1,189 @@
+"""Adapters on what is no linear layer of the decoder: the output layer, the embedding, routers."""
+
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.parallel_state import get_tensor_model_parallel_group
+from megatron.core.tensor_parallel import (
+    get_cuda_rng_tracker,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mcore_swift.models.shards import ADAPTER, LiveShard
+from mcore_swift.tuners.lora import CopyToRanks, LoraLinear, adapter_parameter, await_parameters, draw
+from mcore_swift.tuners.parts import Part
+from mcore_swift.tuners.settings import LoraSettings
+
+
+class LoraOutput(LoraLinear):
+    """The output layer with an adapter. Rows of vocabulary padding have a B of zeros that no gradient reaches."""
+
+    def __init__(self, base: nn.Module, parts: list[Part], settings: LoraSettings) -> None:
+        super().__init__(base, parts, settings, column=True)
+        for matrix in self.lora_A:
+            matrix.sequence_parallel = False  # `logits_of_gathered` sums over ranks itself
+
+    def logits_of_gathered(self, hidden: Tensor) -> Tensor:
+        """`[learnt, h]`, the same on all tensor-parallel ranks, which sum its gradient -> logits `[learnt, rows]`."""
+        await_parameters(self)
+        dropped = functional.dropout(hidden, self.dropout) if self.training and self.dropout else hidden
+        matrix = self.lora_A[0]
+        if self.group.size() > 1:  # each rank's gradient of A is of its rows of the vocabulary
+            matrix = CopyToRanks.apply(matrix, self.group)
+        low = functional.linear(dropped, matrix) * self.scaling
+        delta = functional.linear(low, self.lora_B[0])
+        weight = self.base.weight
+        plain = functional.linear(hidden, weight)
+        if self.magnitudes is None:
+            return plain + delta
+        scale = self._magnified()
+        turned = plain if dropped is hidden else functional.linear(dropped, weight)
+        return plain + (scale - 1) * turned + scale * delta
+
+
+class LoraEmbedding(nn.Module):
+    """A vocabulary-parallel embedding with peft's adapter: A `[rank, words / t]`, zero at first, B `[hidden, rank]`.
+
+    No input is dropped, as in peft.
+    """
+
+    def __init__(self, base: nn.Module, part: Part, settings: LoraSettings) -> None:
+        super().__init__()
+        self.base, self.part = base, part
+        self.group = get_tensor_model_parallel_group()
+        self.rank, self.scaling = settings.rank_of(part.module), settings.scaling_of(part.module)
+        weight = base.weight
+        generator = torch.Generator().manual_seed(
+            zlib.crc32(f"{settings.seed} {part.module}.lora_B".encode())
+        )
+        drawn = torch.randn(part.shape[1], self.rank, generator=generator)
+        down, up = weight.new_zeros(self.rank, weight.size(0)), drawn.to(weight)
+        marks = {"weight": weight, "group": self.group, "by_tokens": base.reduce_scatter_embeddings}
+        self.lora_A = nn.ParameterList([adapter_parameter(down, shared=False, **marks)])
+        self.lora_B = nn.ParameterList([adapter_parameter(up, shared=True, **marks)])
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The frozen weight, for code that looks at the layer."""
+        return self.base.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids `[b, s]` -> `[b, s, hidden]`, or `[s / t, b, hidden]` if the base layer scatters what it sums."""
+        await_parameters(self)
+        output = self.base(ids)
+        first, words = self.base.vocab_start_index, self.base.weight.size(0)
+        local = ids - first
+        elsewhere = (local < 0) | (local >= words)
+        low = functional.embedding(local.masked_fill(elsewhere, 0), self.lora_A[0].t())
+        low = low.masked_fill(elsewhere[..., None], 0)
+        if self.base.reduce_scatter_embeddings:
+            low = reduce_scatter_to_sequence_parallel_region(
+                low.transpose(0, 1).contiguous(), group=self.group
+            )
+        else:
+            low = reduce_from_tensor_model_parallel_region(low, group=self.group)
+        return output + functional.linear(self.scaling * low, self.lora_B[0])
+
+    def merged(self) -> Tensor:
+        """The layer's weight with the adapter in it, a new tensor; nothing is communicated and nothing changed."""
+        with torch.no_grad():
+            delta = self.scaling * (self.lora_B[0].float() @ self.lora_A[0].float()).t()
+            return (self.base.weight.float() + delta).to(self.base.weight.dtype)
+
+    def begin(self) -> None:
+        """Nothing of it follows from the frozen weight."""
+
+    def own_shards(self) -> Iterator[tuple[nn.Parameter, LiveShard]]:
+        """A and B with their places in the whole ones, in PEFT's shapes."""
+        name, (words, hidden) = f"{ADAPTER}{self.part.module}", self.part.shape
+        down, up = self.lora_A[0], self.lora_B[0]
+        copies = (*self.part.replica[:1], self.group.rank(), *self.part.replica[2:])
+        for start, stop in self.part.rows:
+            yield (
+                down,
+                LiveShard(
+                    f"{name}.lora_embedding_A",
+                    down.detach()[:, : stop - start],
+                    ((0, self.rank), (start, stop)),
+                    (self.rank, words),
+                    self.part.replica,
+                ),
+            )
+        whole = ((0, hidden), (0, self.rank))
+        yield (
+            up,
+            LiveShard(f"{name}.lora_embedding_B", up.detach(), whole, (hidden, self.rank), copies),
+        )
+
+    def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The base layer's, under its own keys."""
+        return self.base.sharded_state_dict(prefix, *args, **kwargs)
+
+
+class RouterAdapter(nn.Module):
+    """A and B beside a router's weight, whole on every rank as it is. `router.adapter` is one."""
+
+    def __init__(self, router: nn.Module, part: Part, settings: LoraSettings) -> None:
+        super().__init__()
+        self.part, self.dropout = part, settings.dropout
+        self.group = get_tensor_model_parallel_group()
+        self.rank, self.scaling = settings.rank_of(part.module), settings.scaling_of(part.module)
+        self.sequence_parallel = router.config.sequence_parallel
+        self._router = [router]  # no child: it is the parent
+        weight = router.weight
+        marks = {
+            "weight": weight,
+            "group": self.group,
+            "by_tokens": router.config.sequence_parallel,
+            "shared": True,
+        }
+        down = draw(part, self.rank, settings.seed).to(weight)
+        self.lora_A = nn.ParameterList([adapter_parameter(down, **marks)])
+        self.lora_B = nn.ParameterList(
+            [adapter_parameter(weight.new_zeros(weight.size(0), self.rank), **marks)]
+        )
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The router's frozen weight."""
+        return self._router[0].weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[s, b, h]` -> what is added to the logits, `[s, b, experts]`."""
+        await_parameters(self)
+        if self.training and self.dropout:
+            if self.sequence_parallel:
+                with get_cuda_rng_tracker().fork():
+                    x = functional.dropout(x, self.dropout)
+            else:
+                x = functional.dropout(x, self.dropout)
+        return functional.linear(self.scaling * functional.linear(x, self.lora_A[0]), self.lora_B[0])
+
+    def merged(self) -> Tensor:
+        """The router's weight with the adapter in it, a new tensor; nothing is communicated and nothing changed."""
+        with torch.no_grad():
+            delta = self.scaling * (self.lora_B[0].float() @ self.lora_A[0].float())
+            return (self.weight.float() + delta).to(self.weight.dtype)
+
+    def begin(self) -> None:
+        """Nothing of it follows from the frozen weight."""
+
+    def own_shards(self) -> Iterator[tuple[nn.Parameter, LiveShard]]:
+        """A and B, whole, in PEFT's shapes."""
+        name, replica = f"{ADAPTER}{self.part.module}", self.part.replica
+        for matrix, parameter in (("A", self.lora_A[0]), ("B", self.lora_B[0])):
+            shape = tuple(parameter.shape)
+            region = tuple((0, size) for size in shape)
+            yield (
+                parameter,
+                LiveShard(f"{name}.lora_{matrix}.weight", parameter.detach(), region, shape, replica),
+            )
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Nothing: `own_shards` tells what it holds."""
+        return {}
