@@ -11,6 +11,7 @@ from mcore_swift.models.shards import ADAPTER
 from mcore_swift.plan.adapter import CONFIG, PREFIX, PeftFolder
 from mcore_swift.tuners.settings import LoraSettings
 
+_ROUTERS = ("gate", "router")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 DOWN = ("down_proj", "w2")
 """Ends of the names of experts' matrices that stand alone; the others are joined in pairs."""
@@ -108,6 +109,8 @@ def config_of(
     }
     if settings.ensure_weight_tying:
         config["ensure_weight_tying"] = True
+    if any(_end(module) in _ROUTERS for module in modules):
+        config["lora_dropout"] = 0.0  # peft has none where it adapts a parameter, as a router's weight is
     experts = {module for module in modules if _EXPERT.search(module)}
     return config | _beside_experts(settings, experts, modules - experts) if experts else config
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 from ..errors import UserError
 from .base import Arguments
 from .fields import arg
-from .tuner import check_freezing
+from .tuner import LORA_STARTS, check_freezing
 
 _ON_TRANSFORMERS = "on megatron-core's layers it is not supported yet; `swift sft --backend fsdp` has it"
 
@@ -45,6 +45,9 @@ class MegatronTunerArguments(Arguments):
     use_rslora: bool = arg(False, "alpha / sqrt(rank) in place of alpha / rank (arXiv:2312.03732)")
     use_dora: bool = arg(
         False, "DoRA: direction by the adapter, magnitude of each row trained apart (arXiv:2402.09353)"
+    )
+    init_weights: str = arg(
+        "true", "what A starts from, with B zero: peft's usual values, or gaussian", choices=LORA_STARTS
     )
     modules_to_save: list[str] = arg(
         [],
@@ -104,6 +107,12 @@ class MegatronTunerArguments(Arguments):
         for name in (*lora_only, *(["lora_bias"] if self.lora_bias != "none" else [])) if not lora else ():
             if getattr(self, name):
                 yield UserError(f"--{name} is for --tuner_type lora, not {self.tuner_type}", f"drop --{name}")
+        if self.init_weights not in ("true", "gaussian"):
+            yield UserError(
+                f"--init_weights {self.init_weights} takes the start of an adapter out of the weights beside it, which "
+                "are other ones then: a checkpoint or PEFT folder of the adapter alone would not fit its base",
+                "use --init_weights gaussian, or `swift sft --backend fsdp`",
+            )
         if len(self.adapters) > 1:
             yield UserError(f"--adapters names {len(self.adapters)}: one can be trained", "give one folder")
         if self.adapters and self.mcore_adapter:

@@ -180,9 +180,8 @@ _MEGATRON = table(
     ),
     # tuners
     settings(
-        "this kind of adapter is not supported yet",
+        "adapters have the type of the weights beside them; the optimizer steps fp32 copies of them in any case",
         lora_dtype=None,
-        init_weights=("true",),
     ),
     # heads and overrides
     settings(

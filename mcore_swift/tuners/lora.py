@@ -60,7 +60,7 @@ class LoraLinear(nn.Module):
         self.ranks = [settings.rank_of(part.module) for part in self.parts]
         self.scalings = [settings.scaling_of(part.module) for part in self.parts]
         for part, rank in zip(self.parts, self.ranks, strict=True):
-            drawn = draw(part, rank, settings.seed)
+            drawn = draw(part, rank, settings)
             self.lora_A.append(self._parameter(drawn.to(weight), shared=column))
             self.lora_B.append(self._parameter(weight.new_zeros(part.num_rows, rank), shared=not column))
         # DoRA: the norm of each row, once the weight is there (`begin`).
@@ -259,15 +259,19 @@ def adapter_parameter(
     return parameter
 
 
-def draw(part: Part, rank: int, seed: int) -> Tensor:
-    """This rank's columns of A, drawn whole as torch draws a Linear's weight: the same under every layout.
+def draw(part: Part, rank: int, settings: LoraSettings) -> Tensor:
+    """This rank's columns of A, drawn whole: the same under every layout.
 
-    Kaiming uniform with a = sqrt(5), which is U(-1/sqrt(in), 1/sqrt(in)): peft's initialisation.
+    As torch draws a Linear's weight, Kaiming uniform with a = sqrt(5), which is U(-1/sqrt(in), 1/sqrt(in)); 'gaussian':
+    normal with deviation 1 / rank. Both are peft's.
     """
     columns = part.shape[1]
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {part.module}.lora_A".encode()))
-    bound = 1 / math.sqrt(columns)
-    whole = torch.empty(rank, columns).uniform_(-bound, bound, generator=generator)
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{settings.seed} {part.module}.lora_A".encode()))
+    whole, bound = torch.empty(rank, columns), 1 / math.sqrt(columns)
+    if settings.init == "gaussian":
+        whole.normal_(0.0, 1 / rank, generator=generator)
+    else:
+        whole.uniform_(-bound, bound, generator=generator)
     return whole[:, slice(*part.columns)].contiguous()
 
 

@@ -142,7 +142,7 @@ class RouterAdapter(nn.Module):
             "by_tokens": router.config.sequence_parallel,
             "shared": True,
         }
-        down = draw(part, self.rank, settings.seed).to(weight)
+        down = draw(part, self.rank, settings).to(weight)
         self.lora_A = nn.ParameterList([adapter_parameter(down, **marks)])
         self.lora_B = nn.ParameterList(
             [adapter_parameter(weight.new_zeros(weight.size(0), self.rank), **marks)]

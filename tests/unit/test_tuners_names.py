@@ -1,0 +1,132 @@
+"""Which weights the flags of adapters mean, by Hugging Face names, and what is said where they mean nothing."""
+
+from types import SimpleNamespace
+
+import pytest
+from transformers import LlamaConfig, Qwen2Config, Qwen3MoeConfig
+
+from mcore_swift.errors import UserError
+from mcore_swift.models.family import family_of
+from mcore_swift.tuners.attach import adapter_names
+from mcore_swift.tuners.beside import beside, settled
+from mcore_swift.tuners.freezing import frozen_names
+from mcore_swift.tuners.settings import LoraSettings
+from mcore_swift.tuners.targets import chosen_modules
+
+SIZES = {
+    "hidden_size": 8,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_hidden_layers": 2,
+    "intermediate_size": 12,
+    "vocab_size": 10,
+}
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES, architectures=["LlamaForCausalLM"], tie_word_embeddings=False),
+    "tied": Qwen2Config(**SIZES, architectures=["Qwen2ForCausalLM"], tie_word_embeddings=True),
+    "experts": Qwen3MoeConfig(
+        **SIZES, num_experts=2, architectures=["Qwen3MoeForCausalLM"], tie_word_embeddings=False
+    ),
+}
+
+
+def table(name):
+    return family_of(CONFIGS[name]).rules(CONFIGS[name])
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "words"),
+    [
+        ("llama", {"modules_to_save": ("lm_heat",)}, ["--modules_to_save lm_heat", "lm_head"]),
+        ("tied", {"modules_to_save": ("lm_head",)}, ["is its embedding", "--modules_to_save embed_tokens"]),
+        ("experts", {"modules_to_save": ("experts",)}, ["experts", "--tuner_type full"]),
+        ("llama", {"bias": "all"}, ["--lora_bias all", "no biases"]),
+        (
+            "tied",
+            {"bias": "lora_only", "target_modules": ("o_proj",)},
+            ["layers with adapters have no biases"],
+        ),
+        ("tied", {"modules_to_save": ("embed_tokens",), "ensure_weight_tying": False}, ["ties the two"]),
+        ("tied", {"target_modules": ("embed_tokens",)}, ["--modules_to_save embed_tokens"]),
+        ("tied", {"target_modules": ("lm_head",)}, ["--target_modules lm_head", "nearest names"]),
+        ("llama", {"target_modules": ("all-router",)}, ["all-router", "none"]),
+        ("llama", {"target_modules": ("q_prj",)}, ["--target_modules q_prj", "q_proj"]),
+        ("llama", {"target_modules": ("q_proj",), "modules_to_save": ("attn",)}, ["train whole"]),
+        ("experts", {"target_modules": ("all-router",), "use_dora": True}, ["--use_dora", "mlp.gate"]),
+        ("llama", {"target_modules": ("embed_tokens",), "use_dora": True}, ["--use_dora", "embed_tokens"]),
+    ],
+)
+def test_what_cannot_train_is_said_with_what_can(model, settings, words):
+    with pytest.raises(UserError) as told:
+        asked = LoraSettings(**settings)
+        adapter_names(table(model), asked)
+        beside(table(model), asked)
+    assert all(word in str(told.value) for word in words), str(told.value)
+
+
+def test_all_linear_is_neither_output_layer_nor_router():
+    every = chosen_modules(table("experts"), LoraSettings())
+    assert {name.rpartition(".")[2] for name in every} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    }
+    more = LoraSettings(target_modules=("all-linear", "all-router", "all-embedding", "lm_head"))
+    assert chosen_modules(table("experts"), more) - every == {
+        *("model.layers.0.mlp.gate", "model.layers.1.mlp.gate", "model.embed_tokens", "lm_head")
+    }
+
+
+def test_a_tied_embedding_that_trains_is_saved_twice_and_says_so():
+    asked = LoraSettings(modules_to_save=("embed_tokens",))
+    whole = beside(table("tied"), asked)
+    assert whole.files == {"model.embed_tokens.weight": "base_model.model.model.embed_tokens.weight"}
+    assert whole.copies == {"base_model.model.lm_head.weight": "base_model.model.model.embed_tokens.weight"}
+    assert settled(table("tied"), asked).ensure_weight_tying
+    assert not settled(table("llama"), asked).ensure_weight_tying
+
+
+def test_a_module_that_trains_whole_has_no_adapter():
+    asked = LoraSettings(target_modules=("q_proj", "v_proj"), modules_to_save=("layers.1.self_attn",))
+    assert chosen_modules(table("llama"), asked) == {
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.0.self_attn.v_proj",
+    }
+
+
+FLAGS = {
+    "freeze_parameters": [],
+    "freeze_parameters_regex": None,
+    "freeze_parameters_ratio": 0.0,
+    "trainable_parameters": [],
+    "trainable_parameters_regex": None,
+}
+PARAMETERS = {"embed.weight": 40, "layers.0.q": 20, "layers.0.k": 20, "layers.1.q": 20, "norm": 10}
+
+
+@pytest.mark.parametrize(
+    ("flags", "stays"),
+    [
+        ({"freeze_parameters": ["embed", "norm"]}, {"embed.weight", "norm"}),
+        ({"freeze_parameters_regex": r"\d\.q"}, {"layers.0.q", "layers.1.q"}),
+        ({"freeze_parameters_ratio": 0.6}, {"embed.weight"}),  # q and k are one tensor, too large
+        ({"freeze_parameters_ratio": 0.75}, {"embed.weight", "layers.0.q", "layers.0.k"}),
+        ({"freeze_parameters_ratio": 1.0, "trainable_parameters_regex": "norm"}, set(PARAMETERS) - {"norm"}),
+    ],
+)
+def test_a_share_that_stays_ends_between_tensors(flags, stays):
+    fused = [["embed.weight"], ["layers.0.q", "layers.0.k"], ["layers.1.q"], ["norm"]]
+    assert frozen_names(PARAMETERS, SimpleNamespace(**(FLAGS | flags)), fused) == stays
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"freeze_parameters": ["layer.0"]}, ["--freeze_parameters layer.0", "layers.0.q"]),
+        ({"freeze_parameters_regex": "("}, ["--freeze_parameters_regex (", "no regular expression"]),
+        ({"freeze_parameters_regex": "mlp"}, ["--freeze_parameters_regex mlp", "matches no parameter"]),
+        ({"freeze_parameters_ratio": 1.0}, ["nothing trains"]),
+    ],
+)
+def test_a_name_that_is_none_is_told_the_nearest(flags, words):
+    with pytest.raises(UserError) as told:
+        frozen_names(PARAMETERS, SimpleNamespace(**(FLAGS | flags)))
+    assert all(word in str(told.value) for word in words), str(told.value)
