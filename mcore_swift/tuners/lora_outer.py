@@ -62,7 +62,9 @@ class LoraEmbedding(nn.Module):
             zlib.crc32(f"{settings.seed} {part.module}.lora_B".encode())
         )
         drawn = torch.randn(part.shape[1], self.rank, generator=generator)
-        down, up = weight.new_zeros(self.rank, weight.size(0)), drawn.to(weight)
+        # Words that exist; a rank that has none has a column that is never looked up.
+        self.words = sum(stop - start for start, stop in part.rows)
+        down, up = weight.new_zeros(self.rank, max(self.words, 1)), drawn.to(weight)
         marks = {"weight": weight, "group": self.group, "by_tokens": base.reduce_scatter_embeddings}
         self.lora_A = nn.ParameterList([adapter_parameter(down, shared=False, **marks)])
         self.lora_B = nn.ParameterList([adapter_parameter(up, shared=True, **marks)])
@@ -76,9 +78,8 @@ class LoraEmbedding(nn.Module):
         """ids `[b, s]` -> `[b, s, hidden]`, or `[s / t, b, hidden]` if the base layer scatters what it sums."""
         await_parameters(self)
         output = self.base(ids)
-        first, words = self.base.vocab_start_index, self.base.weight.size(0)
-        local = ids - first
-        elsewhere = (local < 0) | (local >= words)
+        local = ids - self.base.vocab_start_index
+        elsewhere = (local < 0) | (local >= self.words)
         low = functional.embedding(local.masked_fill(elsewhere, 0), self.lora_A[0].t())
         low = low.masked_fill(elsewhere[..., None], 0)
         if self.base.reduce_scatter_embeddings:
@@ -93,7 +94,9 @@ class LoraEmbedding(nn.Module):
         """The layer's weight with the adapter in it, a new tensor; nothing is communicated and nothing changed."""
         with torch.no_grad():
             delta = self.scaling * (self.lora_B[0].float() @ self.lora_A[0].float()).t()
-            return (self.base.weight.float() + delta).to(self.base.weight.dtype)
+            merged = self.base.weight.to(torch.float32, copy=True)
+            merged[: self.words] += delta[: self.words]
+            return merged.to(self.base.weight.dtype)
 
     def begin(self) -> None:
         """Nothing of it follows from the frozen weight."""
@@ -108,7 +111,7 @@ class LoraEmbedding(nn.Module):
                 down,
                 LiveShard(
                     f"{name}.lora_embedding_A",
-                    down.detach()[:, : stop - start],
+                    down.detach(),
                     ((0, self.rank), (start, stop)),
                     (self.rank, words),
                     self.part.replica,
