@@ -29,7 +29,7 @@ ADAPTERS = {
         "dora": {"target_modules": ["q_proj", "o_proj", "up_proj", "down_proj", "lm_head"], "use_dora": True},
     },
     "qwen2": {
-        "one": {"target_modules": ["k_proj"]},
+        "one": {"target_modules": ["k_proj"], "bias": "all"},
         "mlp": {"target_modules": ["gate_proj", "up_proj", "o_proj"]},
         "tied": {
             "target_modules": ["q_proj", "k_proj", "v_proj"],
@@ -37,7 +37,6 @@ ADAPTERS = {
             "modules_to_save": ["embed_tokens"],
             "ensure_weight_tying": True,
         },
-        "biases": {"target_modules": ["o_proj"], "bias": "all"},
         "dora": {"target_modules": ["k_proj", "v_proj", "down_proj"], "use_dora": True, "use_rslora": True},
     },
     EXPERTS: {
