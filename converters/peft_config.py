@@ -23,6 +23,8 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "trainable_token_indices": (None,),
     "megatron_config": (None,),
     "layer_replication": (None,),
+    # other starts take a part out of the frozen weights, and the adapter fits what is left
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
 }
 """Options of peft's that would change what the matrices mean, with the values we know."""
 

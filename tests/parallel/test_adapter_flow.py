@@ -37,6 +37,14 @@ MOE = {"model": "{moe}"}
 TP2, PP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": "true"}, {"pipeline_model_parallel_size": 2}
 EP2, ETP2 = {"expert_model_parallel_size": 2}, {"expert_tensor_parallel_size": 2}
 DROPS, RSLORA = {"lora_dropout": 0.2}, {"use_rslora": "true"}
+KINDS = {
+    "use_dora": "true",
+    "lorap_lr_ratio": 4,
+    "modules_to_save": "norm",
+    "target_regex": r".*(_proj|lm_head)",
+}
+HALF = {"train_iters": STEPS, "save_steps": SAVED, "freeze_parameters_ratio": 0.6}
+"""The first pipeline stage has nothing that trains."""
 DENSE, PLAIN, EXPERT = (f"{{runs}}/{name}/checkpoint-{STEPS}" for name in ("dense", "plain", "moe"))
 TO_HF, TO_MCORE, ALONE = {"to_hf": "true"}, {"to_mcore": "true"}, {"merge_lora": "false"}
 ROWS = 4
@@ -48,6 +56,11 @@ CASES: dict[str, tuple[str, dict]] = {
     "plain-pp2": ("train", PP2 | LORA | checkpoint("plain", SAVED)),
     "moe": ("train", MOE | EP2 | LORA | RSLORA | SAVES),
     "moe-etp2": ("train", MOE | TP2 | ETP2 | LORA | RSLORA | checkpoint("moe", SAVED)),
+    "kinds": ("train", TP2 | LORA | KINDS | SAVES),
+    "kinds-pp2": ("train", PP2 | LORA | KINDS | checkpoint("kinds", SAVED)),
+    "kinds-trained": ("logits", TP2 | LORA | {"adapters": "{runs}/kinds/checkpoint-4"}),
+    "half": ("train", TP2 | HALF),
+    "half-pp2": ("train", PP2 | HALF | checkpoint("half", SAVED)),
     "dense-trained": ("logits", TP2 | LORA | {"adapters": DENSE}),
     "moe-trained": ("logits", MOE | EP2 | LORA | {"adapters": EXPERT}),
     "dense-of-checkpoint": ("logits", PP2 | {"tuner_type": "lora", "mcore_adapter": DENSE}),
@@ -166,7 +179,7 @@ def logits_of(model: Path, adapter: Path | None = None) -> torch.Tensor:
 ATOL = 1e-5
 
 
-@pytest.mark.parametrize("model,run", [("model", "dense"), ("moe-model", "moe")])
+@pytest.mark.parametrize("model,run", [("model", "dense"), ("model", "kinds"), ("moe-model", "moe")])
 def test_peft_loads_what_a_run_saves(runs, model, run):
     """And gives the logits that Megatron-core gives with the same adapter, and the merged checkpoint those of both."""
     last = runs / run / f"checkpoint-{STEPS}"
@@ -195,7 +208,9 @@ def test_a_resumed_run_is_exact_in_its_layout(runs):
     assert found == {step: expected[step] for step in range(SAVED + 1, STEPS + 1)}
 
 
-@pytest.mark.parametrize("whole,rest", [("plain", "plain-pp2"), ("moe", "moe-etp2")])
+@pytest.mark.parametrize(
+    "whole,rest", [("plain", "plain-pp2"), ("moe", "moe-etp2"), ("kinds", "kinds-pp2"), ("half", "half-pp2")]
+)
 def test_a_run_goes_on_in_another_layout(runs, whole, rest):
     expected, found = curve(runs / whole), curve(runs / rest)
     assert sorted(found) == list(range(SAVED + 1, STEPS + 1))

@@ -1,10 +1,12 @@
 """Which weights the flags of adapters mean, by Hugging Face names, and what is said where they mean nothing."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from transformers import LlamaConfig, Qwen2Config, Qwen3MoeConfig
 
+from converters.peft_config import refuse_other_kinds
 from mcore_swift.errors import UserError
 from mcore_swift.models.family import family_of
 from mcore_swift.tuners.attach import adapter_names
@@ -90,6 +92,18 @@ def test_a_module_that_trains_whole_has_no_adapter():
         "model.layers.0.self_attn.q_proj",
         "model.layers.0.self_attn.v_proj",
     }
+
+
+@pytest.mark.parametrize(
+    ("option", "alone"),
+    [({"init_lora_weights": "pissa"}, False), ({"use_dora": True}, True), ({"bias": "all"}, True)],
+)
+def test_an_adapter_that_would_be_read_wrong_is_refused(option, alone):
+    """PiSSA's frozen weights are other ones; where matrices alone are read, what comes beside them would be lost."""
+    config = {"peft_type": "LORA"} | option
+    with pytest.raises(UserError, match=next(iter(option))):
+        refuse_other_kinds(config, Path("adapter_config.json"), alone=alone)
+    refuse_other_kinds({"peft_type": "LORA", "init_lora_weights": "gaussian"}, Path("x"))
 
 
 FLAGS = {
