@@ -161,9 +161,15 @@ def _joined_patterns(settings: LoraSettings, experts: set[str]) -> tuple[dict[st
     return ranks, alphas
 
 
-def unloadable(modules: Iterable[str]) -> str | None:
+def unloadable(modules: Iterable[str], *, dora: bool = False) -> str | None:
     """Why peft could not load an adapter on these modules beside transformers 5; None if nothing is in the way."""
-    ends = {_end(module) for module in modules if _EXPERT.search(module)}.difference(DOWN)
+    experts = [module for module in modules if _EXPERT.search(module)]
+    if experts and dora:
+        return (
+            "experts have magnitudes (DoRA), which peft has not where transformers keeps all of a layer in one tensor: "
+            "it will not load this adapter (merged weights are not concerned)"
+        )
+    ends = {_end(module) for module in experts}.difference(DOWN)
     if len(ends) != 1:
         return None
     return (

@@ -63,7 +63,7 @@ def build(
     adapter = _adapter(args, plan, start)
     engine = MegatronEngine(plan, layout, args, dtype, adapter=adapter)
     if adapter is not None:
-        if reason := unloadable(chosen_modules(plan.table, adapter)):
+        if reason := unloadable(chosen_modules(plan.table, adapter), dora=adapter.use_dora):
             logger.info(reason)
         engine.load_frozen(Ranks(), Budget.of(args.memory_budget))
     return engine
