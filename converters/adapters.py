@@ -18,7 +18,7 @@ from mcore_swift.models.rules import Region, RuleTable, Shape, full_region, regi
 from mcore_swift.models.shards import ADAPTER, LiveShard
 from mcore_swift.plan.adapter import CONFIG, PREFIX, WEIGHTS, PeftFolder, read_config
 from mcore_swift.tuners.settings import LoraSettings
-from mcore_swift.tuners.targets import linear_modules
+from mcore_swift.tuners.targets import adaptable_modules
 
 MCORE = "mcore"
 _PEFT_ENGINE = "fsdp"
@@ -26,16 +26,19 @@ _PEFT_ENGINE = "fsdp"
 
 
 class AdapterSource(Protocol):
-    """modules: those of the base with an adapter -> shape of their weight. shapes: of the matrices, by PEFT name."""
+    """modules: those of the base with matrices A and B -> shape of their weight. embeddings: those whose B A lies on
+    its side -> shapes of their 'A' and 'B'. shapes: of all tensors, by their names in a PEFT file.
+    """
 
     folder: Path
     settings: LoraSettings
     modules: Mapping[str, Shape]
+    embeddings: Mapping[str, Mapping[str, Shape]]
     shapes: Mapping[str, Shape]
     files: set[Path]
 
-    def read(self, key: str, region: Region) -> torch.Tensor:
-        """A region of a matrix, by its key 'adapter.<module>.lora_A.weight'."""
+    def read_named(self, name: str, region: Region) -> torch.Tensor:
+        """A region of a tensor, by its name in a PEFT file."""
         ...
 
 
@@ -47,23 +50,20 @@ class CheckpointAdapter:
         self.folder = Path(folder)
         named_by_peft = Manifest.read(folder).engine == _PEFT_ENGINE
         root = PREFIX.partition(".")[0] if named_by_peft else ADAPTER.rstrip(".")
+        config = read_config(self.folder)
+        refuse_other_kinds(config, self.folder / CONFIG, alone=False)
+        refuse_whole_weights(config, self.folder)
         self._reader = MCoreReader(self.folder / MCORE, frozenset({root}))
         self._stored = {_peft_name(key): key for key in self._reader.specs}
         self.shapes = {name: self._reader.specs[key].shape for name, key in self._stored.items()}
-        config = read_config(self.folder)
-        refuse_other_kinds(config, self.folder / CONFIG)
         held = PeftFolder(self.folder, config, self.shapes)
-        strange = [name for name in self.shapes if name not in held.names]
-        if not held.modules or strange:
-            what = f"holds {strange[0]}, which is none" if strange else "holds no low-rank matrices"
-            raise UserError(f"{folder}: {what}", "give the checkpoint of a LoRA run")
         self.settings = settings_of(held)
-        self.modules = held.weight_shapes
+        self.modules, self.embeddings = held.weight_shapes, held.embeddings
         self.files = self._reader.files | {self.folder / CONFIG}
 
-    def read(self, key: str, region: Region) -> torch.Tensor:
-        """A region of a matrix, by its key. Raises UserError if the file is broken."""
-        stored = self._stored[PREFIX + key.removeprefix(ADAPTER)]
+    def read_named(self, name: str, region: Region) -> torch.Tensor:
+        """A region of a tensor, by its name in a PEFT file. Raises UserError if the checkpoint is broken."""
+        stored = self._stored[name]
         values = torch.empty(region_shape(region), dtype=self._reader.specs[stored].dtype)
         self._reader.copy_into(stored, region, values)
         return values
@@ -73,7 +73,17 @@ def _peft_name(key: str) -> str:
     """Name in a PEFT file of a key in either engine's checkpoint."""
     if key.startswith(ADAPTER):
         return PREFIX + key.removeprefix(ADAPTER)
-    return key.replace(".default.", ".")
+    name = key.replace(".default.", ".").removesuffix(".default")
+    return name.removesuffix(".weight") if ".lora_magnitude_vector" in name else name
+
+
+def refuse_whole_weights(config: Mapping[str, Any], folder: Path) -> None:
+    """Raise UserError where whole weights were trained beside the matrices, and only the files of PEFT have them."""
+    if config.get("modules_to_save") or config.get("bias", "none") != "none":
+        raise UserError(
+            f"{folder}: modules_to_save and biases that train are read from PEFT folders only",
+            "resume the run for a step with --save_safetensors true, and give the checkpoint it writes",
+        )
 
 
 def open_adapter(folder: str | Path, table: RuleTable) -> AdapterSource:
@@ -83,7 +93,7 @@ def open_adapter(folder: str | Path, table: RuleTable) -> AdapterSource:
     """
     folder = Path(folder)
     if (folder / WEIGHTS).is_file() or not (folder / MCORE).is_dir():
-        return PeftAdapter(folder, table.matrices)
+        return PeftAdapter(folder, table.matrices, alone=False)
     return CheckpointAdapter(folder)
 
 
@@ -107,8 +117,10 @@ def convert_adapter(
 def _write(
     source: AdapterSource, table: RuleTable, args: Any, folder: Path, family: str, to_mcore: bool
 ) -> None:
-    linear = linear_modules(table)
-    unknown = sorted(set(source.modules) - set(linear))
+    refuse_whole_weights(vars(source.settings), source.folder)
+    linear = adaptable_modules(table)
+    adapted = {*source.modules, *source.embeddings}
+    unknown = sorted(adapted - set(linear))
     if unknown:
         raise UserError(
             f"{source.folder}: is for layers that take no adapter in {args.model}: {', '.join(unknown[:3])}",
@@ -117,7 +129,7 @@ def _write(
     dtype = getattr(torch, args.torch_dtype) if args.torch_dtype else None
     tensors = {}
     for name, shape in source.shapes.items():
-        values = source.read(ADAPTER + name.removeprefix(PREFIX), full_region(shape))
+        values = source.read_named(name, full_region(shape))
         tensors[name] = (values if dtype is None else values.to(dtype)).contiguous()
     if not to_mcore:
         save_peft(folder, tensors, source.settings, args.model, linear)
@@ -130,7 +142,7 @@ def _write(
         for name, tensor in tensors.items()
     ]
     write_contents(folder / MCORE, [write_shards(folder / MCORE, 0, shards)], {"step": 0})
-    write_config(folder, source.settings, source.modules, linear, args.model)
+    write_config(folder, source.settings, adapted, linear, args.model)
     with disk_errors(folder):
         args.save(folder)
     held = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}

@@ -148,7 +148,7 @@ class PeftAdapter:
         self.shapes = {name: place.extent(held.shapes[place.name]) for name, place in self._places.items()}
         self.held = replace(held, shapes=self.shapes)
         self.settings = settings_of(self.held)
-        self.modules = self.held.weight_shapes
+        self.modules, self.embeddings = self.held.weight_shapes, self.held.embeddings
         self.files = {self.path, self.folder / CONFIG}
         self._file: Any = None
         self._config_of_experts(held)

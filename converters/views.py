@@ -13,11 +13,13 @@ import torch
 from converters.adapters import AdapterSource
 from converters.coverage import check_hf
 from converters.hf_reader import HFReader
+from converters.regions import relative
 from converters.safetensors_format import TensorSpec
 from converters.torch_dist_reader import MCoreReader
 from mcore_swift.errors import UserError
-from mcore_swift.models.rules import Block, Region, Rule, RuleTable, Shape, region_shape
-from mcore_swift.models.shards import ADAPTER
+from mcore_swift.models.rules import Block, Region, Rule, RuleTable, Shape, as_slices, region_shape
+from mcore_swift.plan.adapter import PREFIX
+from mcore_swift.tuners.beside import beside
 
 
 class View(Protocol):
@@ -81,13 +83,14 @@ class HFView:
 
 
 class MergedView:
-    """Another view with an adapter added to its weights, in float32, rounded once to what is filled."""
+    """Another view with an adapter in its weights: summed in float32, rounded once to what is filled."""
 
     def __init__(self, base: View, table: RuleTable, adapter: AdapterSource) -> None:
         """Raises UserError if the base lacks a layer of the adapter, or has one of another shape."""
         self.base, self.adapter = base, adapter
         self.folder, self.specs = base.folder, base.specs
         self._rules = table.matrices.by_mcore
+        self._whole = beside(table, adapter.settings).files
         self._check(table.matrices)
 
     @property
@@ -106,26 +109,46 @@ class MergedView:
         return self.base.files_of(key, region)
 
     def copy_into(self, key: str, region: Region, out: torch.Tensor) -> None:
-        blocks = [block for block in self._blocks(key, region) if _module(block.name) in self.adapter.modules]
-        if not blocks:
+        if not any(self._changes(block.name) for block in self._blocks(key, region)):
             self.base.copy_into(key, region, out)
             return
-        total = torch.empty(region_shape(region), dtype=torch.float32)
-        self.base.copy_into(key, region, total)
-        for block in blocks:
-            block.of(total).add_(self._delta(_module(block.name), block.hf))
-        out.copy_(total)
+        read = region
+        if self.adapter.settings.use_dora:  # the norm of a row takes all of it
+            read = (*region[:-1], (0, self.specs[key].shape[-1]))
+        total = torch.empty(region_shape(read), dtype=torch.float32)
+        self.base.copy_into(key, read, total)
+        for block in self._blocks(key, read):
+            if self._changes(block.name):
+                self._merge(block, block.of(total))
+        out.copy_(total[as_slices(relative(region, read))])
 
     def _blocks(self, key: str, region: Region) -> Iterator[Block]:
         rule = self._rules[key]
         return rule.blocks(region, rule.hf_shapes(self.base.specs[key].shape))
 
-    def _delta(self, module: str, region: Region) -> torch.Tensor:
-        rows, columns = region
-        ranks = (0, self.adapter.settings.rank_of(module))
-        up = self.adapter.read(f"{ADAPTER}{module}.lora_B.weight", (rows, ranks))
-        down = self.adapter.read(f"{ADAPTER}{module}.lora_A.weight", (ranks, columns))
-        return self.adapter.settings.scaling_of(module) * (up.float() @ down.float())
+    def _changes(self, name: str) -> bool:
+        module = _module(name)
+        return name in self._whole or module in self.adapter.modules or module in self.adapter.embeddings
+
+    def _merge(self, block: Block, values: torch.Tensor) -> None:
+        """Make the base's values the merged ones."""
+        if block.name in self._whole:
+            values.copy_(self.adapter.read_named(self._whole[block.name], block.hf))
+            return
+        module, (rows, columns) = _module(block.name), block.hf
+        rank = (0, self.adapter.settings.rank_of(module))
+        scaling, name = self.adapter.settings.scaling_of(module), f"{PREFIX}{module}."
+        if module in self.adapter.embeddings:
+            up = self.adapter.read_named(f"{name}lora_embedding_B", (columns, rank)).float()
+            down = self.adapter.read_named(f"{name}lora_embedding_A", (rank, rows)).float()
+            values.add_(scaling * (up @ down).t())
+            return
+        up = self.adapter.read_named(f"{name}lora_B.weight", (rows, rank)).float()
+        down = self.adapter.read_named(f"{name}lora_A.weight", (rank, columns)).float()
+        values.add_(scaling * (up @ down))
+        if self.adapter.settings.use_dora:
+            magnitudes = self.adapter.read_named(f"{name}lora_magnitude_vector", (rows,)).float()
+            values.mul_((magnitudes / values.norm(dim=1))[:, None])
 
     def _check(self, table: RuleTable) -> None:
         shapes = {
@@ -134,12 +157,16 @@ class MergedView:
             if rule.mcore in self.specs
             for name, shape in rule.hf_shapes(self.specs[rule.mcore].shape).items()
         }
-        for module, fits in self.adapter.modules.items():
-            shape = shapes.get(f"{module}.weight")
+        wanted = {f"{module}.weight": fits for module, fits in self.adapter.modules.items()}
+        for module, held in self.adapter.embeddings.items():
+            wanted[f"{module}.weight"] = (held["A"][1], held["B"][0])
+        wanted |= {name: self.adapter.shapes[stored] for name, stored in self._whole.items()}
+        for name, fits in wanted.items():
+            shape = shapes.get(name)
             if shape != fits:
-                found = "has no such layer" if shape is None else f"has {list(shape)} there"
+                found = "has no such weight" if shape is None else f"has {list(shape)} there"
                 raise UserError(
-                    f"{self.adapter.folder}: its matrices of {module} are for {list(fits)}, and {self.folder} {found}",
+                    f"{self.adapter.folder}: its part of {name} is for {list(fits)}, and {self.folder} {found}",
                     "it is an adapter of another base model",
                 )
 
