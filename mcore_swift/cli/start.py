@@ -141,7 +141,8 @@ def adapter_problems(folder: str, args: Arguments) -> list[UserError]:
         remedy = "go on with --mcore_adapter, or make a PEFT folder of it with `swift export --to_peft_format true`"
         return [UserError(f"--adapters {folder}: is a checkpoint without a PEFT adapter in it", remedy)]
     base = Path(args.model).expanduser() if getattr(args, "model", None) else None
-    return problems_of(folder, base if base and base.is_dir() else None)
+    only_lora = args.PROGRAM == "megatron"
+    return problems_of(folder, base if base and base.is_dir() else None, only_lora=only_lora)
 
 
 def family_problems(args: Arguments) -> list[UserError]:

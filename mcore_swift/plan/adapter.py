@@ -129,17 +129,23 @@ def read_peft_folder(folder: str | Path) -> PeftFolder:
     return PeftFolder(folder, config, {name: tuple(tensor["shape"]) for name, tensor in header.items()})
 
 
-def folder_problems(folder: str | Path, base: Path | None) -> list[UserError]:
+def folder_problems(folder: str | Path, base: Path | None, *, only_lora: bool = False) -> list[UserError]:
     """What shows in the files of an adapter that is to be used beside the model in the folder `base`.
 
-    Of kinds other than LoRA only whether the files are whole.
+    Of kinds other than LoRA only whether the files are whole, or with `only_lora` that they are of another kind.
     """
     try:
         adapter = read_peft_folder(folder)
     except UserError as error:
         return [error]
     if adapter.kind != "LORA":
-        return []
+        told = (
+            f"--adapters {folder}: is of the kind {adapter.kind}, and megatron-core's layers take LORA only"
+        )
+        remedy = (
+            "go on with it by `swift sft --backend fsdp`, or merge it with `swift export --merge_lora true`"
+        )
+        return [UserError(told, remedy)] if only_lora else []
     return matrix_problems(adapter) or (base_problems(adapter, base) if base else [])
 
 

@@ -75,6 +75,13 @@ def test_files_that_are_cut_missing_or_of_another_form(tmp_path, base):
     assert "adapter_config.json: cannot be read" in said(adapter, base)
 
 
+def test_kinds_that_only_peft_knows(tmp_path, base):
+    adapter = make(tmp_path / "adapter", peft_type="LOKR")
+    assert said(adapter, base) == ""
+    (problem,) = folder_problems(adapter, base, only_lora=True)
+    assert "of the kind LOKR" in problem.message and "swift sft --backend fsdp" in problem.remedy
+
+
 def test_experts_in_one_tensor_may_hold_the_matrices_of_each(tmp_path, base):
     layer = "model.layers.0.mlp.experts"
     save_file({f"{layer}.gate_up_proj": torch.zeros(2, ROWS, HIDDEN)}, base / "model.safetensors")
