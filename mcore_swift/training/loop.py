@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from mcore_swift.accelerator import get_accelerator
 from mcore_swift.data import EvalSteps, Prefetcher, Steps
+from mcore_swift.data.streaming.steps import StreamedSteps
 from mcore_swift.engines.base import Engine, StepResult
 from mcore_swift.errors import TrainingStopped
 from mcore_swift.objectives.base import Objective
@@ -28,7 +29,7 @@ class Run:
     args: Any
     engine: Engine
     objective: Objective
-    data: Steps
+    data: Steps | StreamedSteps
     validation: EvalSteps | None
     schedule: Schedule
     checkpoints: Checkpoints

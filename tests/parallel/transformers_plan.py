@@ -74,8 +74,9 @@ def resumed(run: str, step: int = SAVED) -> dict[str, str]:
 
 
 ADALORA = LORA | {
-    "learning_rate": 0.05,
     "train_type": "adalora",
+    "target_modules": "q_proj",
+    "learning_rate": 0.05,
     "adalora_tinit": 1,
     "adalora_tfinal": 1,
     "adalora_target_r": 3,
@@ -90,12 +91,11 @@ SWIFT: dict[int, dict[str, dict]] = {
     2: {
         "shared-fsdp2": SHARED | {"val_dataset": "{val}"},
         "shared-ddp2": SHARED | DDP | {"gradient_checkpointing": "true"},
-        "shared-padded-fsdp2": SHARED | EIGHT | {"per_device_train_batch_size": 4},
-        "shared-windows-fsdp2": SHARED | WINDOWS | EIGHT,
+        "shared-windows-fsdp2": SHARED | WINDOWS | EIGHT | {"per_device_train_batch_size": 4},
         "shared-gpt2-ddp2": SHARED | GPT2 | EIGHT | DDP,
-        "shared-lora-fsdp2": SHARED | LORA,
+        "shared-lora-fsdp2": SHARED | LORA | ONE_STEP,
         "shared-again": SHARED | resumed("shared-ddp2"),
-        "adalora-fsdp2": ADALORA,
+        "adalora-fsdp2": ADALORA | EXPORT,
         "muon-ddp2": DDP | {"optim": "muon"},
         "llamapro-fsdp2": LLAMAPRO | EXPORT,
         "streamed-fsdp2": STREAMED | {"dataloader_num_workers": 2},

@@ -165,6 +165,11 @@ class TransformersEngine:
                 f"{self.args.model}: quantized weights cannot be trained, and --tuner_type full trains all of them",
                 "add --tuner_type lora",
             )
+        if self.args.device_map and torch.cuda.device_count() > 1:
+            raise UserError(
+                f"--device_map {self.args.device_map}: quantized weights stay on one device",
+                "drop --device_map",
+            )
         if self.is_sharded:
             raise UserError(
                 "--backend fsdp shards weights over the processes, and quantized ones stay whole on each",
