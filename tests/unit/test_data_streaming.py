@@ -238,3 +238,12 @@ def test_what_a_stream_cannot_be_is_refused(tokenizer, tmp_path, rows):
     (tmp_path / "x.idx").write_bytes(b"")
     args = SimpleNamespace(dataset=[str(tmp_path / "x.idx")], streaming=True, use_chat_template=False)
     assert any("token ids" in str(error) for error in check_sources(args))
+
+
+def test_a_process_that_is_killed_is_told_of(tokenizer, tmp_path, rows):
+    steps = data(tokenizer, tmp_path, rows, shuffle_buffer_size=5, dataloader_num_workers=1)
+    steps.step(0)
+    steps._source._process.kill()
+    with pytest.raises(UserError, match="ended without a word .exit code -9."):
+        steps.step(20)
+    steps.close()
