@@ -47,7 +47,7 @@ class MegatronTunerArguments(Arguments):
         False, "DoRA: direction by the adapter, magnitude of each row trained apart (arXiv:2402.09353)"
     )
     init_weights: str = arg(
-        "true", "what A starts from, with B zero: peft's usual values, or gaussian", choices=LORA_STARTS
+        "true", "how A and B start: peft's usual values, gaussian, or orthogonal", choices=LORA_STARTS
     )
     modules_to_save: list[str] = arg(
         [],
@@ -107,11 +107,11 @@ class MegatronTunerArguments(Arguments):
         for name in (*lora_only, *(["lora_bias"] if self.lora_bias != "none" else [])) if not lora else ():
             if getattr(self, name):
                 yield UserError(f"--{name} is for --tuner_type lora, not {self.tuner_type}", f"drop --{name}")
-        if self.init_weights not in ("true", "gaussian"):
+        if self.init_weights not in ("true", "gaussian", "orthogonal"):
             yield UserError(
                 f"--init_weights {self.init_weights} takes the start of an adapter out of the weights beside it, which "
                 "are other ones then: a checkpoint or PEFT folder of the adapter alone would not fit its base",
-                "use --init_weights gaussian, or `swift sft --backend fsdp`",
+                "use --init_weights orthogonal, or `swift sft --backend fsdp`",
             )
         if len(self.adapters) > 1:
             yield UserError(f"--adapters names {len(self.adapters)}: one can be trained", "give one folder")

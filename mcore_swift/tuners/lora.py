@@ -7,8 +7,6 @@ folder and comes from one without arithmetic. Layouts, with t the size of the la
     row parallel (input columns split):  A `[rank, columns / t]`, B `[out, rank]` on every rank
 """
 
-import math
-import zlib
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any
@@ -30,6 +28,7 @@ from mcore_swift.tuners.dora import row_norms
 from mcore_swift.tuners.parts import Part
 from mcore_swift.tuners.quantized import frozen_values, like_weight
 from mcore_swift.tuners.settings import LoraSettings
+from mcore_swift.tuners.starts import draw
 
 
 class LoraLinear(nn.Module):
@@ -60,9 +59,9 @@ class LoraLinear(nn.Module):
         self.ranks = [settings.rank_of(part.module) for part in self.parts]
         self.scalings = [settings.scaling_of(part.module) for part in self.parts]
         for part, rank in zip(self.parts, self.ranks, strict=True):
-            drawn = draw(part, rank, settings)
-            self.lora_A.append(self._parameter(drawn.to(weight), shared=column))
-            self.lora_B.append(self._parameter(weight.new_zeros(part.num_rows, rank), shared=not column))
+            down, up = draw(part, rank, settings)
+            self.lora_A.append(self._parameter(down.to(weight), shared=column))
+            self.lora_B.append(self._parameter(up.to(weight), shared=not column))
         # DoRA: the norm of each row, once the weight is there (`begin`).
         self.magnitudes: nn.ParameterList | None = None
         if settings.use_dora:
@@ -257,22 +256,6 @@ def adapter_parameter(
     # computes that of its tokens, and megatron-core sums what is marked so.
     parameter.sequence_parallel = shared and by_tokens
     return parameter
-
-
-def draw(part: Part, rank: int, settings: LoraSettings) -> Tensor:
-    """This rank's columns of A, drawn whole: the same under every layout.
-
-    As torch draws a Linear's weight, Kaiming uniform with a = sqrt(5), which is U(-1/sqrt(in), 1/sqrt(in)); 'gaussian':
-    normal with deviation 1 / rank. Both are peft's.
-    """
-    columns = part.shape[1]
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{settings.seed} {part.module}.lora_A".encode()))
-    whole, bound = torch.empty(rank, columns), 1 / math.sqrt(columns)
-    if settings.init == "gaussian":
-        whole.normal_(0.0, 1 / rank, generator=generator)
-    else:
-        whole.uniform_(-bound, bound, generator=generator)
-    return whole[:, slice(*part.columns)].contiguous()
 
 
 def await_parameters(module: nn.Module) -> None:

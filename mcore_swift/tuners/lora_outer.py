@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mcore_swift.models.shards import ADAPTER, LiveShard
-from mcore_swift.tuners.lora import CopyToRanks, LoraLinear, adapter_parameter, await_parameters, draw
+from mcore_swift.tuners.lora import CopyToRanks, LoraLinear, adapter_parameter, await_parameters
 from mcore_swift.tuners.parts import Part
 from mcore_swift.tuners.settings import LoraSettings
+from mcore_swift.tuners.starts import draw
 
 
 class LoraOutput(LoraLinear):
@@ -145,11 +146,9 @@ class RouterAdapter(nn.Module):
             "by_tokens": router.config.sequence_parallel,
             "shared": True,
         }
-        down = draw(part, self.rank, settings).to(weight)
+        down, up = (matrix.to(weight) for matrix in draw(part, self.rank, settings))
         self.lora_A = nn.ParameterList([adapter_parameter(down, **marks)])
-        self.lora_B = nn.ParameterList(
-            [adapter_parameter(weight.new_zeros(weight.size(0), self.rank), **marks)]
-        )
+        self.lora_B = nn.ParameterList([adapter_parameter(up, **marks)])
 
     @property
     def weight(self) -> nn.Parameter:

@@ -15,7 +15,7 @@ class LoraSettings:
     target_regex: matches whole HF module names; takes the place of target_modules.
     use_dora: magnitude and direction of each row of W apart (arXiv:2402.09353).
     rank_pattern, alpha_pattern: other values for single HF modules, by full name.
-    init: what A starts from, 'true' for peft's usual values or 'gaussian'; B starts at zero.
+    init: how A and B start: 'true' for peft's usual values, 'gaussian', or 'orthogonal'; B A is zero.
     modules_to_save: ends of names of HF modules that train whole. bias: biases that train, 'none', 'all' or those of
     adapted layers, 'lora_only'.
     ensure_weight_tying: an embedding that trains whole is the output layer still, where it was; None: as the model is.

@@ -12,7 +12,9 @@ from mcore_swift.models.family import family_of
 from mcore_swift.tuners.attach import adapter_names
 from mcore_swift.tuners.beside import beside, settled
 from mcore_swift.tuners.freezing import frozen_names
+from mcore_swift.tuners.parts import Part
 from mcore_swift.tuners.settings import LoraSettings
+from mcore_swift.tuners.starts import draw
 from mcore_swift.tuners.targets import chosen_modules
 
 SIZES = {
@@ -104,6 +106,24 @@ def test_an_adapter_that_would_be_read_wrong_is_refused(option, alone):
     with pytest.raises(UserError, match=next(iter(option))):
         refuse_other_kinds(config, Path("adapter_config.json"), alone=alone)
     refuse_other_kinds({"peft_type": "LORA", "init_lora_weights": "gaussian"}, Path("x"))
+
+
+@pytest.mark.parametrize("init", ["true", "gaussian", "orthogonal"])
+def test_an_adapter_starts_as_nothing_and_alike_in_every_layout(init):
+    settings = LoraSettings(rank=4, init=init)
+    whole = Part("m.weight", (6, 10), ((0, 6),), ((0, 6),), (0, 10), (0, 0, 0))
+    down, up = draw(whole, 4, settings)
+    assert down.abs().max() > 0.02 and (up.abs().max() > 0.02) == (init == "orthogonal")
+    assert (up @ down).abs().max() < 1e-7, "of entries near 0.1, in fp32"
+    part = Part("m.weight", (6, 10), ((1, 3), (4, 6)), ((0, 4),), (5, 10), (0, 0, 0))
+    some_down, some_up = draw(part, 4, settings)
+    assert some_down.equal(down[:, 5:]) and some_up.equal(up[[1, 2, 4, 5]])
+
+
+def test_orthogonal_halves_take_an_even_rank():
+    whole = Part("m.weight", (6, 10), ((0, 6),), ((0, 6),), (0, 10), (0, 0, 0))
+    with pytest.raises(UserError, match="even --lora_rank"):
+        draw(whole, 3, LoraSettings(rank=3, init="orthogonal"))
 
 
 FLAGS = {

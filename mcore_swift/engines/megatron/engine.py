@@ -205,7 +205,7 @@ class MegatronEngine:
         if self.adapter is None:
             return self._read(model_dir, ranks, budget)
         if not self.args.adapters:
-            return "adapter: A random, B zero"
+            return "a fresh adapter, which changes nothing yet"
         table = self.plan.table
         source = PeftAdapter(self.args.adapters[0], table.matrices, alone=False)
         names = adapter_names(table, self.adapter)
