@@ -77,6 +77,12 @@ class SwiftSftArguments(
                 "--perform_initialization: --tuner_type llamapro extends a model that is there",
                 "use --tuner_type full",
             )
+        if self.backend == "megatron" and self.target_parameters:
+            yield UserError(
+                f"--target_parameters {' '.join(self.target_parameters)}: on megatron-core's layers each expert and "
+                "each router is a module",
+                "name them in --target_modules (down_proj, mlp.gate), or use --backend fsdp",
+            )
         yield from self._quantization_problems()
 
     def _quantization_problems(self) -> Iterator[UserError]:

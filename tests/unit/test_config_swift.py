@@ -130,6 +130,10 @@ def test_auto_resumes_with_the_adapter_of_the_newest_checkpoint(tmp_path):
         (["--quant_method", "gptq", "--quant_bits", "4"], ["gptq", "in that form already"]),
         (["--bf16", "true"], ["--torch_dtype bfloat16"]),
         (["--use_dora", "true", "--tuner_type", "ia3"], ["--use_dora is for --tuner_type lora"]),
+        (
+            ["--backend", "megatron", "--target_parameters", "experts.down_proj"],
+            ["--target_parameters", "module"],
+        ),
         (["--freeze_parameters", "model"], ["--freeze_parameters is for --tuner_type full"]),
         (["--max_memory", '{"0": "1GB"}'], ["--max_memory", "--device_map auto"]),
         (["--device_map", "auto", "--backend", "ddp"], ["--device_map auto with --backend ddp"]),
