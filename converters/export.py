@@ -225,7 +225,8 @@ class _Values:
 
     @property
     def device(self) -> torch.device:
-        return self._shards[0].data.device
+        # A weight in 4 bits has no memory of its own: what `merged` makes of it is where the others are.
+        return next(shard.data.device for shard in self._shards if not shard.data.is_meta)
 
     def begin(self, plans: Sequence[TensorPlan], rank: int) -> None:
         """Make what the plans of a round read of this rank, in an order that is the same on all ranks."""
