@@ -288,6 +288,7 @@ class MegatronEngine:
             told += f", LoRA of rank {self.adapter.rank}"
             if quantized_layers(self.chunks):
                 told += " beside weights in 4 bits"
+            told += ", merged at each save" if self.args.merge_lora else ""
         elif self.trained_share < 1:
             told += f", {self.trained_share:.0%} of the weights train"
         if self.layout.pp == 1 or not is_uneven(self.args):
