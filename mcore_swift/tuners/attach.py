@@ -32,9 +32,10 @@ def attach(
     Raises UserError for a target that matches nothing, and for what cannot train whole beside adapters.
     """
     chosen = chosen_modules(table, settings)
-    train_only(chunks, weights_of(chunks, table), beside(table, settings).files)
     for chunk in chunks:
+        chunk.requires_grad_(False)
         start_gradients(chunk)
+    train_only(chunks, weights_of(chunks, table), beside(table, settings).files)
     parts = parts_by_weight(chunks, table)
     adapted: list[Adapter] = []
     for chunk in chunks:
