@@ -286,6 +286,15 @@ def main() -> None:
                 folder / ("qwen3-moe" if layout.ep > 1 else "qwen3"),
                 layout,
             )
+    if world_size == 2:
+        cases["split experts, allgather"] = partial(
+            agrees_with_transformers,
+            folder / "gpt-oss",
+            Layout(etp=2, dp=2),
+            True,
+            True,
+            moe_token_dispatcher_type="allgather",
+        )
     if world_size == 4:
         cases |= stages_cases(folder, start, agrees_with_transformers, equal_microbatches_have_equal_losses)
     run_cases(cases, folder)
