@@ -67,6 +67,8 @@ SOME = (
     [Layout(tp=2, sequence_parallel=True), Layout(cp=2), Layout(tp=2, sequence_parallel=True, etp=2)],
 )
 """Adapters other than the thorough ones go by turns through one half of the layouts or the other."""
+ONE = {"all-dora": [Layout(tp=2, sequence_parallel=True, etp=2)]}
+"""Where all that it has is divided; its parts are in other adapters too."""
 FROZEN = {
     "half": {"freeze_parameters_ratio": 0.5, "trainable_parameters": ["model.norm"]},
     "names": {"freeze_parameters": ["model.embed_tokens"], "freeze_parameters_regex": r"layers\.[01]\.|norm"},
@@ -159,6 +161,12 @@ def frozen_shards(engine: MegatronEngine) -> list[LiveShard]:
     ]
 
 
+def layouts_of(adapter: str, number: int) -> list[Layout]:
+    if adapter in THOROUGH:
+        return LAYOUTS[2]
+    return ONE.get(adapter, SOME[number % 2])
+
+
 def own_batches(reference: Any, packed: bool, layout: Layout) -> tuple[list[Batch], int]:
     """This data-parallel rank's microbatches, and the number of their first sample."""
     batches = microbatches(reference.samples, packed, layout)
@@ -228,7 +236,7 @@ def main() -> None:
             if not possible(layout, folder / variant):
                 continue
             for number, name in enumerate(names):
-                if name not in THOROUGH and world_size > 1 and layout not in SOME[number % 2]:
+                if world_size > 1 and layout not in layouts_of(name, number):
                     continue
                 packed = bool(number % 2)
                 cases[f"{variant} {name} {layout}"] = partial(

@@ -29,15 +29,15 @@ ADAPTERS = {
         "dora": {"target_modules": ["q_proj", "o_proj", "up_proj", "down_proj", "lm_head"], "use_dora": True},
     },
     "qwen2": {
-        "one": {"target_modules": ["k_proj"], "bias": "all"},
-        "mlp": {"target_modules": ["gate_proj", "up_proj", "o_proj"]},
         "tied": {
             "target_modules": ["q_proj", "k_proj", "v_proj"],
             "bias": "lora_only",
             "modules_to_save": ["embed_tokens"],
             "ensure_weight_tying": True,
         },
+        "mlp": {"target_modules": ["gate_proj", "up_proj", "o_proj"]},
         "dora": {"target_modules": ["k_proj", "v_proj", "down_proj"], "use_dora": True, "use_rslora": True},
+        "one": {"target_modules": ["k_proj"], "bias": "all"},
     },
     EXPERTS: {
         "saved": {"target_modules": ["q_proj"], "modules_to_save": ["mlp.gate", "lm_head"]},
