@@ -123,8 +123,3 @@ class MegatronTunerArguments(Arguments):
                 "of --model",
                 "export it first with `megatron export --to_hf true` and give the folder to --model",
             )
-        if lora and getattr(self, "transformer_impl", "") == "transformer_engine":
-            yield UserError(
-                "--transformer_impl transformer_engine: adapters are on megatron-core's own layers only yet",
-                "use --transformer_impl local",
-            )

@@ -4,12 +4,16 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
 
+from converters.ranks import Ranks
 from mcore_swift.accelerator import get_accelerator
+from mcore_swift.errors import UserError
 from mcore_swift.models.moe.router import Router
 from mcore_swift.models.rules import RuleTable
 from mcore_swift.models.shards import ADAPTER, LiveShard, MergedShard, parameter_shards, unwrap
+from mcore_swift.models.shards import is_expert as in_expert
 from mcore_swift.models.without_memory import given_memory
 from mcore_swift.tuners.beside import beside, whole_shards
+from mcore_swift.tuners.engine_layers import adapt, kind_of, weights_in
 from mcore_swift.tuners.lora import LoraLinear
 from mcore_swift.tuners.lora_outer import LoraEmbedding, LoraOutput, RouterAdapter
 from mcore_swift.tuners.parts import Part, parts_by_weight
@@ -29,7 +33,8 @@ def attach(
     four_bit: frozen linear layers, with an adapter or not, are to keep their weights so; values come afterwards.
 
     What is chosen depends on the names of the whole model, so every rank comes to the same answer. Collective.
-    Raises UserError for a target that matches nothing, and for what cannot train whole beside adapters.
+    Raises UserError for a target that matches nothing or is in a layer that takes no adapter, and for what cannot
+    train whole beside adapters.
     """
     chosen = chosen_modules(table, settings)
     for chunk in chunks:
@@ -39,19 +44,21 @@ def attach(
     parts = parts_by_weight(chunks, table)
     adapted: list[Adapter] = []
     for chunk in chunks:
-        for parent, name, layer, column in list(_parallel_linears(chunk)):
-            held = parts.get(layer.weight, [])
-            if four_bit is not None and QuantizedLinear.fits(layer, held):
-                layer = QuantizedLinear(layer, held, four_bit)
+        for parent, name, layer, is_expert in list(_linears(chunk)):
+            kind = kind_of(layer)
+            held = [parts.get(weight, []) for weight in weights_in(layer, kind)]
+            if four_bit is not None and not kind.grouped and QuantizedLinear.fits(layer, held[0]):
+                layer = QuantizedLinear(layer, held[0], four_bit)
                 setattr(parent, name, layer)
-            wanted = [part for part in held if part.module in chosen]
-            if wanted:
-                adapter = LoraLinear(layer, wanted, settings, column=column)
+            wanted = [[part for part in of_one if part.module in chosen] for of_one in held]
+            if any(wanted):
+                adapter = adapt(layer, kind, wanted, settings, is_expert=is_expert)
                 setattr(parent, name, adapter)
-                adapted.append(adapter)
+                adapted += adapter.adapters
         adapted += _outer(chunk, parts, chosen, settings)
         if four_bit is not None:
             _give_rest_memory(chunk)
+    Ranks().agree(_left_out(chunks, parts, chosen, adapted))
     return adapted
 
 
@@ -79,6 +86,26 @@ def _outer(
             router.adapter = RouterAdapter(router, own[0], settings)
             adapted.append(router.adapter)
     return adapted
+
+
+def _left_out(
+    chunks: Iterable[nn.Module],
+    parts: Mapping[nn.Parameter, Sequence[Part]],
+    chosen: Collection[str],
+    adapted: Iterable[Adapter],
+) -> UserError | None:
+    """The refusal of a layer that should have an adapter and is of a class that takes none."""
+    done = {layer.weight for layer in adapted}
+    for chunk in chunks:
+        for module in chunk.modules():
+            for parameter in module._parameters.values():
+                names = [part.module for part in parts.get(parameter, ()) if part.module in chosen]
+                if names and parameter not in done:
+                    return UserError(
+                        f"{names[0]} is in a layer of class {type(module).__name__}, which takes no adapter yet",
+                        "use --transformer_impl local, or leave it out of --target_modules",
+                    )
+    return None
 
 
 def _give_rest_memory(chunk: nn.Module) -> None:
@@ -137,11 +164,13 @@ def merged_shards(chunks: Iterable[nn.Module]) -> list[LiveShard]:
     return shards
 
 
-def _parallel_linears(chunk: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module, bool]]:
-    """(parent, attribute, layer, whether column parallel) of every parallel linear layer inside the decoder."""
-    for parent in chunk.modules():
+def _linears(chunk: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module, bool]]:
+    """(parent, attribute, layer, whether it is an expert's) of every layer inside the decoder that takes adapters."""
+    for place, parent in chunk.named_modules():
         for name, child in parent.named_children():
-            kinds = [kind.__name__ for kind in type(child).__mro__]
-            column = "ColumnParallelLinear" in kinds
-            if (column or "RowParallelLinear" in kinds) and name.startswith("linear_"):
-                yield parent, name, child, column
+            if (
+                name.startswith("linear_")
+                and kind_of(child) is not None
+                and weights_in(child, kind_of(child))
+            ):
+                yield parent, name, child, in_expert(f"{place}.{name}")

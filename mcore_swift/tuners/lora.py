@@ -38,15 +38,24 @@ class LoraLinear(nn.Module):
     """
 
     def __init__(
-        self, base: nn.Module, parts: Sequence[Part], settings: LoraSettings, *, column: bool
+        self,
+        base: nn.Module,
+        parts: Sequence[Part],
+        settings: LoraSettings,
+        *,
+        column: bool,
+        is_expert: bool | None = None,
     ) -> None:
-        """parts: the HF weights inside `base` that are adapted. column: else row parallel."""
+        """parts: the HF weights inside `base` that are adapted. column: else row parallel.
+
+        is_expert: whether it is a layer of an expert, where `base` does not say so.
+        """
         super().__init__()
         self.base = base
         self.parts = list(parts)
         self.dropout = settings.dropout
         self.column = column
-        self.is_expert = bool(getattr(base, "is_expert", False))
+        self.is_expert = bool(getattr(base, "is_expert", is_expert))
         self.group = (
             get_expert_tensor_parallel_group() if self.is_expert else get_tensor_model_parallel_group()
         )
@@ -84,19 +93,24 @@ class LoraLinear(nn.Module):
         )
 
     @property
+    def adapters(self) -> "list[LoraLinear]":
+        """Itself, as of a layer with several there are several."""
+        return [self]
+
+    @property
     def weight(self) -> nn.Parameter:
         """The frozen weight, for code that looks at the layer."""
         return self.base.weight
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """x as `base` takes it: `[s, b, in]`, or `[tokens, in]` in an expert."""
-        output, bias = self.base(x, *args, **kwargs)
+        output, bias, multiplied = self.of_base(x, *args, **kwargs)
         await_parameters(self)
-        dropped = self._dropped(x)
+        dropped = self._dropped(multiplied)
         delta = self._delta(dropped)
         if self.magnitudes is None:
             return output + delta, bias
-        if dropped is x:
+        if dropped is multiplied:
             plain = output
         else:  # peft drops the inputs of the frozen weight too, where the adapter has a part in its output
             plain, _ = self.base(dropped, *args, **kwargs)
@@ -104,6 +118,16 @@ class LoraLinear(nn.Module):
             plain = plain - self._whole_output(self.base.bias)
         scale = self._whole_output(self._magnified())
         return output + (scale - 1) * plain + scale * delta, bias
+
+    def of_base(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Output and bias of `base`, and what its matrix is multiplied with."""
+        output, bias = self.base(x, *args, **kwargs)
+        return output, bias, x
+
+    def delta(self, x: Tensor) -> Tensor:
+        """The adapter's share of the output, for what the layer's matrix is multiplied with."""
+        await_parameters(self)
+        return self._delta(self._dropped(x))
 
     @torch.no_grad()
     def begin(self) -> None:

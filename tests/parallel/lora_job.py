@@ -38,6 +38,7 @@ from mcore_swift.accelerator import get_accelerator
 get_accelerator().install()
 
 from megatron.core import parallel_state  # noqa: E402
+from te_stand_ins import te_layers  # noqa: E402
 
 from mcore_swift.config import MegatronSftArguments  # noqa: E402
 from mcore_swift.data import Batch  # noqa: E402
@@ -167,6 +168,11 @@ def layouts_of(adapter: str, number: int) -> list[Layout]:
     return ONE.get(adapter, SOME[number % 2])
 
 
+def agrees_with_peft_on_te_layers(*case: Any) -> None:
+    with te_layers():
+        agrees_with_peft(*case)
+
+
 def own_batches(reference: Any, packed: bool, layout: Layout) -> tuple[list[Batch], int]:
     """This data-parallel rank's microbatches, and the number of their first sample."""
     batches = microbatches(reference.samples, packed, layout)
@@ -242,6 +248,15 @@ def main() -> None:
                 cases[f"{variant} {name} {layout}"] = partial(
                     agrees_with_peft, folder / variant, folder / variant / name, layout, packed
                 )
+        variant = "qwen3-moe" if layout.ep > 1 or (layout.etp or 1) > 1 else "qwen3"
+        if layout.cp == 1 and (layout.tp == 1 or layout.sequence_parallel):
+            cases[f"{variant} on layers of Transformer Engine's form {layout}"] = partial(
+                agrees_with_peft_on_te_layers,
+                folder / variant,
+                folder / variant / "all",
+                layout,
+                layout.pp > 1,
+            )
         name = "last" if layout.pp > 1 else list(FROZEN)[len(cases) % 2]
         variant = "qwen2" if name == "names" else "qwen3-moe" if layout.ep > 1 else "qwen3"
         cases[f"{name} frozen {layout}"] = partial(
