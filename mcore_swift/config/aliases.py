@@ -24,7 +24,7 @@ def _minutes_in_seconds(value: Any) -> int:
 
 
 def _flash_attention(value: Any) -> str | None:
-    return "flash_attention_2" if as_bool(value) else None
+    return "flash_attn" if as_bool(value) else None
 
 
 @dataclasses.dataclass(frozen=True)

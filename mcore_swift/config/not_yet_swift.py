@@ -93,7 +93,6 @@ _HF_TRAINER = {
     "resume_from_checkpoint": "resume",
     "resume_only_model": "mcore_model",
     "eval_strategy": "eval_steps",
-    "logging_dir": "output_dir (tensorboard files go to its runs/)",
     "optim": "optimizer",
     "bf16": "torch_dtype bfloat16",
     "fp16": "torch_dtype bfloat16",

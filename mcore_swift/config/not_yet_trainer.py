@@ -21,13 +21,10 @@ _TRAINER = table(
         "depend on their size",
         per_device_eval_batch_size=ANY,
     ),
-    settings("tensorboard files go to runs/ in the folder of the run", logging_dir=None),
-    settings("torch.compile is not supported yet", torch_compile=False),
-    settings("Liger kernels are not supported yet", use_liger_kernel=False),
     settings("in any case only the logits that the loss needs are computed", use_logits_to_keep=ANY),
     settings("the loss of a step is the mean over its tokens", acc_strategy="token"),
     settings("expert load is not balanced by an auxiliary loss here", router_aux_loss_coef=(0, None)),
-    settings("fixed", gradient_checkpointing_kwargs=None, logging_first_step=ANY, logging_strategy="steps"),
+    settings("fixed", logging_first_step=ANY, logging_strategy="steps"),
     settings("settings beyond --min_lr are not supported yet", lr_scheduler_kwargs=None),
     settings(
         "the lowest loss is the best", metric_for_best_model=("loss", "eval_loss"), greater_is_better=False
@@ -43,7 +40,7 @@ _TRAINER = table(
     settings("no effect here: nothing is uploaded, nothing is removed", remove_unused_columns=ANY),
     refused(
         "the Trainer has no part in this",
-        flags="optim_args ddp_bucket_cap_mb ddp_broadcast_buffers tf32 neftune_noise_alpha",
+        flags="optim_args ddp_bucket_cap_mb ddp_broadcast_buffers tf32",
     ),
     settings(
         "--attn_impl says it", vit_gradient_checkpointing=(None, False), attention_backend=("flash", "auto")

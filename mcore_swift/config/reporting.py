@@ -20,6 +20,9 @@ class ReportArguments(Arguments):
         choices=("tensorboard", "none"),
         refused=dict.fromkeys(("wandb", "swanlab", "all"), "only tensorboard is supported yet"),
     )
+    logging_dir: str | None = arg(
+        None, "folder of the tensorboard files", default_text="runs/ in the folder of the run"
+    )
     device_peak_tflops: float | None = arg(
         None,
         "peak TFLOP/s of one device in the training precision, for MFU on devices we have no figure of",

@@ -17,6 +17,7 @@ from .base import Arguments
 from .checkpoint import HFSaveArguments
 from .data import DataArguments, PackingArguments
 from .fields import arg, flags_of, with_default
+from .kernels import ComputeArguments
 from .model import HFModelArguments, TemplateArguments
 from .quantization import QuantizationArguments
 from .reporting import ReportArguments
@@ -49,6 +50,7 @@ class SwiftSftArguments(
     TrainerSaveArguments,
     ReportArguments,
     BackendArguments,
+    ComputeArguments,
     CommonArguments,
 ):
     """Supervised fine-tuning: of transformers' models on any number of processes, or on Megatron-core."""
@@ -99,10 +101,12 @@ class SwiftSftArguments(
                 "ones cannot be changed",
                 "drop it, or the quantization",
             )
-        if self.fsdp_cpu_offload:
-            yield UserError(
-                "--fsdp_cpu_offload: quantized weights stay on the device", "drop it, or the quantization"
-            )
+        for name in ("fsdp_cpu_offload", "device_map"):
+            if getattr(self, name):
+                yield UserError(
+                    f"--{name}: quantized weights stay on each process's device",
+                    "drop it, or the quantization",
+                )
 
     def for_loop(self, world_size: int, backend: str) -> Any:
         """The same for the training loop on `world_size` processes.

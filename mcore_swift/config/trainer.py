@@ -45,8 +45,15 @@ class BackendArguments(Arguments):
     )
     attn_impl: str | None = arg(
         None,
-        "attention of transformers' model",
-        choices=("sdpa", "eager", "flash_attention_2", "flash_attention_3"),
+        "attention of transformers' model; flash_attn: flash_attention_2 where it is installed, else sdpa",
+        choices=(
+            "sdpa",
+            "eager",
+            "flash_attn",
+            "flash_attention_2",
+            "flash_attention_3",
+            "flash_attention_4",
+        ),
         refused={"flex_attention": "it has not been tried yet"},
         default_text="flash_attention_2 for packed rows where it is installed, else transformers' choice",
     )

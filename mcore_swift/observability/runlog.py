@@ -10,6 +10,7 @@ from .jsonl import FILE_NAME, JsonlLogger
 from .meter import Line, Meter, eval_line
 from .plot import plot_curves
 from .report import StepReport
+from .tensorboard import FOLDER as RUNS
 from .tensorboard import TensorboardLogger, installed
 
 _log = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ def make_loggers(
     start_step: int = 0,
     report_to: Sequence[str] = (),
     required: bool = True,
+    tensorboard_dir: str | Path | None = None,
 ) -> list[Logger]:
     """Console and logging.jsonl always, others as `report_to` names them.
 
@@ -49,7 +51,8 @@ def make_loggers(
         ConsoleLogger(total_steps=total_steps, start_step=start_step),
         JsonlLogger(folder, start_step=start_step),
     ]
-    return loggers + [TensorboardLogger(folder, start_step=start_step) for _ in trackers]
+    place = Path(tensorboard_dir) if tensorboard_dir else Path(folder) / RUNS
+    return loggers + [TensorboardLogger(place, start_step=start_step) for _ in trackers]
 
 
 class RunLog:
@@ -58,7 +61,7 @@ class RunLog:
     Only the rank with `is_writer` writes; on the others every call does nothing. Use it as a context manager:
     leaving it writes what is left, draws the curves and closes the files, also after an error.
 
-    folder: the run's own folder; logging.jsonl, runs/ and images/ go there.
+    folder: the run's own folder; logging.jsonl, runs/ and images/ go there. tensorboard_dir: in place of runs/.
     make: makes the loggers; replaced in tests.
     """
 
@@ -71,6 +74,7 @@ class RunLog:
         logging_steps: int = 5,
         report_to: Sequence[str] = (),
         required: bool = True,
+        tensorboard_dir: str | Path | None = None,
         make: Callable[..., list[Logger]] = make_loggers,
     ) -> None:
         self.folder = Path(folder)
@@ -85,6 +89,7 @@ class RunLog:
                 start_step=meter.start_step,
                 report_to=report_to,
                 required=required,
+                **({"tensorboard_dir": tensorboard_dir} if tensorboard_dir else {}),
             )
 
     def after_step(self, report: StepReport) -> Line | None:

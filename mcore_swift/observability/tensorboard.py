@@ -23,12 +23,12 @@ def installed(*, required: bool) -> bool:
 
 
 class TensorboardLogger:
-    """Writes event files to `folder`/runs. A crashed run's scalars after `start_step` are hidden."""
+    """Writes event files to `folder`. A crashed run's scalars after `start_step` are hidden."""
 
     def __init__(self, folder: str | Path, *, start_step: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(Path(folder) / FOLDER), purge_step=start_step + 1)
+        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)
 
     def after_step(self, step: int) -> None:
         pass

@@ -53,6 +53,8 @@ def _why_transformers(args: Any) -> str | None:
         return "--device_map spreads transformers' model"
     if args.attn_impl:
         return "--attn_impl chooses the attention of transformers' model"
+    if flags := args.compute_flags():
+        return f"{flags[0]} is for transformers' model"
     if find_spec("megatron") is None or find_spec("megatron.core") is None:
         return "megatron-core is not installed"
     try:

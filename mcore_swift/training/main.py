@@ -262,6 +262,7 @@ def _open_log(args: Any, run_dir: Path, data: PreparedData, state: TrainState, r
         logging_steps=args.logging_steps,
         report_to=report_to,
         required=report_to != ["tensorboard"],
+        tensorboard_dir=getattr(args, "logging_dir", None),
     )
 
 

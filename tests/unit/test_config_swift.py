@@ -68,7 +68,7 @@ def test_args_json_keeps_what_the_user_gave(tmp_path):
     args.for_loop(2, "fsdp").save(tmp_path)
     assert json.loads((tmp_path / "args.json").read_text())["per_device_train_batch_size"] == 1
     again = SwiftSftArguments.load(tmp_path)
-    assert again == args and again.padding_free and again.attn_impl == "flash_attention_2"
+    assert again == args and again.padding_free and again.attn_impl == "flash_attn"
 
 
 def test_short_names_of_quantization_are_its_long_ones(tmp_path):
@@ -127,6 +127,14 @@ def test_auto_resumes_with_the_adapter_of_the_newest_checkpoint(tmp_path):
         (["--load_in_4bit", "true", "--tuner_type", "loha"], ["no loha adapters", "lora, oft, vera, ia3"]),
         (["--quant_method", "bnb", "--quant_bits", "3"], ["--quant_bits 3", "4, 8"]),
         (["--quant_bits", "4"], ["--quant_bits without --quant_method"]),
+        (
+            ["--torch_compile", "true", "--backend", "megatron"],
+            ["--torch_compile is for transformers' model"],
+        ),
+        (
+            ["--gradient_checkpointing_kwargs", '{"reentrant": true}'],
+            ["reentrant is no setting", "use_reentrant"],
+        ),
         (["--quant_method", "gptq", "--quant_bits", "4"], ["gptq", "in that form already"]),
         (["--bf16", "true"], ["--torch_dtype bfloat16"]),
         (["--use_dora", "true", "--tuner_type", "ia3"], ["--use_dora is for --tuner_type lora"]),
@@ -174,6 +182,7 @@ LLAMA = {
         (["--train_type", "full"], 2, 1e6, {}, "fsdp", "GB"),
         (["--train_type", "full"], 2, 1e9, OPT, "ddp", "architecture; a copy of the model"),
         (["--train_type", "full"], 2, 1e4, OPT, "fsdp", "1.6e-05 GB beside activations, which does not fit"),
+        (["--train_type", "full", "--neftune_noise_alpha", "5"], 2, 1e9, {}, "ddp", "--neftune_noise_alpha"),
         (["--train_type", "full", "--attn_impl", "sdpa"], 2, 1e9, {}, "ddp", "--attn_impl"),
         ([], 2, 1e9, {}, "ddp", "lora goes with transformers' model; a copy"),
         ([], 2, 1e4, {}, "fsdp", "does not fit into 1e-05 GB"),

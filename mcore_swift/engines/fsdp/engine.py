@@ -47,6 +47,7 @@ from mcore_swift.engines.fsdp.shards import (
     set_optimizer_step,
     weight_shards,
 )
+from mcore_swift.engines.fsdp.switches import add_noise, compile_layers, recompute_layers, use_liger
 from mcore_swift.engines.random_state import random_state, set_random_state
 from mcore_swift.errors import UserError
 from mcore_swift.models.shards import LiveShard
@@ -99,8 +100,13 @@ class TransformersEngine:
             self.base = build_on_meta(plan, attention, dtype if self.saves_adapter else torch.float32)
         self.attention: str = self.base.config._attn_implementation
         if args.gradient_checkpointing and self.base.supports_gradient_checkpointing:
-            self.base.gradient_checkpointing_enable({"use_reentrant": False})
+            self._check_recompute(args.gradient_checkpointing_kwargs or {})
+            recompute_layers(self.base, args.gradient_checkpointing_kwargs or {}, adapters=self.saves_adapter)
+        if args.use_liger_kernel:
+            use_liger(self.base)
         self.model = self._choose_parameters(random=random)
+        if args.neftune_noise_alpha:
+            add_noise(self.model, args.neftune_noise_alpha)
         spread = Spread(
             processes.mesh(sharded=self.is_sharded),
             compute=dtype,
@@ -116,6 +122,8 @@ class TransformersEngine:
             make_real(self.model, spread, seed=args.seed if random else None)
         if self.saves_adapter and not random:
             self._load_base()
+        if args.torch_compile:
+            compile_layers(self.base, args.torch_compile_backend or "inductor")
         self.forward = Forward(self.model, self.attention, parallel)
         factors = learning_rate_factors(self.model, args)
         self.optimizer = build_optimizer(self.model, args, factors, is_sharded=self.is_sharded)
@@ -157,6 +165,13 @@ class TransformersEngine:
         model = choose_parameters(self.base, self.args)
         self._base_names = base_names(base, model) if self.saves_adapter else {}
         return model
+
+    def _check_recompute(self, settings: dict[str, Any]) -> None:
+        if settings.get("use_reentrant") and self.layout.world_size > 1:
+            raise UserError(
+                "--gradient_checkpointing_kwargs: the reentrant form does not know weights that are gathered",
+                'give {"use_reentrant": false}, which gives the same numbers',
+            )
 
     def _check_quantized(self) -> None:
         """Raise UserError for what quantized weights cannot be: trained, or sharded."""

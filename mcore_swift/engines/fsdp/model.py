@@ -5,6 +5,7 @@ made real (and random, where no checkpoint fills it) only to be sharded at once.
 """
 
 import importlib.util
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from mcore_swift.accelerator import get_accelerator
 from mcore_swift.errors import UserError
 from mcore_swift.models.without_memory import parameters_on_meta
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,11 @@ def attention_implementation(asked: str | None, *, end_to_end: bool) -> str | No
     None leaves the choice to transformers. Raises UserError if what was asked for is not installed.
     """
     installed = importlib.util.find_spec("flash_attn") is not None
+    if asked == "flash_attn":
+        if installed and get_accelerator().is_cuda:
+            return "flash_attention_2"
+        logger.info("flash-attn is not here: attention is sdpa, which gives the same")
+        return "sdpa"
     if asked and asked.startswith("flash") and not (installed and get_accelerator().is_cuda):
         raise UserError(
             f"--attn_impl {asked} needs CUDA and the package flash-attn",
