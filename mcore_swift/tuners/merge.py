@@ -8,6 +8,8 @@ from converters.pending import pending_directory
 from converters.ranks import Ranks
 from converters.side_files import copy_side_files
 from mcore_swift.errors import UserError
+from mcore_swift.plan.preflight import read_config
+from mcore_swift.plan.quantization import stored_method
 from mcore_swift.tuners.transformers_adapters import read_adapter_config
 
 
@@ -33,6 +35,11 @@ def merge_adapter(
     base = model or config.base_model_name_or_path
     if not base or not Path(base).is_dir():
         raise UserError(f"{adapter} belongs to {base}, which is no folder here", "give the base with --model")
+    if method := stored_method(read_config(Path(base))):
+        raise UserError(
+            f"{base}: its weights are quantized by {method}, and nothing can be added to them",
+            "give the checkpoint of the same model that is not quantized with --model",
+        )
     try:
         whole = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
         stored = whole.dtype

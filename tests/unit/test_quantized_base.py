@@ -97,3 +97,15 @@ def test_what_transformers_refuses_is_told_in_words(model):
     given = args(model=str(model), quant_method="eetq", quant_bits=8)
     with pytest.raises(UserError, match="use --quant_method bnb"):  # it needs a GPU
         load_quantized(read_plan(given.model), given, None, torch.float32)
+
+
+def test_nothing_is_merged_into_weights_that_are_stored_quantized(model, tmp_path):
+    from mcore_swift.tuners.merge import merge_adapter
+
+    config = json.loads((model / "config.json").read_text()) | {
+        "quantization_config": {"quant_method": "gptq"}
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "x"}')
+    with pytest.raises(UserError, match="quantized by gptq, and nothing can be added"):
+        merge_adapter(str(tmp_path), str(tmp_path), str(tmp_path / "out"))
