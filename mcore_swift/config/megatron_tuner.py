@@ -11,6 +11,12 @@ from .tuner import LORA_STARTS, check_freezing
 
 _ON_TRANSFORMERS = "on megatron-core's layers it is not supported yet; `swift sft --backend fsdp` has it"
 
+_STARTS = ("true", "gaussian", "orthogonal")
+_OTHER_BASE = (
+    "it takes the start of an adapter out of the weights beside it, which are other ones then: a checkpoint or PEFT "
+    "folder of the adapter alone would not fit its base"
+)
+
 
 @dataclasses.dataclass(kw_only=True)
 class MegatronTunerArguments(Arguments):
@@ -47,7 +53,10 @@ class MegatronTunerArguments(Arguments):
         False, "DoRA: direction by the adapter, magnitude of each row trained apart (arXiv:2402.09353)"
     )
     init_weights: str = arg(
-        "true", "how A and B start: peft's usual values, gaussian, or orthogonal", choices=LORA_STARTS
+        "true",
+        "how A and B start: peft's usual values, gaussian, or orthogonal",
+        choices=_STARTS,
+        refused=dict.fromkeys(sorted(set(LORA_STARTS) - set(_STARTS)), _OTHER_BASE),
     )
     modules_to_save: list[str] = arg(
         [],
@@ -107,10 +116,9 @@ class MegatronTunerArguments(Arguments):
         for name in (*lora_only, *(["lora_bias"] if self.lora_bias != "none" else [])) if not lora else ():
             if getattr(self, name):
                 yield UserError(f"--{name} is for --tuner_type lora, not {self.tuner_type}", f"drop --{name}")
-        if self.init_weights not in ("true", "gaussian", "orthogonal"):
+        if self.init_weights not in _STARTS:
             yield UserError(
-                f"--init_weights {self.init_weights} takes the start of an adapter out of the weights beside it, which "
-                "are other ones then: a checkpoint or PEFT folder of the adapter alone would not fit its base",
+                f"--init_weights {self.init_weights}: {_OTHER_BASE}",
                 "use --init_weights orthogonal, or `swift sft --backend fsdp`",
             )
         if len(self.adapters) > 1:

@@ -11,7 +11,7 @@ from mcore_swift.models.rules import InFloat32, Rule, RuleTable, Vocab
 from mcore_swift.models.shards import ADAPTER, LiveShard, parameter_shards, unwrap
 from mcore_swift.plan.adapter import PREFIX
 from mcore_swift.tuners.settings import LoraSettings
-from mcore_swift.tuners.targets import chosen_modules, is_in
+from mcore_swift.tuners.targets import chosen_modules, is_in, tied_output
 
 
 @dataclass(frozen=True)
@@ -96,14 +96,6 @@ def _tied_copies(table: RuleTable, files: Mapping[str, str], settings: LoraSetti
             "train it with ensure_weight_tying, or go on with `swift sft --backend fsdp`",
         )
     return {PREFIX + output: files[embedding]}
-
-
-def tied_output(table: RuleTable) -> str | None:
-    """HF name of an output layer that is the embedding; None where it is a matrix of its own."""
-    if "output_layer.weight" in table.by_mcore:
-        return None
-    outer = (name for name in sorted(table.optional_hf) if ".layers." not in name)
-    return next((name for name in outer if name.endswith(".weight")), "lm_head.weight")
 
 
 def _refuse_unknown(targets: Sequence[str], weights: Collection[str], table: RuleTable) -> None:

@@ -57,6 +57,12 @@ def chosen_modules(table: RuleTable, settings: LoraSettings) -> set[str]:
 
     As in peft, a module that trains whole gets none.
     """
+    output = tied_output(table)
+    if output and not settings.target_regex and output.removesuffix(".weight") in settings.target_modules:
+        raise UserError(
+            f"--target_modules {output.removesuffix('.weight')}: the output layer of this model is its embedding",
+            f"train it whole: --modules_to_save {embedding_module(table).rpartition('.')[2]}",
+        )
     kinds = {
         ALL_LINEAR: linear_modules(table),
         ALL_ROUTER: router_modules(table),
@@ -87,6 +93,14 @@ def router_modules(table: RuleTable) -> list[str]:
         if rule.mcore.endswith(ROUTER)
         for name in _module_names(table, rule.mcore)
     ]
+
+
+def tied_output(table: RuleTable) -> str | None:
+    """HF name of an output layer that is the embedding; None where it is a matrix of its own."""
+    if "output_layer.weight" in table.by_mcore:
+        return None
+    outer = (name for name in sorted(table.optional_hf) if ".layers." not in name)
+    return next((name for name in outer if name.endswith(".weight")), "lm_head.weight")
 
 
 def embedding_module(table: RuleTable) -> str:
@@ -139,7 +153,9 @@ def _by_regex(modules: Sequence[str], regex: str) -> set[str]:
 def _nothing_matches(flag: str, target: str, modules: Sequence[str]) -> UserError:
     ends = sorted({name.rpartition(".")[2] for name in modules} | set(MEGATRON_NAMES))
     near = difflib.get_close_matches(target, ends, n=3, cutoff=0.4) or ends
-    return UserError(f"{flag} matches no linear layer of this model", f"nearest names: {', '.join(near)}")
+    return UserError(
+        f"{flag} matches nothing in this model that takes an adapter", f"nearest names: {', '.join(near)}"
+    )
 
 
 def linear_modules(table: RuleTable) -> list[str]:

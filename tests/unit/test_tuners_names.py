@@ -52,7 +52,11 @@ def table(name):
         ),
         ("tied", {"modules_to_save": ("embed_tokens",), "ensure_weight_tying": False}, ["ties the two"]),
         ("tied", {"target_modules": ("embed_tokens",)}, ["--modules_to_save embed_tokens"]),
-        ("tied", {"target_modules": ("lm_head",)}, ["--target_modules lm_head", "nearest names"]),
+        (
+            "tied",
+            {"target_modules": ("lm_head",)},
+            ["--target_modules lm_head", "--modules_to_save embed_tokens"],
+        ),
         ("llama", {"target_modules": ("all-router",)}, ["all-router", "none"]),
         ("llama", {"target_modules": ("q_prj",)}, ["--target_modules q_prj", "q_proj"]),
         ("llama", {"target_modules": ("q_proj",), "modules_to_save": ("attn",)}, ["train whole"]),
