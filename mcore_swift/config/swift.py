@@ -92,10 +92,10 @@ class SwiftSftArguments(
             return
         if self.tuner_type not in _BESIDE_QUANTIZED:
             yield UserError(
-                f"--quant_method: peft has no {self.tuner_type} adapters beside quantized weights",
+                f"--quant_method: {self.tuner_type} adapters beside quantized weights are not supported",
                 f"use --tuner_type {', '.join(_BESIDE_QUANTIZED)}",
             )
-        if self.init_weights.startswith("pissa"):
+        if self.init_weights.startswith(("pissa", "olora")):
             yield UserError(
                 f"--init_weights {self.init_weights} takes the start of the adapters out of the weights, and quantized "
                 "ones cannot be changed",
@@ -197,8 +197,8 @@ class SwiftExportArguments(HFSaveArguments, CommonArguments):
         )
 
 
-_BESIDE_QUANTIZED = ("lora", "oft", "vera", "ia3")
-"""Tuners that peft has for layers with quantized weights."""
+_BESIDE_QUANTIZED = ("lora", "ia3")
+"""Tuners that were seen to train beside quantized weights; peft's vera cannot be saved there, others are not tried."""
 
 _MEGATRON = {"sft": MegatronSftArguments, "pt": MegatronPretrainArguments}
 SWIFT_COMMANDS: dict[str, type[Arguments]] = {

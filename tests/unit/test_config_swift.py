@@ -124,7 +124,14 @@ def test_auto_resumes_with_the_adapter_of_the_newest_checkpoint(tmp_path):
         ),
         (["--load_in_8bit", "true", "--quant_bits", "4"], ["--load_in_8bit means", "--quant_bits 8"]),
         (["--load_in_4bit", "true", "--tuner_type", "full"], ["--quant_method", "cannot be trained"]),
-        (["--load_in_4bit", "true", "--tuner_type", "loha"], ["no loha adapters", "lora, oft, vera, ia3"]),
+        (
+            ["--load_in_4bit", "true", "--tuner_type", "loha"],
+            ["loha adapters beside quantized", "use --tuner_type lora, ia3"],
+        ),
+        (
+            ["--load_in_4bit", "true", "--init_weights", "olora"],
+            ["--init_weights olora", "cannot be changed"],
+        ),
         (["--quant_method", "bnb", "--quant_bits", "3"], ["--quant_bits 3", "4, 8"]),
         (["--quant_bits", "4"], ["--quant_bits without --quant_method"]),
         (
