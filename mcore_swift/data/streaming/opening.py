@@ -97,4 +97,5 @@ def _about(sources: list[Source], settings: DataSettings) -> str:
     files = [file for source in sources for file in source.files]
     size = sum(file.stat().st_size for file in files)
     how = f"shuffled {settings.shuffle_buffer_size} rows at a time" if settings.is_shuffled else "in order"
-    return f"{len(files)} files of {size / 1e9:.3g} GB are read while training goes on, {how}"
+    text = f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
+    return f"{len(files)} files of {text} are read while training goes on, {how}"
