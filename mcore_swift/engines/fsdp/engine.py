@@ -318,7 +318,10 @@ class TransformersEngine:
             weights.export_adapter(folder, self.model, shards, ranks)
         else:
             source = self.args.model
-            weights.export(folder, self.model, shards, source, max_shard_bytes, self.dtype, ranks, budget)
+            changes = self.plan.config_changes
+            weights.export(
+                folder, self.model, shards, source, max_shard_bytes, self.dtype, ranks, budget, changes
+            )
 
     def describe_adapter(self, folder: Path) -> None:
         """Write the adapter's config, by which a checkpoint tells what adapter it holds. On one rank."""

@@ -133,14 +133,19 @@ def export(
     dtype: torch.dtype,
     ranks: Ranks,
     budget: Budget = UNBOUNDED,
+    config: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the weights into `folder` as Hugging Face files. Collective."""
+    """Write the weights into `folder` as Hugging Face files. Collective.
+
+    config: what config.json says otherwise than that of `source_dir`.
+    """
     shapes: dict[str, Shape] = {}
     for held in ranks.gather({shard.key: shard.global_shape for shard in shards}):
         shapes |= held
     order = [name for name in model.state_dict() if name in shapes]  # the same on every rank
     if _is_stored_as_named(model, shapes):
-        write_shards_as_hf(shards, _table(order), source_dir, folder, max_shard_bytes, dtype, ranks, budget)
+        table = _table(order, config)
+        write_shards_as_hf(shards, table, source_dir, folder, max_shard_bytes, dtype, ranks, budget)
         return
     whole = _gather(shards, order, shapes, dtype, ranks)
     error = None
@@ -168,8 +173,8 @@ def check_budget(model: Any, shards: Sequence[LiveShard], budget: Budget, ranks:
     check_budget_of_shards(shards, _table(shapes), budget, ranks)
 
 
-def _table(names: Iterable[str]) -> RuleTable:
-    return RuleTable(Same(name, (name,)) for name in names)
+def _table(names: Iterable[str], config: Mapping[str, Any] | None = None) -> RuleTable:
+    return RuleTable((Same(name, (name,)) for name in names), config=config)
 
 
 def export_adapter(folder: Path, model: Any, shards: Sequence[LiveShard], ranks: Ranks) -> None:
