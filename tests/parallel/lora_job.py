@@ -257,8 +257,11 @@ def main() -> None:
                 layout,
                 layout.pp > 1,
             )
-        name = "last" if layout.pp > 1 else list(FROZEN)[len(cases) % 2]
-        variant = "qwen2" if name == "names" else "qwen3-moe" if layout.ep > 1 else "qwen3"
+        name = (
+            "last" if layout.pp > 1 else "names" if layout.tp > 1 and not layout.sequence_parallel else "half"
+        )
+        experts = layout.ep > 1 or layout.etp > 1
+        variant = "qwen2" if name == "names" else "qwen3-moe" if experts else "qwen3"
         cases[f"{name} frozen {layout}"] = partial(
             trains_a_part, folder / variant, layout, bool(len(cases) % 2), **FROZEN[name]
         )
