@@ -50,7 +50,10 @@ def _draw(path: Path, name: str, points: list[tuple[int, float]]) -> Path:
     from matplotlib.figure import Figure
 
     steps, values = [step for step, _ in points], [value for _, value in points]
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 5))
+    figure.subplots_adjust(
+        left=0.11, right=0.97, bottom=0.1, top=0.96
+    )  # matplotlib's own fitting takes as long again
     axes = figure.add_subplot()
     marker = "." if len(points) < 50 else None
     if name == "loss" and len(points) >= 10:

@@ -4,6 +4,7 @@ A job is a script beside the test. It calls `run_cases` with its cases; rank 0 l
 "" or what went wrong, which `run_job` returns.
 """
 
+import atexit
 import json
 import os
 import socket
@@ -63,6 +64,9 @@ def run_cases(cases: Mapping[str, Callable[[], None]], folder: Path) -> None:
     """In each process of a job: run the cases in order and write down on rank 0 which failed on any rank."""
     import torch.distributed as dist
 
+    from mcore_swift.observability import runlog
+
+    runlog.plot_curves = lambda *_: []  # it takes as long as training such models; tests/e2e has the images
     results = {}
     for name, case in cases.items():
         error, started = "", time.monotonic()
@@ -76,3 +80,11 @@ def run_cases(cases: Mapping[str, Callable[[], None]], folder: Path) -> None:
         print(f"{name}: {time.monotonic() - started:.2f} s", flush=True)
     if dist.get_rank() == 0:
         (folder / "results.json").write_text(json.dumps(results))
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    """End without taking the interpreter apart: threads of torch and gloo that still run then can abort a process."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(1 if getattr(sys, "last_value", None) else 0)
