@@ -4,6 +4,7 @@ A module with a `__main__` guard, since the work inside starts processes of its 
 loaders) that import the main module again.
 """
 
+import atexit
 import faulthandler
 import os
 import signal
@@ -13,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 from . import report
 from .run import call, end_this_process_soon
@@ -63,5 +65,16 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True, name="launcher-watch").start()
 
 
+def _leave(code: int) -> NoReturn:
+    """End as Python does, but for taking the interpreter apart: threads of torch or gloo that are still in their
+    work then can abort a process whose own work is done, and with it the run."""
+    threading._shutdown()  # waits for threads that are no daemons
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], sys.argv[2:]))
+    _leave(main(sys.argv[1], sys.argv[2:]))
