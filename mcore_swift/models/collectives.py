@@ -57,6 +57,19 @@ class SumOverRanks(torch.autograd.Function):
         return _all_reduced(grad, ctx.group), None
 
 
+class CopyToRanks(torch.autograd.Function):
+    """Identity whose backward pass sums over a group."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _all_reduced(grad, ctx.group), None
+
+
 def _all_reduced(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     if group.size() == 1:
         return x

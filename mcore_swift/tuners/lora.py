@@ -23,6 +23,7 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mcore_swift.models.collectives import CopyToRanks
 from mcore_swift.models.shards import ADAPTER, LiveShard
 from mcore_swift.tuners.dora import row_norms
 from mcore_swift.tuners.parts import Part
@@ -288,18 +289,3 @@ def await_parameters(module: nn.Module) -> None:
         if isinstance(child, nn.ParameterList):
             for hook in child._forward_pre_hooks.values():
                 hook(child, ())
-
-
-class CopyToRanks(torch.autograd.Function):
-    """Identity whose backward pass sums over a group."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        gradient = gradient.contiguous().clone()
-        torch.distributed.all_reduce(gradient, group=ctx.group)
-        return gradient, None

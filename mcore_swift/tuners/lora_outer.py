@@ -14,8 +14,9 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mcore_swift.models.collectives import CopyToRanks
 from mcore_swift.models.shards import ADAPTER, LiveShard
-from mcore_swift.tuners.lora import CopyToRanks, LoraLinear, adapter_parameter, await_parameters
+from mcore_swift.tuners.lora import LoraLinear, adapter_parameter, await_parameters
 from mcore_swift.tuners.parts import Part
 from mcore_swift.tuners.settings import LoraSettings
 from mcore_swift.tuners.starts import draw
