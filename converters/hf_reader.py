@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -95,16 +95,6 @@ class HFReader:
         for part in tensor.parts:
             yield part.path, round(part.nbytes * share)
 
-    def copy_block(self, block: Block, out: torch.Tensor) -> None:
-        """Fill `out` with the values of a rule's block, in its shape."""
-        if block.stored is AS_IS:
-            self.copy_into(block.name, block.hf, out)
-            return
-        box = block.stored.box(block.hf)
-        dense = torch.empty(region_shape(box), dtype=out.dtype)
-        self.copy_into(block.name, box, dense)
-        out.copy_(block.stored.view(dense, box, block.hf))
-
     def close(self) -> None:
         self._reader.close()
 
@@ -113,6 +103,23 @@ class HFReader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class CopiesRegions(Protocol):
+    """A checkpoint of which regions of HF tensors can be read."""
+
+    def copy_into(self, name: str, region: Region, out: torch.Tensor) -> None: ...
+
+
+def copy_block(reader: CopiesRegions, block: Block, out: torch.Tensor) -> None:
+    """Fill `out` with the values of a rule's block, in its shape."""
+    if block.stored is AS_IS:
+        reader.copy_into(block.name, block.hf, out)
+        return
+    box = block.stored.box(block.hf)
+    dense = torch.empty(region_shape(box), dtype=out.dtype)
+    reader.copy_into(block.name, box, dense)
+    out.copy_(block.stored.view(dense, box, block.hf))
 
 
 def _config(model_dir: Path) -> dict[str, Any] | None:

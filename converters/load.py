@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from converters.coverage import check_hf, check_model
-from converters.hf_reader import HFReader
+from converters.hf_reader import HFReader, copy_block
 from converters.ranks import Ranks
 from converters.regions import numel
 from mcore_swift.accelerator import get_accelerator
@@ -85,4 +85,4 @@ def _fill(shard: LiveShard, reader: HFReader, table: RuleTable, shapes: dict[str
     if sum(numel(block.mcore) for block in blocks) < shard.data.numel():
         shard.data.zero_()
     for block in blocks:
-        reader.copy_block(block, block.of(shard.data))
+        copy_block(reader, block, block.of(shard.data))

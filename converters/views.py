@@ -12,7 +12,7 @@ import torch
 
 from converters.adapters import AdapterSource
 from converters.coverage import check_hf
-from converters.hf_reader import HFReader
+from converters.hf_reader import HFReader, copy_block
 from converters.regions import relative
 from converters.safetensors_format import TensorSpec
 from converters.torch_dist_reader import MCoreReader
@@ -72,7 +72,7 @@ class HFView:
 
     def copy_into(self, key: str, region: Region, out: torch.Tensor) -> None:
         for block in self.table.by_mcore[key].blocks(region, self._hf_shapes):
-            self.reader.copy_block(block, block.of(out))
+            copy_block(self.reader, block, block.of(out))
 
     def _widest(self, rule: Rule) -> torch.dtype:
         """The dtype that holds all parts of a megatron-core tensor without loss."""
@@ -199,13 +199,6 @@ class NamedWeights:
 
     def copy_into(self, name: str, region: Region, out: torch.Tensor) -> None:
         self._reader.copy_into(name, region, out)
-
-    def copy_block(self, block: Block, out: torch.Tensor) -> None:
-        """Fill `out` with the values of a rule's block, in its shape."""
-        box = block.stored.box(block.hf)
-        dense = torch.empty(region_shape(box), dtype=out.dtype)
-        self.copy_into(block.name, box, dense)
-        out.copy_(block.stored.view(dense, box, block.hf))
 
     def close(self) -> None:
         self._reader.close()
