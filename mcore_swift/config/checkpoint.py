@@ -49,6 +49,24 @@ class HFSaveArguments(Arguments):
 
 
 @dataclasses.dataclass(kw_only=True)
+class SaveArguments(HFSaveArguments):
+    TITLE: ClassVar[str] = "Output and checkpoints"
+
+    add_version: bool = arg(True, "write into a new sub-folder vN-<time>, so that runs never mix")
+    save_steps: int = arg(500, "steps between checkpoints; the last step is always saved", at_least=1)
+    save_total_limit: int | None = arg(
+        None,
+        "number of checkpoints to keep, always including the newest and the best",
+        at_least=1,
+        default_text="all",
+    )
+    save_safetensors: bool = arg(
+        True, "at each save, also write the weights as a Hugging Face checkpoint (of adapters: a PEFT folder)"
+    )
+    async_save: bool = arg(False, "write checkpoints in the background while training continues")
+
+
+@dataclasses.dataclass(kw_only=True)
 class StartArguments(Arguments):
     TITLE: ClassVar[str] = "Start and resume"
 
@@ -87,7 +105,7 @@ class StartArguments(Arguments):
 
 
 @dataclasses.dataclass(kw_only=True)
-class CheckpointArguments(HFSaveArguments, StartArguments):
+class CheckpointArguments(SaveArguments, StartArguments):
     TITLE: ClassVar[str] = "Output and checkpoints"
 
     output_dir: str | None = arg(
@@ -95,18 +113,11 @@ class CheckpointArguments(HFSaveArguments, StartArguments):
         "folder of the run: logs and checkpoints",
         default_text="megatron_output/<name of the model>, or the run that --resume continues",
     )
-    add_version: bool = arg(True, "write into a new sub-folder vN-<time>, so that runs never mix")
     save_strategy: str = arg(
         "steps", "save every --save_steps steps, or after every epoch", choices=("steps", "epoch")
     )
-    save_steps: int = arg(500, "steps between checkpoints; the last step is saved in any case", at_least=1)
-    save_total_limit: int | None = arg(
-        None, "checkpoints to keep, the newest and the best among them", at_least=1, default_text="all"
-    )
-    save_safetensors: bool = arg(True, "write the Hugging Face checkpoint too, each time")
     no_save_optim: bool = arg(False, "leave out the optimizer's state; such a checkpoint cannot be resumed")
     no_save_rng: bool = arg(False, "leave out the random state; such a checkpoint cannot be resumed exactly")
-    async_save: bool = arg(False, "write checkpoints in the background while training goes on")
     metric_for_best_model: str = arg(
         "loss", "validation metric that says which checkpoint is best", choices=("loss",)
     )

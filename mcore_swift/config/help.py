@@ -2,7 +2,6 @@
 
 import shutil
 import textwrap
-from itertools import groupby
 
 from .arguments import Arguments
 from .fields import Flag, flags_of
@@ -27,7 +26,10 @@ def help_text(cls: type[Arguments], command: str, examples: str = "") -> str:
     parts = [f"usage: {command} [config.yaml] [--flag value ...]", "", _first_line(cls)]
     if examples:
         parts += ["", "examples:", textwrap.indent(examples.strip(), "  ")]
-    for title, flags in groupby(flags_of(cls).values(), key=lambda flag: flag.group):
+    groups: dict[str, list[Flag]] = {}
+    for flag in flags_of(cls).values():
+        groups.setdefault(flag.group, []).append(flag)
+    for title, flags in groups.items():
         parts += ["", title]
         for flag in flags:
             parts += flag_lines(flag, width, is_required=flag.name in cls.REQUIRED)

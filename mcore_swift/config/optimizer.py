@@ -12,8 +12,26 @@ FULL_PARAMETER_LR = 1e-5
 ADAPTER_LR = 1e-4
 
 
+def default_lr(args: Arguments) -> float:
+    """The learning rate of a run that names none, by what it trains."""
+    return FULL_PARAMETER_LR if getattr(args, "tuner_type", "full") == "full" else ADAPTER_LR
+
+
 @dataclasses.dataclass(kw_only=True)
-class OptimizerArguments(Arguments):
+class UpdateRuleArguments(Arguments):
+    """What `swift` and `megatron` call by the same names."""
+
+    TITLE: ClassVar[str] = "Optimizer"
+
+    min_lr: float = arg(0.0, "learning rate at the end of the decay", at_least=0)
+    weight_decay: float = arg(0.1, "weight decay of matrices (biases and norms have none)", at_least=0)
+    adam_beta1: float = arg(0.9, "decay of Adam's running mean of gradients", at_least=0, below=1)
+    adam_beta2: float = arg(0.95, "decay of Adam's running mean of squared gradients", at_least=0, below=1)
+    sgd_momentum: float = arg(0.9, "momentum of sgd", at_least=0, below=1)
+
+
+@dataclasses.dataclass(kw_only=True)
+class OptimizerArguments(UpdateRuleArguments):
     TITLE: ClassVar[str] = "Optimizer"
 
     optimizer: str = arg(
@@ -23,11 +41,7 @@ class OptimizerArguments(Arguments):
         refused=dict.fromkeys(("muon", "dist_muon"), "the muon optimizer is not supported yet"),
     )
     clip_grad: float = arg(1.0, "largest norm of the whole gradient; 0 does not clip", at_least=0)
-    adam_beta1: float = arg(0.9, "decay of Adam's mean", at_least=0, below=1)
-    adam_beta2: float = arg(0.95, "decay of Adam's mean square", at_least=0, below=1)
     adam_eps: float = arg(1e-8, "Adam's epsilon", above=0)
-    sgd_momentum: float = arg(0.9, "momentum of sgd", at_least=0, below=1)
-    weight_decay: float = arg(0.1, "weight decay of matrices (biases and norms have none)", at_least=0)
     weight_decay_incr_style: str = arg(
         "constant",
         "weight decay over the run: --weight_decay throughout, or from --start_weight_decay to "
@@ -78,7 +92,6 @@ class ScheduleArguments(Arguments):
         at_least=0,
         default_text=f"{FULL_PARAMETER_LR:g} for all parameters, {ADAPTER_LR:g} for adapters",
     )
-    min_lr: float = arg(0.0, "learning rate at the end of the decay", at_least=0)
     lr_decay_style: str = arg(
         "cosine",
         "how it falls after the warm-up",
@@ -101,7 +114,7 @@ class ScheduleArguments(Arguments):
 
     def fill(self) -> None:
         if self.lr is None:
-            self.lr = FULL_PARAMETER_LR if getattr(self, "tuner_type", "full") == "full" else ADAPTER_LR
+            self.lr = default_lr(self)
 
     def check(self) -> Iterator[UserError]:
         for name in ("min_lr", "lr_warmup_init"):

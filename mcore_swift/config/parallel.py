@@ -12,7 +12,24 @@ from .fields import arg
 
 
 @dataclasses.dataclass(kw_only=True)
-class ParallelArguments(Arguments):
+class ProcessGroupArguments(Arguments):
+    TITLE: ClassVar[str] = "Process group"
+
+    ddp_backend: str = arg(
+        "auto",
+        "communication library; auto: nccl with CUDA, else gloo",
+        choices=("auto", "nccl", "gloo"),
+    )
+    ddp_timeout: int = arg(
+        600,
+        "seconds a process waits for the others before the run stops and names what hung (ms-swift waits "
+        "208 days)",
+        above=0,
+    )
+
+
+@dataclasses.dataclass(kw_only=True)
+class ParallelArguments(ProcessGroupArguments):
     TITLE: ClassVar[str] = "Parallelism"
 
     tensor_model_parallel_size: int = arg(1, "processes that share every layer's matrices (TP)", at_least=1)
@@ -54,17 +71,6 @@ class ParallelArguments(Arguments):
         choices=("all_gather", "a2a", "p2p"),
         default_text="p2p with Transformer Engine, all_gather without",
         refused={"a2a+p2p": "all-to-all inside of a ring is not supported yet; use a2a or p2p"},
-    )
-    ddp_backend: str = arg(
-        "auto",
-        "communication library; auto is nccl with CUDA and gloo without",
-        choices=("auto", "nccl", "gloo"),
-    )
-    ddp_timeout: int = arg(
-        600,
-        "seconds a process waits for the others before the run stops and names what hung (ms-swift waits "
-        "208 days)",
-        above=0,
     )
 
     def fill(self) -> None:

@@ -40,12 +40,18 @@ class ReportArguments(Arguments):
 
 
 @dataclasses.dataclass(kw_only=True)
-class LoggingArguments(ReportArguments):
+class EvaluationArguments(Arguments):
     TITLE: ClassVar[str] = "Evaluation"
 
     eval_steps: int | None = arg(
         None, "steps between evaluations on the validation set", at_least=1, default_text="--save_steps"
     )
+
+
+@dataclasses.dataclass(kw_only=True)
+class LoggingArguments(ReportArguments, EvaluationArguments):
+    TITLE: ClassVar[str] = "Evaluation"
+
     eval_iters: int = arg(
         -1, "batches of --global_batch_size an evaluation takes; -1 takes them all", at_least=-1
     )

@@ -8,8 +8,7 @@ from typing import Any
 from ..errors import UserError
 from .base import ARGS_FILE, Arguments, find_args_file
 from .fields import flags_of
-from .megatron_tuner import MegatronTunerArguments
-from .tuner import TunerArguments
+from .trained_parameters import FREEZING, THAWING, TrainedParametersArguments
 from .values import same_value
 
 # what describes the model and its text: taken from a checkpoint's args.json where the command is silent
@@ -24,10 +23,6 @@ _QUANTIZED = (
 )
 _START = ("adapters", "mcore_adapter")
 _MAY_CHANGE = ("lora_dropout", "boft_dropout", "vera_dropout", "lorap_lr_ratio", "merge_lora")
-_FREEZING = (
-    *("freeze_parameters", "freeze_parameters_regex", "freeze_parameters_ratio"),
-    *("trainable_parameters", "trainable_parameters_regex"),
-)
 
 
 def checkpoint_of(cls: type[Arguments], typed: Mapping[str, Any]) -> Path | None:
@@ -101,7 +96,7 @@ def taken_over(cls: type[Arguments], given: Mapping[str, Any], saved: Mapping[st
     if cls.COMMAND == "export" and given.keys() & {"adapters", "mcore_adapter"}:
         silent.remove("torch_dtype")  # a merged model has its base's
     taken = [name for name in silent if saved.get(name) is not None]
-    if issubclass(cls, TunerArguments | MegatronTunerArguments):  # what has been trained goes on training
+    if issubclass(cls, TrainedParametersArguments):  # a run continues to train the same parameters
         taken += [
             name
             for name in _tuner_flags(cls)
@@ -121,7 +116,7 @@ def contradictions(
     """
     starts_anew = typed.get("resume_only_model") or typed.get("no_load_optim")
     for name in _tuner_flags(cls):
-        if name not in typed or name not in saved or (starts_anew and name in _FREEZING):
+        if name not in typed or name not in saved or (starts_anew and name in (*FREEZING, *THAWING)):
             continue
         ours, theirs = typed[name], saved[name]
         if isinstance(ours, list) and isinstance(theirs, list):
@@ -135,8 +130,7 @@ def contradictions(
 
 
 def _tuner_flags(cls: type[Arguments]) -> list[str]:
-    groups = [group for group in (TunerArguments, MegatronTunerArguments) if issubclass(cls, group)]
-    names = [name for group in groups for name in flags_of(group)]
+    names = [name for name, flag in flags_of(cls).items() if flag.group == TrainedParametersArguments.TITLE]
     return [name for name in names if name not in (*_START, *_MAY_CHANGE)]
 
 

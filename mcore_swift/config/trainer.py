@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..errors import UserError
-from .base import Arguments
-from .checkpoint import HFSaveArguments
+from .checkpoint import SaveArguments
 from .fields import arg
+from .optimizer import ADAPTER_LR, FULL_PARAMETER_LR, UpdateRuleArguments, default_lr
+from .parallel import ProcessGroupArguments
+from .reporting import EvaluationArguments
+from .training import StartingWeightsArguments
 
-LORA_LR, FULL_LR = 1e-4, 1e-5
 WORLD_BATCH = 16
 """Samples of a step that --gradient_accumulation_steps is chosen for where it is not given."""
 
@@ -34,7 +36,7 @@ _SCHEDULES = {
 
 
 @dataclasses.dataclass(kw_only=True)
-class BackendArguments(Arguments):
+class BackendArguments(ProcessGroupArguments):
     TITLE: ClassVar[str] = "Processes and memory"
 
     backend: str = arg(
@@ -76,14 +78,6 @@ class BackendArguments(Arguments):
         None, 'what --device_map may fill, JSON: {"0": "20GB", "1": "40GB"}'
     )
     fsdp_cpu_offload: bool = arg(False, "keep weights and optimizer state in host memory, on a GPU machine")
-    ddp_backend: str = arg(
-        "auto",
-        "communication library; auto is nccl with CUDA and gloo without",
-        choices=("auto", "nccl", "gloo"),
-    )
-    ddp_timeout: int = arg(
-        600, "seconds a process waits for the others before the run stops and names what hung", above=0
-    )
 
     def check(self) -> Iterator[UserError]:
         if self.max_memory and not self.device_map:
@@ -101,7 +95,7 @@ class BackendArguments(Arguments):
 
 
 @dataclasses.dataclass(kw_only=True)
-class TrainerArguments(Arguments):
+class TrainerArguments(StartingWeightsArguments, UpdateRuleArguments):
     TITLE: ClassVar[str] = "Training"
 
     per_device_train_batch_size: int = arg(1, "samples one process takes at a time", at_least=1)
@@ -113,18 +107,13 @@ class TrainerArguments(Arguments):
     )
     num_train_epochs: float = arg(3.0, "passes over the training data", above=0)
     max_steps: int = arg(-1, "steps to train, in place of epochs; -1: as epochs say", at_least=-1)
-    seed: int = arg(42, "seed of initial weights and dropout", at_least=0)
-    perform_initialization: bool = arg(
-        False, "start from random weights of the shape config.json gives; --model then needs no weights"
-    )
     learning_rate: float | None = arg(
         None,
         "highest learning rate",
         at_least=0,
-        default_text=f"{FULL_LR:g} for all parameters, else {LORA_LR:g}",
+        default_text=f"{FULL_PARAMETER_LR:g} for all parameters, else {ADAPTER_LR:g}",
     )
     lr_scheduler_type: str = arg("cosine", "how it falls after the warm-up", choices=tuple(_SCHEDULES))
-    min_lr: float = arg(0.0, "learning rate at the end of the decay", at_least=0)
     warmup_ratio: float = arg(0.0, "share of the steps that warm up", at_least=0, at_most=1)
     warmup_steps: int = arg(0, "steps that warm up, in place of --warmup_ratio", at_least=0)
     optim: str = arg(
@@ -141,11 +130,7 @@ class TrainerArguments(Arguments):
     galore_proj_type: str = arg(
         "std", "side of a matrix that is projected", choices=("std", "reverse_std", "right", "left")
     )
-    weight_decay: float = arg(0.1, "weight decay of matrices (biases and norms have none)", at_least=0)
-    adam_beta1: float = arg(0.9, "decay of Adam's mean", at_least=0, below=1)
-    adam_beta2: float = arg(0.95, "decay of Adam's mean square", at_least=0, below=1)
     adam_epsilon: float = arg(1e-8, "Adam's epsilon", above=0)
-    sgd_momentum: float = arg(0.9, "momentum of sgd", at_least=0, below=1)
     max_grad_norm: float = arg(1.0, "largest norm of the whole gradient; 0 does not clip", at_least=0)
 
     @property
@@ -186,8 +171,7 @@ class TrainerArguments(Arguments):
 
     def loop_settings(self, world_size: int) -> dict[str, object]:
         """What these flags are called by the training loop and the engines. world_size: data-parallel processes."""
-        full = getattr(self, "tuner_type", "full") == "full"
-        lr = self.learning_rate if self.learning_rate is not None else FULL_LR if full else LORA_LR
+        lr = self.learning_rate if self.learning_rate is not None else default_lr(self)
         a_round = self.per_device_train_batch_size * world_size
         rounds = self.gradient_accumulation_steps or -(-WORLD_BATCH // a_round)
         return {
@@ -215,42 +199,38 @@ class TrainerArguments(Arguments):
 
 
 @dataclasses.dataclass(kw_only=True)
-class TrainerSaveArguments(HFSaveArguments):
-    TITLE: ClassVar[str] = "Output, checkpoints and evaluation"
+class TrainerEvaluationArguments(EvaluationArguments):
+    TITLE: ClassVar[str] = "Evaluation"
+
+    eval_strategy: str | None = arg(
+        None,
+        "when to evaluate: every --eval_steps steps, after every epoch, or never (no)",
+        choices=("steps", "epoch", "no"),
+        default_text="as --save_strategy if there is validation data",
+    )
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrainerSaveArguments(SaveArguments, TrainerEvaluationArguments):
+    TITLE: ClassVar[str] = "Output and checkpoints"
 
     output_dir: str | None = arg(
         None,
         "folder of the run: logs and checkpoints",
         default_text="output/<name of the model>, or the run that is resumed",
     )
-    add_version: bool = arg(True, "write into a new sub-folder vN-<time>, so that runs never mix")
     save_strategy: str = arg(
         "steps",
         "save every --save_steps steps, after every epoch, or only after the last step (no)",
         choices=("steps", "epoch", "no"),
     )
-    save_steps: int = arg(500, "steps between checkpoints; the last step is saved in any case", at_least=1)
-    save_total_limit: int | None = arg(
-        None, "checkpoints to keep, the newest and the best among them", at_least=1, default_text="all"
-    )
     save_only_model: bool = arg(False, "leave out the optimizer's state; such a checkpoint cannot be resumed")
-    save_safetensors: bool = arg(True, "write the weights in Hugging Face's form too, each time")
-    async_save: bool = arg(False, "write checkpoints in the background while training goes on")
     resume_from_checkpoint: str | None = arg(
         None,
         "a checkpoint or run folder: continue it with its weights, optimizer, step and place in the data, on any "
         "number of processes. auto: the newest in --output_dir, or start when there is none",
     )
     resume_only_model: bool = arg(False, "continue with the weights and the step, and a fresh optimizer")
-    eval_strategy: str | None = arg(
-        None,
-        "when to evaluate: every --eval_steps steps, after every epoch, never (no)",
-        choices=("steps", "epoch", "no"),
-        default_text="as --save_strategy where there is validation data",
-    )
-    eval_steps: int | None = arg(
-        None, "steps between evaluations on the validation set", at_least=1, default_text="--save_steps"
-    )
 
     def fill(self) -> None:
         resume = self.resume_from_checkpoint

@@ -14,7 +14,17 @@ _ONLY_CUDA = (
 
 
 @dataclasses.dataclass(kw_only=True)
-class TrainArguments(Arguments):
+class StartingWeightsArguments(Arguments):
+    TITLE: ClassVar[str] = "Training"
+
+    seed: int = arg(42, "seed of initial weights and dropout", at_least=0)
+    perform_initialization: bool = arg(
+        False, "start from random weights for the architecture in config.json; --model then needs no weights"
+    )
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrainArguments(StartingWeightsArguments):
     TITLE: ClassVar[str] = "Training"
 
     micro_batch_size: int = arg(1, "samples (with packing: rows) one process takes at a time", at_least=1)
@@ -23,7 +33,6 @@ class TrainArguments(Arguments):
     )
     num_train_epochs: int | None = arg(None, "passes over the training data", at_least=1)
     train_iters: int | None = arg(None, "steps to train, in place of epochs", at_least=1)
-    seed: int = arg(42, "seed of initial weights and dropout", at_least=0)
     calculate_per_token_loss: bool | None = arg(
         None,
         "what a step minimizes; true: the mean over its tokens; false: the mean of its microbatches' means. The log "
@@ -34,9 +43,6 @@ class TrainArguments(Arguments):
         0.1,
         "multi-token prediction: weight of the mean of its layers' losses beside the loss of the next token",
         at_least=0,
-    )
-    perform_initialization: bool = arg(
-        False, "start from random weights of the shape config.json gives; --model then needs no weights"
     )
     manual_gc: bool = arg(
         False, "collect Python's garbage on all processes in the same step, not when each likes"

@@ -7,14 +7,6 @@ from typing import Any
 
 from mcore_swift.errors import UserError
 
-FLAGS = (
-    "freeze_parameters",
-    "freeze_parameters_regex",
-    "freeze_parameters_ratio",
-    "trainable_parameters",
-    "trainable_parameters_regex",
-)
-
 
 def freezes(args: Any) -> bool:
     """Whether any parameter is asked to stay."""
