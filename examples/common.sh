@@ -14,8 +14,9 @@ fi
 MODEL=${MODEL:-$DEMO/model}
 DATASET=${DATASET:-$DEMO/train.jsonl}
 
-# the installed command, or the module when run from a checkout that is not installed
+# the installed commands, or the module when run from a checkout that is not installed
 if ! command -v megatron >/dev/null; then
     export PYTHONPATH="$EXAMPLES/..${PYTHONPATH:+:$PYTHONPATH}"
     megatron() { "$PYTHON" -m mcore_swift.cli.main megatron "$@"; }
+    swift() { "$PYTHON" -m mcore_swift.cli.main swift "$@"; }
 fi
