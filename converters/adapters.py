@@ -105,13 +105,7 @@ def convert_adapter(
     Adapters are small: the first rank does it, and holds it whole.
     """
     with pending_directory(args.output_dir, ranks, args.exist_ok) as folder:
-        error: Exception | None = None
-        if ranks.is_first:
-            try:
-                _write(source, table, args, folder, family, to_mcore)
-            except Exception as raised:
-                error = raised
-        ranks.agree(error)
+        ranks.together(lambda: _write(source, table, args, folder, family, to_mcore), where=ranks.is_first)
 
 
 def _write(

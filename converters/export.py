@@ -22,7 +22,6 @@ from converters.pending import check_free_space, pending_directory
 from converters.ranks import Ranks
 from converters.safetensors_format import TensorSpec
 from converters.side_files import copy_side_files
-from mcore_swift.errors import UserError
 from mcore_swift.models.rules import RuleTable, region_shape
 from mcore_swift.models.shards import LiveShard, MergedShard, live_shards
 from mcore_swift.models.stored_form import AS_IS
@@ -104,15 +103,14 @@ def check_budget_of_shards(
     shards: Sequence[LiveShard], table: RuleTable, budget: Budget, ranks: Ranks
 ) -> None:
     """The same for `write_shards_as_hf`."""
-    error = None
-    try:
+
+    def check() -> None:
         for shard in shards:
             rule = table.by_mcore[shard.key]
             shapes = rule.hf_shapes(shard.global_shape)
             budget.check(TensorSpec(name, shapes[name], shard.data.dtype) for name in rule.hf)
-    except UserError as mistake:
-        error = mistake
-    ranks.agree(error)
+
+    ranks.together(check)
 
 
 def write_hf(
@@ -146,13 +144,9 @@ def write_shards_as_hf(
     plans = _plan(shards, table, bucket_bytes, dtype, ranks, part_bytes=bucket_bytes)
     budget.check(plan.spec for plan in plans)
     files = plan_files(_specs_by_rank(plans, ranks.size), max_shard_bytes)
+    nbytes = sum(plan.nbytes for plan in plans)
+    ranks.together(lambda: check_free_space(folder, nbytes), where=ranks.is_first)
     error: Exception | None = None
-    try:
-        if ranks.is_first:
-            check_free_space(folder, sum(plan.nbytes for plan in plans))
-    except Exception as raised:  # whatever it is, no rank may go on alone
-        error = raised
-    ranks.agree(error)
     writer = HFWriter(folder, files, ranks.rank)
     try:
         for members in _gather(plans, shards, ranks):

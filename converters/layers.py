@@ -65,18 +65,16 @@ def compare_layers(
 
     Collective; the same on all ranks. The first rank loads the transformers model.
     """
-    ranks, error, found = Ranks(), None, None
+    ranks = Ranks()
     held = ranks.collect(_our_states(chunks, token_rows, vocab_size))
-    if ranks.is_first:
-        try:
-            ours = {number: state for part in held for number, state in part.items()}
-            theirs = _their_states(hf_dir, token_rows[0], dtype, stored)
-            numbers = sorted(ours.keys() & theirs.keys())
-            found = LayerComparison(tuple(_error(n, ours[n], theirs[n]) for n in numbers), dtype)
-        except Exception as raised:
-            error = raised
-    ranks.agree(error)
-    return ranks.gather(found)[0]
+
+    def compare() -> LayerComparison:
+        ours = {number: state for part in held for number, state in part.items()}
+        theirs = _their_states(hf_dir, token_rows[0], dtype, stored)
+        numbers = sorted(ours.keys() & theirs.keys())
+        return LayerComparison(tuple(_error(n, ours[n], theirs[n]) for n in numbers), dtype)
+
+    return ranks.gather(ranks.together(compare, where=ranks.is_first))[0]
 
 
 def _error(number: int, ours: Tensor, theirs: Tensor) -> LayerError:

@@ -12,7 +12,6 @@ from converters.hf_reader import HFReader, copy_block
 from converters.ranks import Ranks
 from converters.regions import numel
 from mcore_swift.accelerator import get_accelerator
-from mcore_swift.errors import UserError
 from mcore_swift.models.rules import RuleTable, Shape
 from mcore_swift.models.shards import ADAPTER, LiveShard, live_shards, parameter_shards, unwrap
 
@@ -50,15 +49,9 @@ def load_hf(
 
 def check_coverage(shards: Sequence[LiveShard], reader: HFReader, table: RuleTable, ranks: Ranks) -> None:
     """Raise UserErrors unless checkpoint, table and model fit each other completely. Collective."""
-    error, source = None, str(reader.model_dir)
-    model_shapes: dict[str, Shape] = {}
-    for held in ranks.gather({shard.key: shard.global_shape for shard in shards}):
-        model_shapes.update(held)
-    try:
-        check_model(table, check_hf(table, reader.shapes, source), model_shapes, source)
-    except UserError as mistake:
-        error = mistake
-    ranks.agree(error)
+    source = str(reader.model_dir)
+    model_shapes = ranks.union({shard.key: shard.global_shape for shard in shards})
+    ranks.together(lambda: check_model(table, check_hf(table, reader.shapes, source), model_shapes, source))
 
 
 def _fill_chunk(chunk: nn.Module, reader: HFReader, table: RuleTable) -> None:

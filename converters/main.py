@@ -165,13 +165,8 @@ def _unfinished(
     attempt = identity(plan, source.reader.files)
     with pending_directory(args.output_dir, ranks, args.exist_ok, attempt) as folder:
         weights = folder / MCORE if args.to_mcore else folder
-        ranks.agree(_made(weights) if ranks.is_first else None)
-        journal, error = None, None
-        try:
-            journal = Journal(weights, ranks.rank)
-        except Exception as raised:
-            error = raised
-        ranks.agree(error)
+        ranks.together(lambda: weights.mkdir(exist_ok=True), where=ranks.is_first)
+        journal = ranks.together(lambda: Journal(weights, ranks.rank))
         kept = sum(ranks.gather(journal.nbytes))
         if kept and ranks.is_first:
             print(f"{args.output_dir}: {size(kept)} that an earlier attempt wrote are kept", flush=True)
@@ -251,14 +246,6 @@ def _read_plan(model_dir: str, multi_token_layers: int | None) -> Any:
     from mcore_swift.models.reading import read_model
 
     return read_model(model_dir, multi_token_layers)
-
-
-def _made(folder: Path) -> Exception | None:
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        return error
-    return None
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

@@ -52,15 +52,13 @@ def write_adapter(
         for name, tensor in bucket.tensors.items()
     }
     collected = ranks.collect(own)
-    error: Exception | None = None
-    if ranks.is_first:
+
+    def write() -> None:
         tensors = {name: tensor for part in collected for name, tensor in part.items()}
-        try:
-            tensors |= {copy: tensors[name].clone() for copy, name in whole.copies.items()}
-            save_peft(folder, tensors, settings, base_model, adaptable_modules(table))
-        except Exception as raised:
-            error = raised
-    ranks.agree(error)
+        tensors |= {copy: tensors[name].clone() for copy, name in whole.copies.items()}
+        save_peft(folder, tensors, settings, base_model, adaptable_modules(table))
+
+    ranks.together(write, where=ranks.is_first)
 
 
 def _in_file(keys: Iterable[str], table: RuleTable, whole: Beside) -> RuleTable:

@@ -56,7 +56,7 @@ def pending_directory(
     final = Path(os.path.abspath(final))
     pending = pending_folder(final)
     lock: list[int] = []
-    ranks.agree(_try(_create, final, pending, exist_ok, identity, lock) if ranks.is_first else None)
+    ranks.together(lambda: _create(final, pending, exist_ok, identity, lock), where=ranks.is_first)
     error: Exception | None = None
     try:
         try:
@@ -64,22 +64,14 @@ def pending_directory(
         except Exception as raised:  # agreed on, so that no rank waits for one that has left
             error = raised
         ranks.agree(error)
-        ranks.agree(_try(_sync_tree, pending) if _is_first_here(ranks) else None)
-        ranks.agree(_try(_rename, final, pending) if ranks.is_first else None)
+        ranks.together(lambda: _sync_tree(pending), where=_is_first_here(ranks))
+        ranks.together(lambda: _rename(final, pending), where=ranks.is_first)
     except BaseException as raised:
         if ranks.is_first and (identity is None or isinstance(raised, Exception)):
             shutil.rmtree(pending, ignore_errors=True)
         raise
     finally:
         _release(lock)
-
-
-def _try(action, *arguments) -> Exception | None:
-    try:
-        action(*arguments)
-    except Exception as error:
-        return error
-    return None
 
 
 def _create(

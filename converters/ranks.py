@@ -1,10 +1,13 @@
 """What converters need of a process group: nothing at all when there is one process."""
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from mcore_swift.errors import DiskFull, UserError, raise_together
+
+T = TypeVar("T")
 
 
 class Ranks:
@@ -36,6 +39,25 @@ class Ranks:
         first = dist.get_global_rank(self.group, 0) if self.group is not None else 0
         dist.gather_object(value, values, dst=first, group=self.group)
         return values or []
+
+    def union(self, held: Mapping[str, T]) -> dict[str, T]:
+        """The entries of every rank's mapping in one. Collective; a key that several ranks have is the same on all."""
+        return {key: value for of_rank in self.gather(dict(held)) for key, value in of_rank.items()}
+
+    def together(self, action: Callable[[], T], *, where: bool = True) -> T | None:
+        """Run `action` on the ranks on which `where` holds; what it raises on any rank is raised on all. Collective.
+
+        Returns what the action returned on this rank, None if it was not run here.
+        """
+        result: T | None = None
+        error: Exception | None = None
+        try:
+            if where:
+                result = action()
+        except Exception as raised:  # whatever it is: no rank may go on alone
+            error = raised
+        self.agree(error)
+        return result
 
     def agree(self, error: Exception | None) -> None:
         """Raise on every rank what went wrong on any of them. Collective, and so also a barrier.

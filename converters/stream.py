@@ -5,7 +5,7 @@ With several processes, each converts a share of the bytes.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -160,7 +160,7 @@ def view_to_mcore(
         view.copy_into(spec.name, region, out)
         progress.advance(out.nbytes)
 
-    _agreeing(ranks, lambda: writer.write(fill))
+    ranks.together(lambda: writer.write(fill))
     writer.finish()
 
 
@@ -180,31 +180,20 @@ def mcore_to_hf(
     """
     ranks, progress = ranks or Ranks(), progress or Silent()
     _check_space(folder, plan.specs, ranks, journal)
-    _agreeing(ranks, lambda: _write_files(reader, plan, folder, ranks.rank, progress, journal))
+    ranks.together(lambda: _write_files(reader, plan, folder, ranks.rank, progress, journal))
     dtypes = {spec.dtype for spec in plan.specs}
 
     def finish() -> None:
-        if ranks.is_first:
-            write_index(folder, plan.files)
-            copy_side_files(source_dir, folder, dtypes.pop() if len(dtypes) == 1 else None, plan.table.config)
+        write_index(folder, plan.files)
+        copy_side_files(source_dir, folder, dtypes.pop() if len(dtypes) == 1 else None, plan.table.config)
 
-    _agreeing(ranks, finish)
+    ranks.together(finish, where=ranks.is_first)
 
 
 def _check_space(folder: Path, specs: list[TensorSpec], ranks: Ranks, journal: Journal | None) -> None:
     written = sum(ranks.gather(journal.nbytes if journal else 0))
     nbytes = sum(spec.nbytes for spec in specs) - written
-    _agreeing(ranks, lambda: check_free_space(folder, nbytes) if ranks.is_first else None)
-
-
-def _agreeing(ranks: Ranks, action: Callable[[], None]) -> None:
-    """Run a rank's share; if it fails on any rank, all of them raise."""
-    error: Exception | None = None
-    try:
-        action()
-    except Exception as raised:
-        error = raised
-    ranks.agree(error)
+    ranks.together(lambda: check_free_space(folder, nbytes), where=ranks.is_first)
 
 
 def _write_files(

@@ -141,13 +141,12 @@ def compare_logits(
         and parallel_state.get_tensor_model_parallel_rank() == 0
         and parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
     )
-    ranks, error, found = Ranks(), None, None
-    if speaks:
-        try:
-            found = _compare(ours, hf_logits(hf_dir, token_rows, dtype, stored), dtype)
-        except Exception as raised:
-            error = raised
-    ranks.agree(error)
+    ranks = Ranks()
+
+    def compare() -> Comparison:
+        return _compare(ours, hf_logits(hf_dir, token_rows, dtype, stored), dtype)
+
+    found = ranks.together(compare, where=speaks)
     return next(result for result in ranks.gather(found) if result is not None)
 
 

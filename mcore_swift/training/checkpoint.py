@@ -113,19 +113,19 @@ class Checkpoints:
         """
         self.poll(wait=True)
         final = self.run_dir / f"checkpoint-{state.step}"
-        self._together(self._sweep, only_first=True)
+        self.ranks.together(self._sweep, where=self.ranks.is_first)
         with Limit(f"save of {final.name}", self.timeout_s), contextlib.ExitStack() as stack:
             folder = stack.enter_context(pending_directory(final, self.ranks, exist_ok=True))
             shards = self._prepare(folder)
-            self._together(lambda: self._write_description(folder, state))
+            self.ranks.together(lambda: self._write_description(folder, state))
             if self._export_hf is not None:
                 self._export_hf(folder)
             if self._export_merged is not None:
                 beside = final.with_name(final.name + MERGED)
                 merged = stack.enter_context(pending_directory(beside, self.ranks, exist_ok=True))
                 self._export_merged(merged)
-                self._together(lambda: self._write_args(merged), only_first=True)
-            self._together(lambda: self._write_generators(folder))
+                self.ranks.together(lambda: self._write_args(merged), where=self.ranks.is_first)
+            self.ranks.together(lambda: self._write_generators(folder))
             writing = _BackgroundSave(
                 folder,
                 state,
@@ -177,7 +177,7 @@ class Checkpoints:
             if "rng" in self.holds:
                 (folder / GENERATORS).mkdir()
 
-        self._together(make, only_first=True)
+        self.ranks.together(make, where=self.ranks.is_first)
         return shards
 
     def _write_description(self, folder: Path, state: TrainState) -> None:
@@ -223,7 +223,7 @@ class Checkpoints:
                 written=time.time(),
             ).write(writing.folder)
 
-        self._together(describe, only_first=True)
+        self.ranks.together(describe, where=self.ranks.is_first)
 
     def _after_save(self, state: TrainState) -> None:
         def tidy() -> None:
@@ -231,7 +231,7 @@ class Checkpoints:
                 _point_to(self.run_dir / LATEST, f"checkpoint-{state.step}")
                 self._rotate(state)
 
-        self._together(tidy, only_first=True)
+        self.ranks.together(tidy, where=self.ranks.is_first)
 
     def _rotate(self, state: TrainState) -> None:
         limit = self.args.save_total_limit
@@ -247,16 +247,6 @@ class Checkpoints:
                     )  # never half-deleted under its own name
                     place.rename(doomed)
                     shutil.rmtree(doomed, ignore_errors=True)
-
-    def _together(self, action: Callable[[], Any], *, only_first: bool = False) -> None:
-        """Run an action, on the first rank or on all, and raise on all what went wrong on any."""
-        error: Exception | None = None
-        try:
-            if self.ranks.is_first or not only_first:
-                action()
-        except Exception as raised:
-            error = raised
-        self.ranks.agree(error)
 
 
 class _BackgroundSave:

@@ -74,7 +74,7 @@ def _build_run(args: Any, layout: Layout, ranks: Ranks, resume: Path | None, run
     engine = backend.build(plan, layout, args, model_dtype(args, plan), start)
     state = _fill(engine, args, data, resume, start, ranks)
     engine.begin(data.train.total_steps)
-    ranks.agree(_args_saved(args, run_dir) if ranks.is_first else None)
+    ranks.together(lambda: _save_args(args, run_dir), where=ranks.is_first)
     budget = Budget.of(args.memory_budget)
     engine.check_budget(budget, ranks)
 
@@ -107,13 +107,9 @@ def _build_run(args: Any, layout: Layout, ranks: Ranks, resume: Path | None, run
     )
 
 
-def _args_saved(args: Any, run_dir: Path) -> UserError | None:
-    try:
-        with disk_errors(run_dir):
-            args.save(run_dir)
-    except UserError as error:
-        return error
-    return None
+def _save_args(args: Any, run_dir: Path) -> None:
+    with disk_errors(run_dir):
+        args.save(run_dir)
 
 
 def model_dtype(args: Any, plan: Any) -> torch.dtype:
@@ -132,15 +128,15 @@ def _resume_from(args: Any, ranks: Ranks) -> Path | None:
     """The checkpoint to continue, the same on every rank, or None for a fresh start."""
     if args.resume == "none":
         return None
-    found: Path | None = None
-    error: UserError | None = None
-    if ranks.is_first:
-        try:
-            found = find_checkpoint(Path(args.output_dir if args.resume == "auto" else args.resume))
-        except UserError as raised:
-            error = None if args.resume == "auto" else raised
-    ranks.agree(error)
-    return ranks.gather(found)[0]
+
+    def find() -> Path | None:
+        if args.resume != "auto":
+            return find_checkpoint(Path(args.resume))
+        with suppress(UserError):  # none there yet: a fresh start
+            return find_checkpoint(Path(args.output_dir))
+        return None
+
+    return ranks.gather(ranks.together(find, where=ranks.is_first))[0]
 
 
 def _choose_folder(args: Any, resume: Path | None, ranks: Ranks) -> Path:
@@ -160,14 +156,12 @@ def _choose_folder(args: Any, resume: Path | None, ranks: Ranks) -> Path:
 def _made_folder(run_dir: Path, ranks: Ranks) -> Iterator[None]:
     """Make the run's folder; what fails inside, before the first step, leaves no new folder behind."""
     missing = [path for path in (run_dir, *run_dir.parents) if ranks.is_first and not path.exists()]
-    error: UserError | None = None
-    try:
-        if ranks.is_first:
-            with disk_errors(run_dir):
-                run_dir.mkdir(parents=True, exist_ok=True)
-    except UserError as raised:
-        error = raised
-    ranks.agree(error)
+
+    def make() -> None:
+        with disk_errors(run_dir):
+            run_dir.mkdir(parents=True, exist_ok=True)
+
+    ranks.together(make, where=ranks.is_first)
     try:
         yield
     except BaseException:

@@ -41,16 +41,8 @@ def load(
     shards: all of this rank's. Raises UserError on every rank if a tensor is missing or of another shape.
     """
     started = time.monotonic()
-    shapes = {shard.key: shard.global_shape for shard in shards}
-    for held in ranks.gather(shapes):  # a rank may hold no part of a small tensor
-        shapes |= held
-    reader, error = None, None
-    try:
-        reader = HFReader(model_dir, budget.staging)
-    except UserError as raised:
-        error = raised
-    ranks.agree(error)
-    with reader:
+    shapes = whole_shapes(shards, ranks)
+    with ranks.together(lambda: HFReader(model_dir, budget.staging)) as reader:
         names = names_on_disk(shapes, reader.shapes, model)
         if names is not None:
             for shard in shards:
@@ -59,6 +51,11 @@ def load(
             return f"read {reader.bytes_read / 1e6:.0f} MB of weights in {seconds:.1f} s"
     _load_by_transformers(model_dir, model, shapes, shards, ranks)
     return f"transformers read the weights, converting them, in {time.monotonic() - started:.1f} s"
+
+
+def whole_shapes(shards: Sequence[LiveShard], ranks: Ranks) -> dict[str, Shape]:
+    """Shapes of the whole tensors by name, also of those of which this rank holds no part. Collective."""
+    return ranks.union({shard.key: shard.global_shape for shard in shards})
 
 
 def names_on_disk(
@@ -82,14 +79,7 @@ def _load_by_transformers(
     model_dir: str, model: nn.Module, shapes: Mapping[str, Shape], shards: Sequence[LiveShard], ranks: Ranks
 ) -> None:
     """The first rank loads the whole model in host memory, and hands out tensor by tensor."""
-    whole: dict[str, Tensor] = {}
-    error = None
-    if ranks.is_first:
-        try:
-            whole = _from_pretrained(model_dir, shapes)
-        except UserError as raised:
-            error = raised
-    ranks.agree(error)
+    whole = ranks.together(lambda: _from_pretrained(model_dir, shapes), where=ranks.is_first)
     device = get_accelerator().device
     mine: dict[str, list[LiveShard]] = {}
     for shard in shards:
@@ -139,32 +129,26 @@ def export(
 
     config: what config.json says otherwise than that of `source_dir`.
     """
-    shapes: dict[str, Shape] = {}
-    for held in ranks.gather({shard.key: shard.global_shape for shard in shards}):
-        shapes |= held
+    shapes = whole_shapes(shards, ranks)
     order = [name for name in model.state_dict() if name in shapes]  # the same on every rank
     if _is_stored_as_named(model, shapes):
         table = _table(order, config)
         write_shards_as_hf(shards, table, source_dir, folder, max_shard_bytes, dtype, ranks, budget)
         return
     whole = _gather(shards, order, shapes, dtype, ranks)
-    error = None
-    try:
-        if ranks.is_first:
-            with disk_errors(folder):
-                model.save_pretrained(folder, state_dict=whole, max_shard_size=max_shard_bytes)
-    except Exception as raised:
-        error = raised
-    ranks.agree(error)
+
+    def write() -> None:
+        with disk_errors(folder):
+            model.save_pretrained(folder, state_dict=whole, max_shard_size=max_shard_bytes)
+
+    ranks.together(write, where=ranks.is_first)
 
 
 def check_budget(model: Any, shards: Sequence[LiveShard], budget: Budget, ranks: Ranks) -> None:
     """Raise UserError, on every rank, if `export` could not keep to the budget. Collective."""
     if budget.nbytes is None:
         return
-    shapes: dict[str, Shape] = {}
-    for held in ranks.gather({shard.key: shard.global_shape for shard in shards}):
-        shapes |= held
+    shapes = whole_shapes(shards, ranks)
     if not _is_stored_as_named(model, shapes):
         raise UserError(
             "--memory_budget: transformers converts the weights of this model, and holds all of them to do so",
@@ -179,30 +163,17 @@ def _table(names: Iterable[str], config: Mapping[str, Any] | None = None) -> Rul
 
 def export_adapter(folder: Path, model: Any, shards: Sequence[LiveShard], ranks: Ranks) -> None:
     """Write the trained parameters as a PEFT folder. Collective."""
-    shapes: dict[str, Shape] = {}
-    for held in ranks.gather({shard.key: shard.global_shape for shard in shards}):
-        shapes |= held
+    shapes = whole_shapes(shards, ranks)
     whole = _gather(shards, sorted(shapes), shapes, torch.float32, ranks)
-    error = None
-    try:
-        if ranks.is_first:
-            save_adapter(model, folder, whole)
-    except Exception as raised:
-        error = raised
-    ranks.agree(error)
+    ranks.together(lambda: save_adapter(model, folder, whole), where=ranks.is_first)
 
 
 def load_adapter(folder: str, model: Any, shards: Sequence[LiveShard], ranks: Ranks) -> None:
     """Fill the trained parameters from a PEFT folder. Collective."""
     shapes = {shard.key: shard.global_shape for shard in shards}
-    error = None
-    try:
-        tensors = adapter_tensors(folder, model, shapes)
-        for shard in shards:
-            shard.data.copy_(tensors[shard.key][as_slices(shard.region)])
-    except UserError as raised:
-        error = raised
-    ranks.agree(error)
+    tensors = ranks.together(lambda: adapter_tensors(folder, model, shapes))
+    for shard in shards:
+        shard.data.copy_(tensors[shard.key][as_slices(shard.region)])
 
 
 def _is_stored_as_named(model: Any, shapes: Mapping[str, Shape]) -> bool:
