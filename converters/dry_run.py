@@ -27,7 +27,7 @@ def dry_run(args: Any, processes: int) -> int:
     budget that is too small, a disk without room.
     """
     with open_source(args) as source:
-        print(f"reads {source.folder} ({size(source.reader.nbytes)} of weights)", flush=True)
+        print(f"reads {source.folder} ({size(source.view.nbytes)} of weights)", flush=True)
         plan = plan_of(args, source, processes)
         reads = [_reads(source, plan, rank) for rank in range(processes)]
         _print_reads(sum(reads, Counter()))
@@ -37,7 +37,7 @@ def dry_run(args: Any, processes: int) -> int:
             _print_writes(plan, rank, reads[rank])
         print("every tensor of the checkpoint is used, and every weight of the model is found")
         pending = pending_folder(args.output_dir)
-        if can_continue(pending, identity(plan, source.reader.files)):
+        if can_continue(pending, identity(plan, source.view.files)):
             print(f"{pending} holds a part of it, which would be verified and kept")
     return _disk(Path(args.output_dir), needed)
 
@@ -47,18 +47,18 @@ def _reads(source: Source, plan: stream.MCorePlan | stream.HFPlan, rank: int) ->
     found: Counter[Path] = Counter()
     if isinstance(plan, stream.MCorePlan):
         for spec, region in plan.shares[rank]:
-            for path, nbytes in source.reader.files_of(spec.name, region):
+            for path, nbytes in source.view.files_of(spec.name, region):
                 found[path] += nbytes
         return found
     specs = {spec.name for file in plan.files_of(rank) for spec in file.specs}
-    shapes = source.reader.shapes
+    shapes = source.view.shapes
     for rule in plan.table.rules:
         if specs.isdisjoint(rule.hf):
             continue
         shape = shapes[rule.mcore]
         for block in rule.blocks(full_region(shape), rule.hf_shapes(shape)):
             if block.name in specs:
-                for path, nbytes in source.reader.files_of(rule.mcore, block.mcore):
+                for path, nbytes in source.view.files_of(rule.mcore, block.mcore):
                     found[path] += nbytes
     return found
 

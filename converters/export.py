@@ -20,6 +20,7 @@ from converters.export_plan import Holding, Piece, TensorPlan, plan_export
 from converters.hf_writer import HFWriter, plan_files, write_index
 from converters.pending import check_free_space, pending_directory
 from converters.ranks import Ranks
+from converters.regions import numel
 from converters.safetensors_format import TensorSpec
 from converters.side_files import copy_side_files
 from mcore_swift.models.rules import RuleTable, region_shape
@@ -308,7 +309,4 @@ def _parts(message: torch.Tensor, pieces: Sequence[tuple[TensorPlan, Piece]]) ->
 
 
 def _nbytes(plan: TensorPlan, piece: Piece) -> int:
-    size = plan.spec.dtype.itemsize
-    for extent in region_shape(piece.block.hf):
-        size *= extent
-    return size
+    return plan.spec.dtype.itemsize * numel(piece.block.hf)

@@ -76,7 +76,7 @@ class Source:
 
     folder: str
     description: str
-    reader: View
+    view: View
     model: "ModelPlan"
 
 
@@ -115,9 +115,9 @@ def plan_of(args: Any, source: Source, processes: int) -> stream.MCorePlan | str
     """Who writes what. Raises UserError if checkpoint and model do not fit, or the memory budget is too small."""
     table, dtype, budget = source.model.table, _dtype(args.torch_dtype), Budget.of(args.memory_budget)
     if args.to_mcore:
-        return stream.plan_view(source.reader, table, dtype, processes, budget)
+        return stream.plan_mcore(source.view, table, dtype, processes, budget)
     shard = size_bytes(args.max_shard_size)
-    return stream.plan_hf(source.reader, table, shard, dtype, processes, budget)
+    return stream.plan_hf(source.view, table, shard, dtype, processes, budget)
 
 
 def convert(args: Any, ranks: Ranks) -> None:
@@ -129,9 +129,9 @@ def convert(args: Any, ranks: Ranks) -> None:
         plan = plan_of(args, source, ranks.size)
         with _unfinished(args, ranks, plan, source) as (folder, journal, progress):
             if args.to_mcore:
-                stream.view_to_mcore(source.reader, plan, folder / MCORE, ranks, progress, journal)
+                stream.write_mcore(source.view, plan, folder / MCORE, ranks, progress, journal)
             else:
-                stream.mcore_to_hf(source.reader, plan, source.description, folder, ranks, progress, journal)
+                stream.write_hf(source.view, plan, source.description, folder, ranks, progress, journal)
             journal.close()
             if args.to_mcore and ranks.is_first:
                 _describe(args, source, plan, folder)
@@ -161,8 +161,8 @@ def _unfinished(
 
     What an attempt of the same conversion has left there is kept as far as it is sound.
     """
-    what = f"{source.folder} ({size(source.reader.nbytes)}) -> {args.output_dir}"
-    attempt = identity(plan, source.reader.files)
+    what = f"{source.folder} ({size(source.view.nbytes)}) -> {args.output_dir}"
+    attempt = identity(plan, source.view.files)
     with pending_directory(args.output_dir, ranks, args.exist_ok, attempt) as folder:
         weights = folder / MCORE if args.to_mcore else folder
         ranks.together(lambda: weights.mkdir(exist_ok=True), where=ranks.is_first)

@@ -1,5 +1,6 @@
 """Arithmetic on regions: half-open boxes `((start, stop), ...)`, an interval for each dimension."""
 
+import math
 from collections.abc import Iterator
 
 from mcore_swift.models.rules import Block, Region, Shape
@@ -22,10 +23,8 @@ def absolute(region: Region, origin: Region) -> Region:
 
 
 def numel(region: Region) -> int:
-    size = 1
-    for start, stop in region:
-        size *= stop - start
-    return size
+    """How many elements a box has."""
+    return math.prod(stop - start for start, stop in region)
 
 
 def clip(block: Block, region: Region) -> Block | None:
@@ -49,9 +48,7 @@ def slabs(shape: Shape, itemsize: int, max_bytes: int) -> Iterator[Region]:
     if not shape:
         yield ()
         return
-    row_bytes = itemsize
-    for size in shape[1:]:
-        row_bytes *= size
+    row_bytes = itemsize * math.prod(shape[1:])
     rows = max_bytes // row_bytes
     if rows:
         inner = tuple((0, size) for size in shape[1:])

@@ -4,6 +4,7 @@ Format: https://github.com/huggingface/safetensors#format
 """
 
 import json
+import math
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -50,10 +51,7 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        size = self.dtype.itemsize
-        for extent in self.shape:
-            size *= extent
-        return size
+        return self.dtype.itemsize * math.prod(self.shape)
 
 
 def serialize_header(specs: Iterable[TensorSpec]) -> bytes:

@@ -4,6 +4,7 @@ Files are read with pread into memory that is reused or that is the target itsel
 so the pages of a file never count as memory of the process, however large the checkpoint.
 """
 
+import math
 import os
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -34,10 +35,7 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        size = self.dtype.itemsize
-        for extent in self.shape:
-            size *= extent
-        return size
+        return self.dtype.itemsize * math.prod(self.shape)
 
     @property
     def parts(self) -> "tuple[StoredTensor, ...]":
@@ -89,9 +87,7 @@ class RegionReader:
     def _copy(
         self, stored: StoredTensor, offset: int, shape: Shape, region: Region, out: torch.Tensor
     ) -> None:
-        row_bytes = stored.dtype.itemsize
-        for size in shape[1:]:
-            row_bytes *= size
+        row_bytes = stored.dtype.itemsize * math.prod(shape[1:])
         (start, stop), *rest = region
         offset += start * row_bytes
         if tuple(rest) == tuple((0, size) for size in shape[1:]):

@@ -16,7 +16,6 @@ import torch
 from converters import torch_dist_writer
 from converters.budget import UNBOUNDED, Budget
 from converters.coverage import check_mcore
-from converters.hf_reader import HFReader
 from converters.hf_writer import HFWriter, PlannedFile, in_writing_order, plan_files, share_out, write_index
 from converters.journal import Journal
 from converters.pending import check_free_space
@@ -28,7 +27,7 @@ from converters.safetensors_format import TensorSpec
 from converters.side_files import copy_side_files
 from converters.stored import Buffers
 from converters.torch_dist_writer import Chunk, MCoreWriter, nbytes_of, share_chunks
-from converters.views import HFView, View
+from converters.views import View
 from mcore_swift.models.rules import (
     Block,
     Region,
@@ -74,27 +73,16 @@ class HFPlan:
 
 
 def plan_mcore(
-    reader: HFReader,
-    table: RuleTable,
-    dtype: torch.dtype | None = None,
-    processes: int = 1,
-    budget: Budget = UNBOUNDED,
-) -> MCorePlan:
-    """Plan `hf_to_mcore`. dtype: of the result; None keeps each tensor's own.
-
-    Raises UserErrors if checkpoint and table do not fit, UserError if the budget is too small.
-    """
-    return plan_view(HFView(reader, table), table, dtype, processes, budget)
-
-
-def plan_view(
     view: View,
     table: RuleTable,
     dtype: torch.dtype | None = None,
     processes: int = 1,
     budget: Budget = UNBOUNDED,
 ) -> MCorePlan:
-    """Plan `view_to_mcore`; see `plan_mcore`."""
+    """Plan `write_mcore`. dtype: of the result; None keeps each tensor's own.
+
+    Raises UserErrors if checkpoint and table do not fit, UserError if the budget is too small.
+    """
     check_mcore(table, view.shapes, str(view.folder))
     specs = [
         replace(view.specs[rule.mcore], dtype=rule.converted(dtype) or view.specs[rule.mcore].dtype)
@@ -106,41 +94,25 @@ def plan_view(
 
 
 def plan_hf(
-    reader: View,
+    view: View,
     table: RuleTable,
     max_shard_bytes: int,
     dtype: torch.dtype | None = None,
     processes: int = 1,
     budget: Budget = UNBOUNDED,
 ) -> HFPlan:
-    """Plan `mcore_to_hf`. dtype: of the result; None keeps each tensor's own.
+    """Plan `write_hf`. dtype: of the result; None keeps each tensor's own.
 
     Raises UserErrors if checkpoint and table do not fit, UserError if the budget is too small.
     """
-    check_mcore(table, reader.shapes, str(reader.folder))
-    specs = in_writing_order(spec for rule in table.rules for spec in _hf_specs(reader, rule, dtype))
+    check_mcore(table, view.shapes, str(view.folder))
+    specs = in_writing_order(spec for rule in table.rules for spec in _hf_specs(view, rule, dtype))
     budget.check(specs)
     files = plan_files(share_out(specs, processes), max_shard_bytes)
     return HFPlan(table, specs, files, budget.piece(PART_BYTES))
 
 
-def hf_to_mcore(
-    reader: HFReader,
-    plan: MCorePlan,
-    folder: Path,
-    ranks: Ranks | None = None,
-    progress: Progress | None = None,
-    journal: Journal | None = None,
-) -> None:
-    """Write the checkpoint's weights in torch_dist format, into an existing folder. Collective.
-
-    journal: this process's; the pieces that it has kept are not written again.
-    Raises UserError if the disk is full.
-    """
-    view_to_mcore(HFView(reader, plan.table), plan, folder, ranks, progress, journal)
-
-
-def view_to_mcore(
+def write_mcore(
     view: View,
     plan: MCorePlan,
     folder: Path,
@@ -148,7 +120,11 @@ def view_to_mcore(
     progress: Progress | None = None,
     journal: Journal | None = None,
 ) -> None:
-    """The same from any view of weights."""
+    """Write the weights in torch_dist format, into an existing folder. Collective.
+
+    journal: this process's; the pieces that it has kept are not written again.
+    Raises UserError if the disk is full.
+    """
     ranks, progress = ranks or Ranks(), progress or Silent()
     _check_space(folder, plan.specs, ranks, journal)
     chunks = plan.shares[ranks.rank]
@@ -164,8 +140,8 @@ def view_to_mcore(
     writer.finish()
 
 
-def mcore_to_hf(
-    reader: View,
+def write_hf(
+    view: View,
     plan: HFPlan,
     source_dir: str | Path,
     folder: Path,
@@ -173,14 +149,14 @@ def mcore_to_hf(
     progress: Progress | None = None,
     journal: Journal | None = None,
 ) -> None:
-    """Write a torch_dist checkpoint's weights as Hugging Face's, into an existing folder. Collective.
+    """Write the weights as Hugging Face files, into an existing folder. Collective.
 
-    source_dir: where config, tokenizer and chat template are copied from. journal: as for `hf_to_mcore`.
+    source_dir: where config, tokenizer and chat template are copied from. journal: as for `write_mcore`.
     Raises UserError if the disk is full.
     """
     ranks, progress = ranks or Ranks(), progress or Silent()
     _check_space(folder, plan.specs, ranks, journal)
-    ranks.together(lambda: _write_files(reader, plan, folder, ranks.rank, progress, journal))
+    ranks.together(lambda: _write_files(view, plan, folder, ranks.rank, progress, journal))
     dtypes = {spec.dtype for spec in plan.specs}
 
     def finish() -> None:
@@ -197,17 +173,17 @@ def _check_space(folder: Path, specs: list[TensorSpec], ranks: Ranks, journal: J
 
 
 def _write_files(
-    reader: View, plan: HFPlan, folder: Path, rank: int, progress: Progress, journal: Journal | None
+    view: View, plan: HFPlan, folder: Path, rank: int, progress: Progress, journal: Journal | None
 ) -> None:
     specs = [spec for file in plan.files_of(rank) for spec in file.specs]
-    parts = _parts(reader, plan, specs)
+    parts = _parts(view, plan, specs)
     with HFWriter(folder, plan.files, rank, journal) as writer:
         done = 0
         for job in itertools.islice(parts, len(journal.kept) if journal else 0):
             writer.skip(job.spec.name, nbytes_of(job.spec, job.region))
             done += nbytes_of(job.spec, job.region)
         progress.begin(sum(spec.nbytes for spec in plan.specs), plan.nbytes_of(rank), done)
-        for job, part in read_ahead(parts, partial(_fill_part, reader)):
+        for job, part in read_ahead(parts, partial(_fill_part, view)):
             writer.write(job.spec.name, part)
             progress.advance(part.nbytes)
 
@@ -222,8 +198,8 @@ class _Part:
     blocks: list[Block]
 
 
-def _parts(reader: View, plan: HFPlan, specs: list[TensorSpec]) -> Iterator[_Part]:
-    shapes = reader.shapes
+def _parts(view: View, plan: HFPlan, specs: list[TensorSpec]) -> Iterator[_Part]:
+    shapes = view.shapes
     for _, group in groupby(specs, key=lambda spec: plan.table.by_hf[spec.name].mcore):
         tensors = list(group)
         rule = plan.table.by_hf[tensors[0].name]
@@ -233,7 +209,7 @@ def _parts(reader: View, plan: HFPlan, specs: list[TensorSpec]) -> Iterator[_Par
                 yield _Part(spec, region, rule, blocks[spec.name])
 
 
-def _fill_part(reader: View, job: _Part, buffers: Buffers) -> torch.Tensor:
+def _fill_part(view: View, job: _Part, buffers: Buffers) -> torch.Tensor:
     part = buffers.tensor(region_shape(job.region), job.spec.dtype)
     covered = 0
     for block in job.blocks:
@@ -245,7 +221,7 @@ def _fill_part(reader: View, job: _Part, buffers: Buffers) -> torch.Tensor:
             covered += target.numel()
             for _ in range(len(piece.mcore) - len(piece.hf)):
                 target = target[None]
-            reader.copy_into(job.rule.mcore, piece.mcore, target)
+            view.copy_into(job.rule.mcore, piece.mcore, target)
     if covered != part.numel():
         raise ValueError(f"{job.rule} covers {covered} of {part.numel()} values of {job.region}")
     return part
@@ -259,7 +235,7 @@ def _blocks_by_name(rule: Rule, mcore_shapes: dict[str, Shape]) -> dict[str, lis
     return blocks
 
 
-def _hf_specs(reader: View, rule: Rule, dtype: torch.dtype | None) -> list[TensorSpec]:
-    stored = reader.specs[rule.mcore]
+def _hf_specs(view: View, rule: Rule, dtype: torch.dtype | None) -> list[TensorSpec]:
+    stored = view.specs[rule.mcore]
     shapes = rule.hf_shapes(stored.shape)
     return [TensorSpec(name, shapes[name], rule.converted(dtype) or stored.dtype) for name in rule.hf]

@@ -1,10 +1,6 @@
-"""Weights of any checkpoint under megatron-core's keys: what a conversion reads from, whatever it reads.
+"""Weights of any checkpoint under megatron-core's keys: what a conversion reads from, whatever the files are."""
 
-A view has `folder`, `specs` and `shapes` by key, `nbytes` and `files`, tells with `files_of` what is read for a region
-and fills tensors with `copy_into`, as `MCoreReader` does.
-"""
-
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -23,29 +19,38 @@ from mcore_swift.tuners.beside import beside
 
 
 class View(Protocol):
-    """See the top of the file."""
+    """Whole tensors by megatron-core key, read by regions; `MCoreReader` is one. specs: what there is."""
 
     folder: Path
     specs: dict[str, TensorSpec]
 
     @property
-    def shapes(self) -> Mapping[str, Shape]: ...
+    def shapes(self) -> dict[str, Shape]:
+        return {key: spec.shape for key, spec in self.specs.items()}
 
     @property
-    def nbytes(self) -> int: ...
+    def nbytes(self) -> int:
+        """Bytes of all weights, as they are stored."""
+        ...
 
     @property
-    def files(self) -> set[Path]: ...
+    def files(self) -> set[Path]:
+        """All files that are read."""
+        ...
 
-    def files_of(self, key: str, region: Region) -> Iterator[tuple[Path, int]]: ...
+    def files_of(self, key: str, region: Region) -> Iterator[tuple[Path, int]]:
+        """Which files are read for a region, and about how many bytes of each."""
+        ...
 
-    def copy_into(self, key: str, region: Region, out: torch.Tensor) -> None: ...
+    def copy_into(self, key: str, region: Region, out: torch.Tensor) -> None:
+        """Fill `out`, of the region's shape, converting to its dtype and device."""
+        ...
 
 
-class HFView:
+class HFView(View):
     """A Hugging Face checkpoint. Raises UserErrors if it and the table do not fit."""
 
-    def __init__(self, reader: HFReader, table: RuleTable) -> None:
+    def __init__(self, reader: "HFReader | NamedWeights", table: RuleTable) -> None:
         self.reader, self.table = reader, table
         self.folder = reader.model_dir
         self._hf_shapes = reader.shapes
@@ -53,10 +58,6 @@ class HFView:
         self.specs = {
             rule.mcore: TensorSpec(rule.mcore, shapes[rule.mcore], self._widest(rule)) for rule in table.rules
         }
-
-    @property
-    def shapes(self) -> dict[str, Shape]:
-        return {key: spec.shape for key, spec in self.specs.items()}
 
     @property
     def nbytes(self) -> int:
@@ -82,7 +83,7 @@ class HFView:
         return widest
 
 
-class MergedView:
+class MergedView(View):
     """Another view with an adapter in its weights: summed in float32, rounded once to what is filled."""
 
     def __init__(self, base: View, table: RuleTable, adapter: AdapterSource) -> None:
@@ -92,10 +93,6 @@ class MergedView:
         self._rules = table.matrices.by_mcore
         self._whole = beside(table, adapter.settings).files
         self._check(table.matrices)
-
-    @property
-    def shapes(self) -> Mapping[str, Shape]:
-        return self.base.shapes
 
     @property
     def nbytes(self) -> int:
@@ -171,43 +168,16 @@ class MergedView:
                 )
 
 
-class NamedWeights:
-    """A checkpoint that the engine for transformers' models wrote, read as `HFReader` reads files of weights."""
+class NamedWeights(MCoreReader):
+    """A checkpoint written by the engine for transformers models, read by HF names: what `HFView` asks of a reader."""
 
     def __init__(self, folder: str | Path, table: RuleTable, staging_bytes: int | None) -> None:
         roots = frozenset(name.partition(".")[0] for name in (*table.by_hf, *table.optional_hf))
-        self._reader = MCoreReader(folder, roots, staging_bytes)
+        super().__init__(folder, roots, staging_bytes)
         self.model_dir = Path(folder)
 
-    @property
-    def shapes(self) -> dict[str, Shape]:
-        return self._reader.shapes
-
-    @property
-    def nbytes(self) -> int:
-        return self._reader.nbytes
-
-    @property
-    def files(self) -> set[Path]:
-        return self._reader.files
-
     def dtype(self, name: str) -> torch.dtype:
-        return self._reader.specs[name].dtype
-
-    def files_of(self, name: str, region: Region) -> Iterator[tuple[Path, int]]:
-        return self._reader.files_of(name, region)
-
-    def copy_into(self, name: str, region: Region, out: torch.Tensor) -> None:
-        self._reader.copy_into(name, region, out)
-
-    def close(self) -> None:
-        self._reader.close()
-
-    def __enter__(self) -> "NamedWeights":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        return self.specs[name].dtype
 
 
 def _module(name: str) -> str:

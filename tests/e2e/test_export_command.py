@@ -90,7 +90,7 @@ def test_two_processes_killed_in_the_middle_go_on(model, tmp_path):
     table, back = read_model(str(model)).table, tmp_path / "back"
     back.mkdir()
     with MCoreReader(target) as reader:
-        stream.mcore_to_hf(reader, stream.plan_hf(reader, table, 10**9), model, back)
+        stream.write_hf(reader, stream.plan_hf(reader, table, 10**9), model, back)
     before, after = weights(model), weights(back)
     assert before.keys() == after.keys() and all(before[name].equal(after[name]) for name in before)
 

@@ -37,6 +37,7 @@ from converters.load import load_hf  # noqa: E402
 from converters.ranks import Ranks  # noqa: E402
 from converters.torch_dist_reader import MCoreReader  # noqa: E402
 from converters.verify import compare_logits, fixed_rows, require_equal  # noqa: E402
+from converters.views import HFView  # noqa: E402
 from mcore_swift.errors import UserError  # noqa: E402
 from mcore_swift.models.build import build_model, transformer_config  # noqa: E402
 from mcore_swift.models.reading import read_model  # noqa: E402
@@ -134,7 +135,8 @@ def streamed(family: str, dtype: str, layout: str, folder: Path) -> None:
     dist.barrier()
     plan, chunks = model_in(source, layout, DTYPES[dtype])
     with HFReader(source) as reader:
-        stream.hf_to_mcore(reader, stream.plan_mcore(reader, plan.table, None, Ranks().size), target)
+        view = HFView(reader, plan.table)
+        stream.write_mcore(view, stream.plan_mcore(view, plan.table, None, Ranks().size), target)
         load_hf(chunks, reader, plan.table)
     expected = [shard.data.clone() for shard in live_shards(chunks)]
     dist.barrier()

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from converters import stream
 from converters.hf_reader import HFReader
 from converters.torch_dist_reader import MCoreReader
+from converters.views import HFView
 from mcore_swift.errors import UserError, UserErrors
 from mcore_swift.models.rules import as_slices, region_shape
 
@@ -177,9 +178,10 @@ def test_an_fp8_checkpoint_is_converted_and_comes_back_as_plain_bf16(tmp_path):
     table = rule_table("qwen3")
     mcore.mkdir(), back.mkdir()
     with HFReader(hf) as reader:
-        stream.hf_to_mcore(reader, stream.plan_mcore(reader, table), mcore)
+        view = HFView(reader, table)
+        stream.write_mcore(view, stream.plan_mcore(view, table), mcore)
     with MCoreReader(mcore) as reader:
-        stream.mcore_to_hf(reader, stream.plan_hf(reader, table, 10**9), hf, back)
+        stream.write_hf(reader, stream.plan_hf(reader, table, 10**9), hf, back)
     after = load_file(back / "model.safetensors")
     assert after.keys() == expected.keys()
     assert all(torch.equal(after[name], values) for name, values in expected.items())

@@ -11,6 +11,7 @@ from converters import stream
 from converters.budget import UNBOUNDED, Budget
 from converters.hf_reader import HFReader
 from converters.torch_dist_reader import MCoreReader
+from converters.views import HFView
 from mcore_swift.models.reading import read_model
 from mcore_swift.models.rules import full_region
 
@@ -34,9 +35,10 @@ def converted(source, target, budget=UNBOUNDED):
     table, back = read_model(str(source)).table, target / "back"
     (target / "mcore").mkdir(parents=True), back.mkdir()
     with HFReader(source, budget.staging) as reader:
-        stream.hf_to_mcore(reader, stream.plan_mcore(reader, table, budget=budget), target / "mcore")
+        view = HFView(reader, table)
+        stream.write_mcore(view, stream.plan_mcore(view, table, budget=budget), target / "mcore")
     with MCoreReader(target / "mcore", staging_bytes=budget.staging) as reader:
-        stream.mcore_to_hf(reader, stream.plan_hf(reader, table, 10**9, budget=budget), source, back)
+        stream.write_hf(reader, stream.plan_hf(reader, table, 10**9, budget=budget), source, back)
         tensors = {}
         for key, spec in reader.specs.items():
             tensors[key] = torch.empty(spec.shape, dtype=spec.dtype)

@@ -18,6 +18,7 @@ from converters.journal import Checksum, Entry, Journal
 from converters.ranks import Ranks
 from converters.stored import Buffers
 from converters.torch_dist_reader import MCoreReader
+from converters.views import HFView
 from mcore_swift.config import COMMANDS, parse
 from mcore_swift.errors import UserError, UserErrors
 
@@ -175,10 +176,11 @@ def test_a_small_budget_bounds_the_pieces(hf, tmp_path, monkeypatch):
         mcore, back = tmp_path / f"mcore-{nbytes}", tmp_path / f"back-{nbytes}"
         mcore.mkdir(), back.mkdir()
         with HFReader(hf, budget.staging) as reader:  # another dtype, so that nothing is read in place
-            stream.hf_to_mcore(reader, stream.plan_mcore(reader, table, torch.float32, 1, budget), mcore)
+            view = HFView(reader, table)
+            stream.write_mcore(view, stream.plan_mcore(view, table, torch.float32, 1, budget), mcore)
         with MCoreReader(mcore, staging_bytes=budget.staging) as reader:
             plan = stream.plan_hf(reader, table, 10**9, torch.bfloat16, 1, budget)
-            stream.mcore_to_hf(reader, plan, hf, back)
+            stream.write_hf(reader, plan, hf, back)
         if nbytes:
             assert 0 < 2 * sizes["buffers"] + sizes["staging"] <= nbytes
         else:
@@ -191,9 +193,9 @@ def test_a_budget_in_which_no_row_fits_is_refused(hf, tmp_path):
     least = 40 * DECODING * HELD
     table = rule_table("qwen3")
     with HFReader(hf) as reader:
-        stream.plan_mcore(reader, table, budget=Budget(least))
+        stream.plan_mcore(HFView(reader, table), table, budget=Budget(least))
         with pytest.raises(UserError, match="one row of .* takes up to 320 bytes") as caught:
-            stream.plan_mcore(reader, table, budget=Budget(least - 1))
+            stream.plan_mcore(HFView(reader, table), table, budget=Budget(least - 1))
     assert "at least --memory_budget 2KB" in caught.value.remedy
     with pytest.raises((UserError, UserErrors), match="--memory_budget 'much' is no size"):
         arguments(model=hf, to_mcore=True, memory_budget="much")

@@ -11,6 +11,7 @@ from converters import stream, torch_dist_writer
 from converters.hf_reader import HFReader
 from converters.ranks import Ranks
 from converters.torch_dist_reader import MCoreReader
+from converters.views import HFView
 from mcore_swift.errors import UserError, UserErrors
 
 
@@ -24,15 +25,16 @@ def small_parts(monkeypatch):
 def to_mcore(source, target, table, dtype=None, ranks=None):
     target.mkdir(exist_ok=True)
     with HFReader(source) as reader:
-        plan = stream.plan_mcore(reader, table, dtype, ranks.size if ranks else 1)
-        stream.hf_to_mcore(reader, plan, target, ranks)
+        view = HFView(reader, table)
+        plan = stream.plan_mcore(view, table, dtype, ranks.size if ranks else 1)
+        stream.write_mcore(view, plan, target, ranks)
 
 
 def to_hf(source, target, table, config_dir, max_shard_bytes=10**9, dtype=None, ranks=None):
     target.mkdir(exist_ok=True)
     with MCoreReader(source) as reader:
         plan = stream.plan_hf(reader, table, max_shard_bytes, dtype, ranks.size if ranks else 1)
-        stream.mcore_to_hf(reader, plan, config_dir, target, ranks)
+        stream.write_hf(reader, plan, config_dir, target, ranks)
 
 
 def weights(folder):

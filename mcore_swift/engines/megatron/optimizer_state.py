@@ -5,6 +5,7 @@ rows laid end to end. Such a range is a few rectangles of the tensor (part of a 
 and rectangles are what a checkpoint stores and finds again. Nothing is gathered, neither to save nor to load.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -137,9 +138,7 @@ def rectangles(shape: Shape, start: int, stop: int) -> Iterator[tuple[Region, in
     if len(shape) <= 1:
         yield tuple((start, stop) for _ in shape), start, stop - start
         return
-    row = 1
-    for size in shape[1:]:
-        row *= size
+    row = math.prod(shape[1:])
     first_whole, last_whole = -(-start // row), stop // row
     if first_whole > last_whole:  # inside one row
         yield from _in_row(shape, start // row, start, stop, row)
