@@ -23,8 +23,8 @@ _OPTIMIZERS = {
     "paged_adamw_8bit": "paged_adamw_8bit",
     **dict.fromkeys(("paged_adamw", "paged_adamw_32bit"), "paged_adamw_32bit"),
 }
-ON_PARTS = ("adam", "sgd")
-"""Optimizers that sharded parameters can have, and the Megatron engine."""
+ELEMENTWISE = ("adam", "sgd")
+"""Optimizers that treat each element separately: they work on sharded parameters, and the Megatron engine has them."""
 _SCHEDULES = {
     "cosine": "cosine",
     "cosine_with_min_lr": "cosine",
@@ -136,7 +136,7 @@ class TrainerArguments(StartingWeightsArguments, UpdateRuleArguments):
     @property
     def whole_parameters(self) -> bool:
         """Whether the optimizer needs parameters that are not sharded."""
-        return _OPTIMIZERS[self.optim] not in ON_PARTS
+        return _OPTIMIZERS[self.optim] not in ELEMENTWISE
 
     def fill(self) -> None:
         if self.use_galore and self.optim in ("adamw_torch", "adamw_hf", "adamw_torch_fused"):

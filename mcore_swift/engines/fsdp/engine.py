@@ -1,14 +1,13 @@
 """The engine for transformers models: any causal language model, on one process, with DDP or with FSDP2.
 
-All three are `fully_shard` over another mesh: the weights are sharded over all processes (fsdp), or held whole by each
-(ddp). Main weights and gradients are fp32; with bfloat16 the forward and backward pass run on rounded copies.
+All three call `fully_shard`, each with its own device mesh: weights are sharded over all processes (fsdp) or replicated
+(ddp). Main weights and gradients are fp32; with bfloat16, forward and backward pass use rounded copies of the weights.
 """
 
 import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from mcore_swift.engines.base import StepResult
 from mcore_swift.engines.fsdp import processes, sequence_parallel, weights
 from mcore_swift.engines.fsdp.block_expansion import Expansion
 from mcore_swift.engines.fsdp.device_map import device_map_of, place
+from mcore_swift.engines.fsdp.flops import TrainingFlops
 from mcore_swift.engines.fsdp.forward import Forward, on_device
 from mcore_swift.engines.fsdp.model import (
     Spread,
@@ -37,7 +37,7 @@ from mcore_swift.engines.fsdp.model import (
     reshard,
 )
 from mcore_swift.engines.fsdp.optimizer import build_optimizer, scale_and_clip, set_hyperparameters
-from mcore_swift.engines.fsdp.quantized import is_quantized, load_quantized, number_of_values
+from mcore_swift.engines.fsdp.quantized import check_trainable, is_quantized, load_quantized, number_of_values
 from mcore_swift.engines.fsdp.rank_allocation import RankAllocation
 from mcore_swift.engines.fsdp.sequence_parallel import SequenceParallel
 from mcore_swift.engines.fsdp.shards import (
@@ -53,10 +53,7 @@ from mcore_swift.errors import UserError
 from mcore_swift.models.shards import LiveShard
 from mcore_swift.objectives.base import Loss, Objective
 from mcore_swift.observability.phases import PhaseTimer
-from mcore_swift.plan.flops import training_flops_of_sums
 from mcore_swift.plan.layout import Layout
-from mcore_swift.plan.preflight import read_shape
-from mcore_swift.plan.shape import ModelShape
 from mcore_swift.tuners.transformers_adapters import (
     ADAPTER,
     base_names,
@@ -67,7 +64,7 @@ from mcore_swift.tuners.transformers_adapters import (
 )
 
 WHOLE = ("full", "llamapro")
-"""Kinds of training whose checkpoints are whole models."""
+"""Values of --tuner_type whose checkpoints are whole models; those of all others are adapters."""
 
 
 class TransformersEngine:
@@ -78,52 +75,34 @@ class TransformersEngine:
     def __init__(
         self, plan: TransformersPlan, layout: Layout, args: Any, dtype: torch.dtype, *, random: bool = False
     ) -> None:
-        """random: start from random weights; else they are undefined until they are loaded."""
+        """random: draw random weights; otherwise they are undefined until they are loaded.
+
+        Collective. Raises UserError for flags that this model, or the installed packages, cannot do.
+        """
         self.plan = plan
         self.layout = layout
         self.args = args
         self.dtype = dtype
         self.is_sharded = args.backend == "fsdp" and layout.world_size > 1
         self.saves_adapter = args.tuner_type not in WHOLE
-        end_to_end = args.packing or args.padding_free
-        attention = attention_implementation(args.attn_impl, end_to_end=end_to_end)
+        attention = attention_implementation(args.attn_impl, end_to_end=args.packing or args.padding_free)
         parallel = self._share_rows(attention)
-        attention = attention if parallel is None else sequence_parallel.NAME
-        self._told = ""
+        self._told = ""  # how the frozen weights beside adapters were read, once they are
         self._expansion: Expansion | None = None
         self.is_quantized = is_quantized(plan, args)
-        if self.is_quantized:
-            self._check_quantized()
-            self.base, self._told = load_quantized(plan, args, attention, dtype)
-        else:
-            # Weights that stay as they are wait in the precision they are used in.
-            self.base = build_on_meta(plan, attention, dtype if self.saves_adapter else torch.float32)
+        self.base = self._build_base(attention if parallel is None else sequence_parallel.NAME)
         self.attention: str = self.base.config._attn_implementation
-        if args.gradient_checkpointing and self.base.supports_gradient_checkpointing:
-            self._check_recompute(args.gradient_checkpointing_kwargs or {})
-            recompute_layers(self.base, args.gradient_checkpointing_kwargs or {}, adapters=self.saves_adapter)
-        if args.use_liger_kernel:
-            use_liger(self.base)
         self.model = self._choose_parameters(random=random)
         if args.neftune_noise_alpha:
             add_noise(self.model, args.neftune_noise_alpha)
-        spread = Spread(
-            processes.mesh(sharded=self.is_sharded),
-            compute=dtype,
-            offload=args.fsdp_cpu_offload and get_accelerator().is_cuda,
-            keep_gathered=not self.is_sharded,
-            only_trained=self.is_quantized,
-        )
-        device_map = device_map_of(self.base, args)
-        self._autocasts = device_map is not None and dtype is not torch.float32
-        if device_map is not None:
-            place(self.base, device_map)
-        else:
-            make_real(self.model, spread, seed=args.seed if random else None)
+        self._place(random=random)
         if self.saves_adapter and not random:
             self._load_base()
         if args.torch_compile:
             compile_layers(self.base, args.torch_compile_backend or "inductor")
+        self._flops = TrainingFlops(
+            self.base, args.model if self._expansion is None else None, base_is_frozen=self.saves_adapter
+        )
         self.forward = Forward(self.model, self.attention, parallel)
         factors = learning_rate_factors(self.model, args)
         self.optimizer = build_optimizer(self.model, args, factors, is_sharded=self.is_sharded)
@@ -142,6 +121,38 @@ class TransformersEngine:
         sequence_parallel.check_kinds(self.plan.hf.get_text_config())
         sequence_parallel.register()
         return SequenceParallel(processes.row_group(self.layout.cp), attention or "sdpa")
+
+    def _build_base(self, attention: str | None) -> Any:
+        """The transformers model: on the meta device, or quantized and with its values."""
+        args = self.args
+        if self.is_quantized:
+            check_trainable(args, is_sharded=self.is_sharded, has_adapters=self.saves_adapter)
+            base, self._told = load_quantized(self.plan, args, attention, self.dtype)
+        else:
+            # Frozen weights are kept in the precision they are used in.
+            base = build_on_meta(self.plan, attention, self.dtype if self.saves_adapter else torch.float32)
+        if args.gradient_checkpointing and base.supports_gradient_checkpointing:
+            settings = args.gradient_checkpointing_kwargs or {}
+            recompute_layers(base, settings, adapters=self.saves_adapter, processes=self.layout.world_size)
+        if args.use_liger_kernel:
+            use_liger(base)
+        return base
+
+    def _place(self, *, random: bool) -> None:
+        """Give the model its memory, on the devices of --device_map or spread over the processes."""
+        device_map = device_map_of(self.base, self.args)
+        self._autocasts = device_map is not None and self.dtype is not torch.float32
+        if device_map is not None:
+            place(self.base, device_map)
+            return
+        spread = Spread(
+            processes.mesh(sharded=self.is_sharded),
+            compute=self.dtype,
+            offload=self.args.fsdp_cpu_offload and get_accelerator().is_cuda,
+            keep_gathered=not self.is_sharded,
+            only_trained=self.is_quantized,
+        )
+        make_real(self.model, spread, seed=self.args.seed if random else None)
 
     def _choose_parameters(self, *, random: bool) -> nn.Module:
         """The model with what trains and what does not; adapters that start from weights get those first."""
@@ -165,31 +176,6 @@ class TransformersEngine:
         model = choose_parameters(self.base, self.args)
         self._base_names = base_names(base, model) if self.saves_adapter else {}
         return model
-
-    def _check_recompute(self, settings: dict[str, Any]) -> None:
-        if settings.get("use_reentrant") and self.layout.world_size > 1:
-            raise UserError(
-                "--gradient_checkpointing_kwargs: the reentrant form does not know weights that are gathered",
-                'give {"use_reentrant": false}, which gives the same numbers',
-            )
-
-    def _check_quantized(self) -> None:
-        """Raise UserError for what quantized weights cannot be: trained, or sharded."""
-        if not self.saves_adapter:
-            raise UserError(
-                f"{self.args.model}: quantized weights cannot be trained, and --tuner_type full trains all of them",
-                "add --tuner_type lora",
-            )
-        if self.args.device_map and torch.cuda.device_count() > 1:
-            raise UserError(
-                f"--device_map {self.args.device_map}: quantized weights stay on one device",
-                "drop --device_map",
-            )
-        if self.is_sharded:
-            raise UserError(
-                "--backend fsdp shards weights over the processes, and quantized ones stay whole on each",
-                "use --backend ddp",
-            )
 
     @torch.no_grad()
     def _load_base(self) -> None:
@@ -336,35 +322,8 @@ class TransformersEngine:
         """Nothing to do: with `random`, weights were drawn block by block as the model was spread."""
 
     def training_flops(self, tokens: float, squares: float) -> float:
-        """FLOPs of forward and backward pass over `tokens` tokens.
-
-        By the model's shape where its family is known; else 6 a parameter that is multiplied with and token, and
-        12 * layers * hidden size for each pair of positions (arXiv:2204.02311, appendix B). Beside adapters a
-        third less: frozen weights have no gradients.
-        """
-        share = 2 / 3 if self.saves_adapter else 1.0
-        if self._shape is not None:
-            return share * training_flops_of_sums(self._shape, tokens, squares)
-        hf = self.plan.hf.get_text_config()
-        pairs = 12.0 * hf.num_hidden_layers * hf.hidden_size * squares
-        return share * (6.0 * self._multiplied * tokens + pairs)
-
-    @cached_property
-    def _shape(self) -> ModelShape | None:
-        if self._expansion is not None:
-            return None
-        try:
-            return read_shape(Path(self.args.model))
-        except UserError:
-            return None
-
-    @cached_property
-    def _multiplied(self) -> int:
-        """Parameters less the table that tokens look themselves up in; a tied one is the output layer too."""
-        total = sum(number_of_values(parameter) for parameter in self.base.parameters())
-        table, head = self.base.get_input_embeddings(), self.base.get_output_embeddings()
-        is_tied = head is not None and head.weight is table.weight
-        return total if is_tied else total - table.weight.numel()
+        """See `TrainingFlops.of_step`."""
+        return self._flops.of_step(tokens, squares)
 
     @property
     def generators_name(self) -> str:

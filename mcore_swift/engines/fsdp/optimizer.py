@@ -5,14 +5,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 
 from mcore_swift.accelerator import get_accelerator
+from mcore_swift.config.trainer import ELEMENTWISE
+from mcore_swift.engines.fsdp.dtensor import local, shard_group
+from mcore_swift.engines.fsdp.whole_optimizers import build_whole_optimizer
 from mcore_swift.errors import UserError
-
-ON_PARTS = ("adam", "sgd")
-"""Optimizers that treat each value by itself, and so the parts of sharded parameters."""
 
 
 def build_optimizer(
@@ -34,9 +33,7 @@ def build_optimizer(
     ]
     if args.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=args.lr, momentum=args.sgd_momentum)
-    if args.optimizer not in ON_PARTS:
-        from mcore_swift.engines.fsdp.whole_optimizers import build_whole_optimizer
-
+    if args.optimizer not in ELEMENTWISE:
         if is_sharded:
             raise UserError(
                 f"--optim {args.optimizer} needs whole parameters, and --backend fsdp shards them over the processes",
@@ -52,11 +49,6 @@ def set_hyperparameters(optimizer: torch.optim.Optimizer, *, lr: float, weight_d
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_mult"]
         group["weight_decay"] = weight_decay * group["wd_mult"]
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor: a view of its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
@@ -82,13 +74,3 @@ def scale_and_clip(parameters: Iterable[nn.Parameter], divisor: float, limit: fl
     if gradients:
         torch._foreach_mul_(gradients, scale)
     return norm
-
-
-def shard_group(parameters: list[nn.Parameter]) -> dist.ProcessGroup | None:
-    """The ranks that hold the other parts of this rank's parameters; None if it holds whole ones."""
-    for parameter in parameters:
-        if isinstance(parameter, DTensor):
-            mesh = parameter.device_mesh
-            group = mesh.get_group(mesh.mesh_dim_names[-1])
-            return group if group.size() > 1 else None
-    return None

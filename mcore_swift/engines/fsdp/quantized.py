@@ -30,6 +30,24 @@ def is_quantized(plan: TransformersPlan, args: Any) -> bool:
     return bool(args.quant_method) or stored_method(plan.hf.to_dict()) is not None
 
 
+def check_trainable(args: Any, *, is_sharded: bool, has_adapters: bool) -> None:
+    """Raise UserError for what quantized weights cannot be: trained, sharded, or placed on several devices."""
+    if not has_adapters:
+        raise UserError(
+            f"{args.model}: quantized weights cannot be trained, and --tuner_type full trains all of them",
+            "add --tuner_type lora",
+        )
+    if args.device_map and torch.cuda.device_count() > 1:
+        raise UserError(
+            f"--device_map {args.device_map}: quantized weights stay on one device", "drop --device_map"
+        )
+    if is_sharded:
+        raise UserError(
+            "--backend fsdp shards weights over the processes, and quantized ones stay whole on each",
+            "use --backend ddp",
+        )
+
+
 def load_quantized(
     plan: TransformersPlan, args: Any, attention: str | None, dtype: torch.dtype
 ) -> tuple[nn.Module, str]:

@@ -12,9 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from mcore_swift.engines.fsdp.optimizer import local, shard_group
+from mcore_swift.engines.fsdp.dtensor import local, local_region, shard_group
 from mcore_swift.errors import UserError
 
 SENSITIVITY, UNCERTAINTY, KEPT = "sensitivity", "uncertainty", "kept"
@@ -168,9 +167,4 @@ class RankAllocation:
 
 def _rows(parameter: nn.Parameter) -> slice:
     """The rows of the whole parameter that this rank holds."""
-    if not isinstance(parameter, DTensor):
-        return slice(0, parameter.size(0))
-    size, offset = compute_local_shape_and_global_offset(
-        parameter.shape, parameter.device_mesh, parameter.placements
-    )
-    return slice(offset[0], offset[0] + size[0])
+    return slice(*local_region(parameter)[0])

@@ -11,10 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from mcore_swift.engines.fsdp import rank_allocation
-from mcore_swift.engines.fsdp.optimizer import local
+from mcore_swift.engines.fsdp.dtensor import local, local_region
 from mcore_swift.engines.fsdp.whole_optimizers import WholeTensorOptimizer
 from mcore_swift.models.rules import full_region
 from mcore_swift.models.shards import LiveShard
@@ -117,10 +116,8 @@ def _shards(key: str, tensor: Tensor) -> Iterator[LiveShard]:
     if data.numel() == 0:  # fewer rows than ranks
         return
     mesh = tensor.device_mesh
-    size, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, tensor.placements)
-    region = tuple((start, start + extent) for start, extent in zip(offset, size, strict=True))
     copy = mesh.get_local_rank("replicate") if "replicate" in mesh.mesh_dim_names else 0
-    yield LiveShard(key, data, region, shape, (0, 0, copy))
+    yield LiveShard(key, data, local_region(tensor), shape, (0, 0, copy))
 
 
 def _buffer_shards(model: nn.Module, rank: int) -> Iterator[LiveShard]:

@@ -1,4 +1,4 @@
-"""Switches of how a transformers model computes that leave what it computes, or nearly so."""
+"""How a transformers model computes: recomputation, Liger's kernels, torch.compile, noise on embeddings."""
 
 import importlib.util
 from typing import Any
@@ -10,12 +10,18 @@ from mcore_swift.engines.fsdp.model import blocks_of
 from mcore_swift.errors import UserError
 
 
-def recompute_layers(model: Any, settings: dict[str, Any], *, adapters: bool) -> None:
-    """Gradient checkpointing of each layer. settings: of torch.utils.checkpoint.
+def recompute_layers(model: Any, settings: dict[str, Any], *, adapters: bool, processes: int) -> None:
+    """Gradient checkpointing of each layer. settings: arguments of torch.utils.checkpoint.
 
     adapters: the first layer's input has no gradient of its own, which the reentrant form needs.
+    Raises UserError for the reentrant form on several processes.
     """
     settings = {"use_reentrant": False} | settings
+    if settings["use_reentrant"] and processes > 1:
+        raise UserError(
+            "--gradient_checkpointing_kwargs: the reentrant form does not work with weights that are gathered",
+            'give {"use_reentrant": false}, which computes the same',
+        )
     if settings["use_reentrant"] and adapters:
         model.enable_input_require_grads()
     model.gradient_checkpointing_enable(settings)

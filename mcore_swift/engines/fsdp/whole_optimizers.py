@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mcore_swift.engines.fsdp.optimizer import local
+from mcore_swift.engines.fsdp.dtensor import local
 from mcore_swift.errors import UserError
 
 Group = dict[str, Any]
