@@ -1,4 +1,4 @@
-"""Putting adapters into a model that has been built, and finding them again."""
+"""Attaching adapters to a model that has been built, and finding their tensors."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
@@ -28,13 +28,13 @@ Adapter = LoraLinear | LoraEmbedding | RouterAdapter
 def attach(
     chunks: Sequence[nn.Module], table: RuleTable, settings: LoraSettings, four_bit: FourBit | None = None
 ) -> list[Adapter]:
-    """Freeze the model and give an adapter to every chosen module of this rank; returns the adapters.
+    """Freeze the model and attach an adapter to every target module of this rank; returns the adapters.
 
-    four_bit: frozen linear layers, with an adapter or not, are to keep their weights so; values come afterwards.
+    four_bit: how frozen linear layers, with or without an adapter, keep their weights; they are filled afterwards.
 
-    What is chosen depends on the names of the whole model, so every rank comes to the same answer. Collective.
-    Raises UserError for a target that matches nothing or is in a layer that takes no adapter, and for what cannot
-    train whole beside adapters.
+    The targets are chosen from the names of the whole model, so every rank chooses the same. Collective.
+    Raises UserError for a target that matches nothing or is in a layer that supports no adapter, and for modules that
+    cannot be trained in full beside adapters.
     """
     chosen = chosen_modules(table, settings)
     for chunk in chunks:
@@ -68,7 +68,7 @@ def _outer(
     chosen: Collection[str],
     settings: LoraSettings,
 ) -> list[Adapter]:
-    """Adapters on the chosen of embedding, output layer and routers."""
+    """Attach adapters to embedding, output layer and routers, where they are chosen."""
 
     def wanted(weight: nn.Parameter) -> list[Part]:
         return [part for part in parts.get(weight, []) if part.module in chosen]
@@ -94,7 +94,7 @@ def _left_out(
     chosen: Collection[str],
     adapted: Iterable[Adapter],
 ) -> UserError | None:
-    """The refusal of a layer that should have an adapter and is of a class that takes none."""
+    """The error for a layer that should have an adapter and is of a class that supports none."""
     done = {layer.weight for layer in adapted}
     for chunk in chunks:
         for module in chunk.modules():
@@ -102,14 +102,14 @@ def _left_out(
                 names = [part.module for part in parts.get(parameter, ()) if part.module in chosen]
                 if names and parameter not in done:
                     return UserError(
-                        f"{names[0]} is in a layer of class {type(module).__name__}, which takes no adapter yet",
+                        f"{names[0]} is in a layer of class {type(module).__name__}, which supports no adapter yet",
                         "use --transformer_impl local, or leave it out of --target_modules",
                     )
     return None
 
 
 def _give_rest_memory(chunk: nn.Module) -> None:
-    """Weights that were declared without memory and are not quantized."""
+    """Allocate the weights that are on the meta device and are not quantized."""
     quantized = {id(module.base) for module in chunk.modules() if isinstance(module, QuantizedLinear)}
     for module in chunk.modules():
         for name, parameter in module._parameters.items():
@@ -118,7 +118,7 @@ def _give_rest_memory(chunk: nn.Module) -> None:
 
 
 def adapter_names(table: RuleTable, settings: LoraSettings) -> list[str]:
-    """Keys of the adapter's tensors in the whole model, whichever rank holds them."""
+    """Keys of the adapter's tensors in the whole model, over all ranks."""
     chosen = chosen_modules(table, settings)
     embedding = embedding_module(table)
     names = []
@@ -131,12 +131,12 @@ def adapter_names(table: RuleTable, settings: LoraSettings) -> list[str]:
 
 
 def trained_shards(chunks: Sequence[nn.Module]) -> list[LiveShard]:
-    """What this rank holds of the adapters, and of the weights that train whole beside them."""
+    """This rank's shards of the adapters, and of the modules trained in full beside them."""
     return adapter_shards(chunks) + whole_shards(chunks)
 
 
 def adapter_shards(chunks: Iterable[nn.Module]) -> list[LiveShard]:
-    """What this rank holds of the adapters."""
+    """This rank's shards of the adapters."""
     return [
         shard
         for chunk in chunks
@@ -146,14 +146,14 @@ def adapter_shards(chunks: Iterable[nn.Module]) -> list[LiveShard]:
 
 
 def merged_shards(chunks: Iterable[nn.Module]) -> list[LiveShard]:
-    """The model's weights as `live_shards` gives them, but those with an adapter beside them with the adapter in them.
+    """The model's weights like `live_shards`, with adapters merged.
 
-    Nothing is merged yet: whoever reads such a shard makes its layer's weight, uses it and lets it go.
+    Merging is lazy: whoever reads a `MergedShard` computes its layer's weight, uses it and frees it.
     """
     shards = []
     for chunk in map(unwrap, chunks):
         adapted: dict[nn.Parameter, nn.Module] = {}
-        for layer in chunk.modules():  # an adapter before the quantized layer in it
+        for layer in chunk.modules():  # parents first: an adapter comes before the quantized layer it wraps
             if isinstance(layer, Adapter | QuantizedLinear):
                 adapted.setdefault(layer.weight, layer)
         for parameter, shard in parameter_shards(chunk):
@@ -165,7 +165,7 @@ def merged_shards(chunks: Iterable[nn.Module]) -> list[LiveShard]:
 
 
 def _linears(chunk: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module, bool]]:
-    """(parent, attribute, layer, whether it is an expert's) of every layer inside the decoder that takes adapters."""
+    """(parent, attribute, layer, whether it is an expert's) of every linear layer that supports adapters."""
     for place, parent in chunk.named_modules():
         for name, child in parent.named_children():
             if (

@@ -1,4 +1,4 @@
-"""Weights that train whole beside adapters: modules_to_save and biases, by peft's rules and under its names."""
+"""Weights trained in full beside adapters: modules_to_save and biases, by peft's rules and under its names."""
 
 import difflib
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -16,10 +16,10 @@ from mcore_swift.tuners.targets import chosen_modules, is_in, tied_output
 
 @dataclass(frozen=True)
 class Beside:
-    """files: HF weights that train whole -> their names in adapter_model.safetensors.
+    """files: HF names of weights trained in full -> their names in adapter_model.safetensors.
 
-    copies: names in the file under which peft looks for one of them a second time -> the first name.
-    buffers: names in the file of what belongs to the modules and does not train.
+    copies: further names under which peft looks for one of them (a tied weight) -> the first name.
+    buffers: names in the file of the modules' buffers, which do not train.
     """
 
     files: Mapping[str, str] = field(default_factory=dict)
@@ -28,10 +28,10 @@ class Beside:
 
 
 def beside(table: RuleTable, settings: LoraSettings) -> Beside:
-    """The weights that train whole. Depends on the whole model's names only: every rank comes to the same answer.
+    """The weights trained in full. Depends only on the names of the whole model, so it is the same on every rank.
 
-    Raises UserError for a module that is none of the model, for experts, and for an embedding that is to train apart
-    from the output layer it is tied to.
+    Raises UserError for a module that the model does not have, for experts, and for an embedding that should train
+    independently of the output layer it is tied to.
     """
     if not settings.modules_to_save and settings.bias == "none":
         return Beside()
@@ -49,13 +49,13 @@ def beside(table: RuleTable, settings: LoraSettings) -> Beside:
 
 
 def settled(table: RuleTable, settings: LoraSettings) -> LoraSettings:
-    """The settings with what the model decides: tied embeddings that train are tied still."""
+    """The settings, completed by what depends on the model: whether a trained embedding stays tied."""
     copies = beside(table, settings).copies
     return replace(settings, ensure_weight_tying=bool(copies))
 
 
 def whole_shards(chunks: Iterable[nn.Module]) -> list[LiveShard]:
-    """What this rank holds of the weights that train whole."""
+    """This rank's shards of the weights trained in full."""
     return [
         shard
         for chunk in chunks
@@ -92,8 +92,8 @@ def _tied_copies(table: RuleTable, files: Mapping[str, str], settings: LoraSetti
         return {}
     if settings.ensure_weight_tying is False:
         raise UserError(
-            f"the adapter trains {embedding} apart from the output layer, and this model ties the two",
-            "train it with ensure_weight_tying, or go on with `swift sft --backend fsdp`",
+            f"the adapter trains {embedding} independently of the output layer, and this model ties the two",
+            "train it with ensure_weight_tying, or use `swift sft --backend fsdp`",
         )
     return {PREFIX + output: files[embedding]}
 
@@ -112,7 +112,7 @@ def _refuse_unknown(targets: Sequence[str], weights: Collection[str], table: Rul
         ends = sorted({part for name in weights for part in name.split(".")[:-1] if not part.isdigit()})
         near = difflib.get_close_matches(target, ends, n=3, cutoff=0.4) or ends
         raise UserError(
-            f"--modules_to_save {target} is no module of this model", f"nearest names: {', '.join(near)}"
+            f"--modules_to_save {target}: this model has no such module", f"nearest names: {', '.join(near)}"
         )
 
 
@@ -120,6 +120,6 @@ def _refuse_experts(saved: Iterable[str]) -> None:
     experts = [name for name in saved if ".experts." in name]
     if experts:
         raise UserError(
-            f"--modules_to_save: {experts[0]} is one of a layer's experts, which peft cannot save whole",
-            "put adapters on them, or train all with --tuner_type full and --freeze_parameters",
+            f"--modules_to_save: {experts[0]} belongs to an expert, which peft cannot save in full",
+            "train adapters on the experts, or use --tuner_type full with --freeze_parameters",
         )

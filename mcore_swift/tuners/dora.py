@@ -1,6 +1,6 @@
-"""DoRA (arXiv:2402.09353): a weight's rows have a magnitude that is trained, and a direction that the adapter turns.
+"""DoRA (arXiv:2402.09353): each row of a weight has a trained magnitude, and a direction that the adapter changes.
 
-W' = m / |W + s B A| * (W + s B A), row by row; the norm is no part of the gradient (section 4.3 of the paper)
+W' = m / |W + s B A| * (W + s B A), row by row; the norm is a constant in the backward pass (section 4.3 of the paper).
 """
 
 import torch
@@ -10,11 +10,11 @@ from torch import Tensor
 
 @torch.no_grad()
 def row_norms(weight: Tensor, down: Tensor, up: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """|W + B A| of each row, in the type of W; 1 where a row is zero, which only padding is.
+    """|W + B A| of each row, `[rows]`, in the dtype of W; 1 for rows of zeros, which occur only as padding.
 
     weight: W, or its columns on this rank, `[rows, columns]`. down: A `[rank, columns]`. up: B, scaled, `[rows, rank]`.
     group: the ranks with the other columns, if there are any; collective over them.
-    W + B A is not made: |w + b A|^2 = |w|^2 + 2 b . (A w) + b (A A^T) b^T.
+    W + B A is not materialized: |w + b A|^2 = |w|^2 + 2 b . (A w) + b (A A^T) b^T.
     """
     wide_up, wide_down = up.float(), down.float()
     squares = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()

@@ -1,7 +1,7 @@
-"""Which linear layers adapters can be on, by the names of their classes: megatron-core's and Transformer Engine's.
+"""The linear layers that support adapters, by class name: megatron-core's and Transformer Engine's.
 
-Transformer Engine's are known by name, so that nothing of it is imported; what they are called with and what they
-give is megatron-core's contract (`megatron.core.extensions.transformer_engine`).
+Transformer Engine's classes are matched by name, so that it need not be installed; their arguments and results follow
+megatron-core's wrappers (`megatron.core.extensions.transformer_engine`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,9 +19,11 @@ from mcore_swift.tuners.settings import LoraSettings
 
 @dataclass(frozen=True)
 class Kind:
-    """column: output rows are split over tensor-parallel ranks, else input columns. normed: a norm of the input is
-    part of the layer. grouped: a matrix for each of several experts, `weight0`, `weight1` and so on. own: of
-    megatron-core, not of Transformer Engine.
+    """How a linear layer is built.
+
+    column: output rows are split over tensor-parallel ranks, else input columns. normed: the layer normalizes its
+    input. grouped: it has one matrix per expert, `weight0`, `weight1` and so on. own: of megatron-core, not of
+    Transformer Engine.
     """
 
     column: bool
@@ -42,7 +44,7 @@ KINDS: Mapping[str, Kind] = {
 
 
 def kind_of(layer: nn.Module) -> Kind | None:
-    """What kind of layer it is, by its class or the nearest of its bases; None for one that takes no adapter."""
+    """The kind of a layer, by its class or the nearest base class; None if it supports no adapter."""
     return next((KINDS[cls.__name__] for cls in type(layer).__mro__ if cls.__name__ in KINDS), None)
 
 
@@ -54,9 +56,9 @@ def weights_in(layer: nn.Module, kind: Kind) -> list[nn.Parameter]:
 
 
 class LoraNormLinear(LoraLinear):
-    """An adapter on a layer that normalizes its input itself: it is given what the layer's matrix is given.
+    """An adapter on a layer that normalizes its input itself: the adapter takes the normalized input.
 
-    With sequence parallelism that is this rank's tokens, as with the norm a module of its own.
+    With sequence parallelism it is that of this rank's tokens, as from a separate norm module.
     """
 
     def __init__(self, base: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -67,7 +69,7 @@ class LoraNormLinear(LoraLinear):
     def of_base(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None, Tensor]:
         """Output, bias, and the normalized input.
 
-        The layer gives (output, bias, normalized) where it has a bias to return, else ((output, normalized), None).
+        The layer returns (output, bias, normalized) if it returns a bias, else ((output, normalized), None).
         """
         given = self.base(x, *args, **kwargs)
         if len(given) == 3:
@@ -82,7 +84,7 @@ class LoraGroupedLinear(nn.Module):
     def __init__(
         self, base: nn.Module, parts: Sequence[Sequence[Part]], settings: LoraSettings, *, column: bool
     ) -> None:
-        """parts: for each expert the HF weights in its matrix that are adapted; for some experts there may be none."""
+        """parts: for each expert, the HF weights in its matrix that get an adapter; possibly none."""
         super().__init__()
         self.base = base
         self.of_expert = nn.ModuleDict(
@@ -119,7 +121,7 @@ class LoraGroupedLinear(nn.Module):
 
 
 class _OneOf:
-    """One expert's matrix of a grouped layer, as `LoraLinear` looks at a layer. No module: it owns no parameter."""
+    """One expert of a grouped layer, with the attributes of a layer that `LoraLinear` reads. Owns no parameter."""
 
     is_expert = True
 
@@ -131,13 +133,13 @@ class _OneOf:
 def adapt(
     layer: nn.Module, kind: Kind, parts: Sequence[Sequence[Part]], settings: LoraSettings, *, is_expert: bool
 ) -> LoraLinear | LoraGroupedLinear:
-    """The layer with adapters on the given parts of its matrices (`weights_in`).
+    """The layer, wrapped with adapters on the given parts of its matrices (`weights_in`).
 
-    Raises UserError for an adapter that layers of its kind do not take.
+    Raises UserError for a kind of adapter that the layer does not support.
     """
     if settings.use_dora and not kind.own:
         raise UserError(
-            f"--use_dora: layers of class {type(layer).__name__} take no adapter with magnitudes yet",
+            f"--use_dora: layers of class {type(layer).__name__} do not support magnitudes yet",
             "use --transformer_impl local",
         )
     if kind.grouped:

@@ -1,4 +1,4 @@
-"""Which parameters stay as they are, by the flags that freeze a part of a model: for every engine alike."""
+"""Which parameters are frozen, by the --freeze_parameters and --trainable_parameters flags; for every engine."""
 
 import difflib
 import re
@@ -9,18 +9,19 @@ from mcore_swift.errors import UserError
 
 
 def freezes(args: Any) -> bool:
-    """Whether any parameter is asked to stay."""
+    """Whether the flags freeze any parameter."""
     return bool(args.freeze_parameters or args.freeze_parameters_regex or args.freeze_parameters_ratio)
 
 
 def frozen_names(
     sizes: Mapping[str, int], args: Any, fused: Iterable[Sequence[str]] | None = None
 ) -> set[str]:
-    """Parameters that stay. sizes: elements of each parameter of the whole model, by its name, from the input on.
+    """Names of the frozen parameters.
 
-    fused: all names, those together that are one tensor: the share to freeze ends between tensors.
-    What `trainable_parameters` names trains whatever else says that it stays. Raises UserError for a beginning that
-    no name has, a bad expression, and if nothing would train.
+    sizes: number of elements of each parameter of the whole model, by name, in order from the input.
+    fused: the same names, grouped by tensor: `freeze_parameters_ratio` ends between two tensors.
+    `trainable_parameters` overrides the other flags. Raises UserError for a prefix that no name has, an invalid
+    regular expression, and if nothing would be trained.
     """
     stays = set(_named(sizes, args.freeze_parameters, "freeze_parameters"))
     stays |= set(_matching(sizes, args.freeze_parameters_regex, "freeze_parameters_regex"))
@@ -43,7 +44,7 @@ def _named(sizes: Mapping[str, int], starts: Sequence[str], flag: str) -> Iterat
         if not found:
             near = difflib.get_close_matches(start, sizes, n=3, cutoff=0.3)
             raise UserError(
-                f"--{flag} {start}: no parameter begins so", f"the nearest are: {', '.join(near)}"
+                f"--{flag} {start}: no parameter name begins with it", f"the nearest are: {', '.join(near)}"
             )
         yield from found
 

@@ -1,7 +1,7 @@
 """A low-rank adapter on a parallel linear layer.
 
-Each HF weight inside the layer has an A and a B of its own, as it has in peft, so that an adapter goes to a PEFT
-folder and comes from one without arithmetic. Layouts, with t the size of the layer's tensor-parallel group:
+As in peft, each HF weight inside a fused layer has its own A and B, so that adapters are written to PEFT folders, and
+read from them, without arithmetic. Layouts, with t the size of the layer's tensor-parallel group:
 
     column parallel (output rows split): A `[rank, in]` on every rank, B `[rows / t, rank]`
     row parallel (input columns split):  A `[rank, columns / t]`, B `[out, rank]` on every rank
@@ -33,9 +33,9 @@ from mcore_swift.tuners.starts import draw
 
 
 class LoraLinear(nn.Module):
-    """`base` and its adapter: same call, same results of the call plus the adapter's share.
+    """Wraps `base`: the same call, the same results plus the adapter's delta.
 
-    The base layer's checkpoint keys stay what they are; the adapter's tensors are told by `own_shards`.
+    The checkpoint keys of the base layer do not change; `own_shards` yields the adapter's tensors.
     """
 
     def __init__(
@@ -47,9 +47,9 @@ class LoraLinear(nn.Module):
         column: bool,
         is_expert: bool | None = None,
     ) -> None:
-        """parts: the HF weights inside `base` that are adapted. column: else row parallel.
+        """parts: the HF weights inside `base` that get an adapter. column: column parallel, else row parallel.
 
-        is_expert: whether it is a layer of an expert, where `base` does not say so.
+        is_expert: whether the layer belongs to an expert, if `base` has no attribute that says so.
         """
         super().__init__()
         self.base = base
@@ -61,7 +61,7 @@ class LoraLinear(nn.Module):
             get_expert_tensor_parallel_group() if self.is_expert else get_tensor_model_parallel_group()
         )
         split = self.group.size() > 1
-        # Experts are given their tokens gathered, and what they give is summed outside: megatron-core's dispatcher.
+        # megatron-core's dispatcher gathers the tokens before the experts and sums their outputs over ranks after.
         self.summed_outside = self.is_expert and split
         self.sequence_parallel = base.config.sequence_parallel and not self.is_expert and split
         weight = like_weight(base)
@@ -72,35 +72,35 @@ class LoraLinear(nn.Module):
             down, up = draw(part, rank, settings)
             self.lora_A.append(self._parameter(down.to(weight), shared=column))
             self.lora_B.append(self._parameter(up.to(weight), shared=not column))
-        # DoRA: the norm of each row, once the weight is there (`begin`).
+        # DoRA: set to the norm of each row once the weight is loaded (`begin`).
         self.magnitudes: nn.ParameterList | None = None
         if settings.use_dora:
             ones = [weight.new_ones(part.num_rows) for part in self.parts]
             self.magnitudes = nn.ParameterList(self._parameter(part, shared=not column) for part in ones)
-        # What the parts' `x A^T`, side by side, are multiplied by: one number, or one for each column.
+        # Multiplies the concatenated `x A^T` of all parts: one number, or one per column if parts differ.
         self.scaling: float | Tensor = self.scalings[0]
         if len(set(self.scalings)) > 1:
             scalings = torch.tensor(self.scalings, dtype=weight.dtype, device=weight.device)
             self.scaling = scalings.repeat_interleave(torch.tensor(self.ranks, device=weight.device))
         places = torch.cat([part.local_rows for part in self.parts])
         in_order = len(places) == weight.size(0) and bool((places[1:] > places[:-1]).all())
-        # Where each row of the parts laid end to end comes in the layer's output.
+        # Row of the layer's output for each row of the concatenated parts; None if they are the same.
         self.places = None if in_order else places.to(weight.device)
 
     def _parameter(self, values: Tensor, *, shared: bool) -> nn.Parameter:
-        """shared: every tensor-parallel rank has it."""
+        """shared: replicated over the tensor-parallel ranks."""
         return adapter_parameter(
             values, self.base.weight, self.group, shared=shared, by_tokens=self.sequence_parallel
         )
 
     @property
     def adapters(self) -> "list[LoraLinear]":
-        """Itself, as of a layer with several there are several."""
+        """Itself; a grouped layer has several."""
         return [self]
 
     @property
     def weight(self) -> nn.Parameter:
-        """The frozen weight, for code that looks at the layer."""
+        """The frozen weight of the base layer."""
         return self.base.weight
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -113,32 +113,32 @@ class LoraLinear(nn.Module):
             return output + delta, bias
         if dropped is multiplied:
             plain = output
-        else:  # peft drops the inputs of the frozen weight too, where the adapter has a part in its output
+        else:  # as in peft, dropout also applies to the frozen weight's input where the magnitude multiplies it
             plain, _ = self.base(dropped, *args, **kwargs)
-        if bias is None and self.base.bias is not None:  # the layer has added it
+        if bias is None and self.base.bias is not None:  # the layer has already added it
             plain = plain - self._whole_output(self.base.bias)
         scale = self._whole_output(self._magnified())
         return output + (scale - 1) * plain + scale * delta, bias
 
     def of_base(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Output and bias of `base`, and what its matrix is multiplied with."""
+        """Output and bias of `base`, and the input of its matrix product."""
         output, bias = self.base(x, *args, **kwargs)
         return output, bias, x
 
     def delta(self, x: Tensor) -> Tensor:
-        """The adapter's share of the output, for what the layer's matrix is multiplied with."""
+        """The adapter's contribution to the output. x: the input of the layer's matrix product."""
         await_parameters(self)
         return self._delta(self._dropped(x))
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Take the magnitudes from the frozen weight, which has been filled. Collective over the layer's ranks."""
+        """Initialize the magnitudes from the frozen weight, which is loaded now. Collective over the layer's ranks."""
         if self.magnitudes is not None:
             for magnitude, norms in zip(self.magnitudes, self._norms(), strict=True):
                 magnitude.copy_(norms)
 
     def _norms(self) -> list[Tensor]:
-        """Norms of the rows of each part with the adapter in them."""
+        """For each part, the row norms of its weight with the adapter added."""
         weight = frozen_values(self.base)
         group = None if self.column else self.group
         norms = []
@@ -149,9 +149,9 @@ class LoraLinear(nn.Module):
         return norms
 
     def _magnified(self) -> Tensor:
-        """What each row of the layer counts: its magnitude over its norm, `[rows]`; 1 without an adapter."""
+        """Scale of each row of the layer: its magnitude over its norm, `[rows]`; 1 for rows without an adapter."""
         magnitudes = list(self.magnitudes)
-        if self.summed_outside and not self.column:  # each rank's gradient is of its share of the sum
+        if self.summed_outside and not self.column:  # each rank has only the gradient of its share of the sum
             magnitudes = [CopyToRanks.apply(magnitude, self.group) for magnitude in magnitudes]
         parts = [magnitude / norms for magnitude, norms in zip(magnitudes, self._norms(), strict=True)]
         scale = torch.cat(parts)
@@ -160,26 +160,26 @@ class LoraLinear(nn.Module):
         return scale.new_ones(self.base.weight.size(0)).index_copy(0, self.places, scale)
 
     def _whole_output(self, values: Tensor) -> Tensor:
-        """Of this rank's part of the output, what the layer gives of it."""
+        """This rank's part of the output, gathered if the layer gathers its output."""
         if self.column and getattr(self.base, "gather_output", False):
             return gather_from_tensor_model_parallel_region(values, group=self.group)
         return values
 
     def _delta(self, x: Tensor) -> Tensor:
-        """The adapter's share. x: with dropout."""
+        """The adapter's contribution. x: after dropout."""
         down, up = list(self.lora_A), list(self.lora_B)
         if self.summed_outside:
             shared = down if self.column else up
-            # each rank's gradient of a shared matrix is of its share of the sum
+            # each rank has only the gradient of its share of the sum
             shared[:] = [CopyToRanks.apply(matrix, self.group) for matrix in shared]
         hidden = functional.linear(x, torch.cat(down) if len(down) > 1 else down[0])
         hidden = self._cross(hidden)
         return self._whole_output(functional.linear(hidden * self.scaling, self._up(up)))
 
     def _up(self, matrices: Sequence[Tensor]) -> Tensor:
-        """The parts' B as one matrix, each in its own rows and columns: `[rows of the layer, parts * rank]`.
+        """The B of all parts as one block matrix, `[rows of the layer, sum of ranks]`.
 
-        The zeros in it cost less than moving the parts' outputs, which have a row for every token, into place.
+        Its zeros cost less than scattering the outputs of the parts, which have one row per token.
         """
         if len(matrices) == 1:
             whole = matrices[0]
@@ -196,7 +196,7 @@ class LoraLinear(nn.Module):
         return whole.new_zeros(self.base.weight.size(0), whole.size(1)).index_copy(0, self.places, whole)
 
     def _cross(self, hidden: Tensor) -> Tensor:
-        """Between A and B, where ranks that hold different parts meet: `[..., parts * rank]` is little to send."""
+        """The communication between A and B, where the tensor is smallest: `[..., sum of ranks]`."""
         if self.group.size() == 1 or self.summed_outside:
             return hidden
         if self.column:
@@ -210,15 +210,17 @@ class LoraLinear(nn.Module):
     def _dropped(self, x: Tensor) -> Tensor:
         if not (self.training and self.dropout):
             return x
-        if self.column and not self.sequence_parallel:  # the same tokens on all ranks
+        if (
+            self.column and not self.sequence_parallel
+        ):  # all ranks have the same tokens and draw the same mask
             return functional.dropout(x, self.dropout)
         with get_cuda_rng_tracker().fork():
             return functional.dropout(x, self.dropout)
 
     def merged(self) -> Tensor:
-        """The layer's weight with the adapter in it, a new tensor; nothing is changed.
+        """The layer's weight with the adapter merged, as a new tensor.
 
-        Magnitudes of a row-parallel layer make it collective over the layer's ranks.
+        Collective over the layer's ranks if a row-parallel layer has magnitudes.
         """
         with torch.no_grad():
             merged = frozen_values(self.base).to(torch.float32, copy=True)
@@ -232,7 +234,7 @@ class LoraLinear(nn.Module):
             return merged.to(self.base.weight.dtype)
 
     def own_shards(self) -> Iterator[tuple[nn.Parameter, LiveShard]]:
-        """Each matrix of the adapter, and magnitude, with its place in the whole one, in PEFT's shapes."""
+        """Each matrix and magnitude vector of the adapter, with its region of the whole tensor in PEFT's shape."""
         magnitudes = self.magnitudes if self.magnitudes is not None else [None] * len(self.parts)
         for part, rank, down, up, magnitude in zip(
             self.parts, self.ranks, self.lora_A, self.lora_B, magnitudes, strict=True
@@ -268,23 +270,26 @@ class LoraLinear(nn.Module):
 def adapter_parameter(
     values: Tensor, weight: nn.Parameter, group: Any, *, shared: bool, by_tokens: bool
 ) -> nn.Parameter:
-    """A parameter beside `weight`, marked for megatron-core.
+    """A trained parameter of an adapter on `weight`, with the attributes that megatron-core's optimizer reads.
 
-    shared: every rank of `group` has it. by_tokens: each then computes the gradient of its own tokens.
+    shared: replicated over the ranks of `group`. by_tokens: each of them computes the gradient of its own tokens only.
     """
     parameter = nn.Parameter(values)
     parameter.allreduce = getattr(weight, "allreduce", True)
-    # The gradient norm counts a shared matrix once: on the first rank of the group.
+    # The gradient norm counts a replicated parameter once: on the first rank of the group.
     parameter.tensor_model_parallel = True
     parameter.shared = shared and group.rank() > 0
-    # Without sequence parallelism all ranks compute the same gradient of a shared matrix; with it, each
-    # computes that of its tokens, and megatron-core sums what is marked so.
+    # Without sequence parallelism all ranks compute the same gradient; with it, each computes that of its own
+    # tokens, and megatron-core sums the gradients of parameters with this attribute.
     parameter.sequence_parallel = shared and by_tokens
     return parameter
 
 
 def await_parameters(module: nn.Module) -> None:
-    """Let what waits for gathered weights (--overlap_param_gather) wait for those in lists, which are never called."""
+    """Run the pre-forward hooks of parameter lists, which are never called as modules.
+
+    With --overlap_param_gather such hooks wait until the stepped weights are gathered.
+    """
     for child in module.children():
         if isinstance(child, nn.ParameterList):
             for hook in child._forward_pre_hooks.values():

@@ -1,4 +1,4 @@
-"""Adapters on what is no linear layer of the decoder: the output layer, the embedding, routers."""
+"""Adapters outside the decoder's linear layers: on the output layer, the embedding and routers."""
 
 import zlib
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from mcore_swift.tuners.starts import draw
 
 
 class LoraOutput(LoraLinear):
-    """The output layer with an adapter. Rows of vocabulary padding have a B of zeros that no gradient reaches."""
+    """The output layer with an adapter. For vocabulary padding, B has rows of zeros that receive no gradient."""
 
     def __init__(self, base: nn.Module, parts: list[Part], settings: LoraSettings) -> None:
         super().__init__(base, parts, settings, column=True)
@@ -35,7 +35,7 @@ class LoraOutput(LoraLinear):
         await_parameters(self)
         dropped = functional.dropout(hidden, self.dropout) if self.training and self.dropout else hidden
         matrix = self.lora_A[0]
-        if self.group.size() > 1:  # each rank's gradient of A is of its rows of the vocabulary
+        if self.group.size() > 1:  # each rank has only the gradient from its rows of the vocabulary
             matrix = CopyToRanks.apply(matrix, self.group)
         low = functional.linear(dropped, matrix) * self.scaling
         delta = functional.linear(low, self.lora_B[0])
@@ -49,9 +49,9 @@ class LoraOutput(LoraLinear):
 
 
 class LoraEmbedding(nn.Module):
-    """A vocabulary-parallel embedding with peft's adapter: A `[rank, words / t]`, zero at first, B `[hidden, rank]`.
+    """A vocabulary-parallel embedding with peft's adapter: A `[rank, words / t]`, initially zero, B `[hidden, rank]`.
 
-    No input is dropped, as in peft.
+    As in peft, there is no dropout.
     """
 
     def __init__(self, base: nn.Module, part: Part, settings: LoraSettings) -> None:
@@ -64,7 +64,7 @@ class LoraEmbedding(nn.Module):
             zlib.crc32(f"{settings.seed} {part.module}.lora_B".encode())
         )
         drawn = torch.randn(part.shape[1], self.rank, generator=generator)
-        # Words that exist; a rank that has none has a column that is never looked up.
+        # Rows that are not padding; a rank that has none gets one column, which is never looked up.
         self.words = sum(stop - start for start, stop in part.rows)
         down, up = weight.new_zeros(self.rank, max(self.words, 1)), drawn.to(weight)
         marks = {"weight": weight, "group": self.group, "by_tokens": base.reduce_scatter_embeddings}
@@ -93,7 +93,7 @@ class LoraEmbedding(nn.Module):
         return output + functional.linear(self.scaling * low, self.lora_B[0])
 
     def merged(self) -> Tensor:
-        """The layer's weight with the adapter in it, a new tensor; nothing is communicated and nothing changed."""
+        """The layer's weight with the adapter merged, as a new tensor. Not collective."""
         with torch.no_grad():
             delta = self.scaling * (self.lora_B[0].float() @ self.lora_A[0].float()).t()
             merged = self.base.weight.to(torch.float32, copy=True)
@@ -104,7 +104,7 @@ class LoraEmbedding(nn.Module):
         """Nothing of it follows from the frozen weight."""
 
     def own_shards(self) -> Iterator[tuple[nn.Parameter, LiveShard]]:
-        """A and B with their places in the whole ones, in PEFT's shapes."""
+        """A and B, each with its region of the whole tensor in PEFT's shape."""
         name, (words, hidden) = f"{ADAPTER}{self.part.module}", self.part.shape
         down, up = self.lora_A[0], self.lora_B[0]
         copies = (*self.part.replica[:1], self.group.rank(), *self.part.replica[2:])
@@ -131,7 +131,7 @@ class LoraEmbedding(nn.Module):
 
 
 class RouterAdapter(nn.Module):
-    """A and B beside a router's weight, whole on every rank as it is. `router.adapter` is one."""
+    """A and B for a router's weight, replicated on every rank like the router. Assigned to `router.adapter`."""
 
     def __init__(self, router: nn.Module, part: Part, settings: LoraSettings) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ class RouterAdapter(nn.Module):
         self.group = get_tensor_model_parallel_group()
         self.rank, self.scaling = settings.rank_of(part.module), settings.scaling_of(part.module)
         self.sequence_parallel = router.config.sequence_parallel
-        self._router = [router]  # no child: it is the parent
+        self._router = [router]  # in a list, so that the parent module is not registered as a child
         weight = router.weight
         marks = {
             "weight": weight,
@@ -157,7 +157,7 @@ class RouterAdapter(nn.Module):
         return self._router[0].weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[s, b, h]` -> what is added to the logits, `[s, b, experts]`."""
+        """`[s, b, h]` -> the adapter's contribution to the router logits, `[s, b, experts]`."""
         await_parameters(self)
         if self.training and self.dropout:
             if self.sequence_parallel:
@@ -168,7 +168,7 @@ class RouterAdapter(nn.Module):
         return functional.linear(self.scaling * functional.linear(x, self.lora_A[0]), self.lora_B[0])
 
     def merged(self) -> Tensor:
-        """The router's weight with the adapter in it, a new tensor; nothing is communicated and nothing changed."""
+        """The router's weight with the adapter merged, as a new tensor. Not collective."""
         with torch.no_grad():
             delta = self.scaling * (self.lora_B[0].float() @ self.lora_A[0].float())
             return (self.weight.float() + delta).to(self.weight.dtype)
@@ -188,5 +188,5 @@ class RouterAdapter(nn.Module):
             )
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Nothing: `own_shards` tells what it holds."""
+        """Empty: `own_shards` yields the adapter's tensors."""
         return {}

@@ -1,4 +1,4 @@
-"""An adapter and the model it was trained beside, joined into a model."""
+"""Merging an adapter into its base model with peft."""
 
 from pathlib import Path
 
@@ -22,11 +22,11 @@ def merge_adapter(
     max_shard_size: str = "5GB",
     exist_ok: bool = False,
 ) -> Path:
-    """Write the model with the adapter added to its weights as a Hugging Face checkpoint; returns its folder.
+    """Write the base model with the adapter merged as a Hugging Face checkpoint; returns its folder.
 
-    model: the base; None takes the one the adapter names. dtype: of the result; None keeps the base's. The sum is
-    made in float32 and rounded once. One process; holds the whole model in host memory.
-    Raises UserError if the base is not there or not the one the adapter fits.
+    model: the base; None takes the one that the adapter names. dtype: of the result; None keeps the base's. The sum is
+    computed in float32 and rounded once. Runs in one process and holds the whole model in host memory.
+    Raises UserError if the base is missing, quantized, or does not fit the adapter.
     """
     from peft import PeftModel
     from transformers import AutoModelForCausalLM

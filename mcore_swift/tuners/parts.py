@@ -1,7 +1,7 @@
-"""Which Hugging Face weights a parallel linear layer of a running model holds, and which rows and columns of them.
+"""Which Hugging Face weights a parallel linear layer holds on this rank, and which of their rows and columns.
 
-A fused layer (queries, keys and values; gate and up; an expert's pair) is several HF weights. The weight rules say
-which of its local rows belong to which, so that adapters need to know no family and no layout.
+A fused layer (queries, keys and values; gate and up) contains several HF weights. The weight rules say which of its
+local rows belong to which, so that adapters depend on neither the model family nor the layout.
 """
 
 from collections.abc import Iterable, Mapping
@@ -20,11 +20,11 @@ Run = tuple[int, int]
 class Part:
     """The local share of one HF weight `[rows, columns]` inside one linear layer.
 
-    name: of the HF weight. shape: of the whole HF weight.
-    rows: runs of its rows that are held here, in order; local: the rows of the layer's weight where each run lies.
-    columns: its columns that are held here.
-    padding: rows of the layer's weight behind them that are no rows of it: of a padded vocabulary.
-    replica: megatron-core's coordinates of this copy among the ranks that hold the same values.
+    name, shape: of the whole HF weight.
+    rows: the runs of its rows that are on this rank, in order; local: where each run lies in the layer's weight.
+    columns: its columns that are on this rank.
+    padding: rows of vocabulary padding at the end of the layer's weight, which the HF weight does not have.
+    replica: megatron-core's replica_id of this copy among the ranks that hold the same values.
     """
 
     name: str
@@ -51,12 +51,12 @@ class Part:
 
     @property
     def local_rows(self) -> torch.Tensor:
-        """Place of each of its rows in the layer's weight, int64 `[num_rows]`."""
+        """Row in the layer's weight for each of its rows, int64 `[num_rows]`."""
         return torch.cat([torch.arange(start, stop) for start, stop in self.local])
 
 
 def parts_by_weight(chunks: Iterable[nn.Module], table: RuleTable) -> dict[nn.Parameter, list[Part]]:
-    """The parts of every matrix of a rank's model chunks that the rules know, in the order of its rows."""
+    """The parts of every matrix in this rank's model chunks that has a weight rule, in row order."""
     table = table.matrices
     shards: dict[nn.Parameter, list[LiveShard]] = {}
     for chunk in chunks:
@@ -78,7 +78,7 @@ def _parts(parameter: nn.Parameter, shards: Iterable[LiveShard], table: RuleTabl
         first = (shard.data.storage_offset() - parameter.storage_offset()) // parameter.size(1)
         for block in rule.blocks(shard.region, shapes):
             if len(block.hf) != 2:
-                return []  # several matrices in one tensor: no module of transformers', so no adapter of peft's
+                return []  # several matrices in one HF tensor: not a module, so peft has no adapter for it
             start, stop = block.mcore[-2]
             runs.setdefault(block.name, []).append((block.hf[0], (first + start, first + stop)))
             about[block.name] = (shapes[block.name], block.hf[1], shard.replica)
@@ -91,7 +91,7 @@ def _parts(parameter: nn.Parameter, shards: Iterable[LiveShard], table: RuleTabl
 
 
 def _vocabulary(parameter: nn.Parameter, shard: LiveShard, table: RuleTable) -> Part:
-    """An embedding or output layer, of which a rank may hold padding only."""
+    """An embedding or output layer; a rank may hold nothing but padding."""
     rule = table.by_mcore[shard.key]
     name, shapes = rule.hf[0], rule.hf_shapes(shard.global_shape)
     runs = [block.hf[0] for block in rule.blocks(shard.region, shapes) if block.name == name]
@@ -101,7 +101,7 @@ def _vocabulary(parameter: nn.Parameter, shard: LiveShard, table: RuleTable) -> 
 
 
 def _joined(pairs: Iterable[tuple[Run, Run]]) -> list[tuple[Run, Run]]:
-    """Neighbouring runs made one where they are neighbours on both sides."""
+    """Merge runs that are adjacent both in the HF weight and in the layer."""
     joined: list[tuple[Run, Run]] = []
     for rows, local in pairs:
         if joined and joined[-1][0][1] == rows[0] and joined[-1][1][1] == local[0]:

@@ -1,8 +1,8 @@
-"""Frozen weights of parallel linear layers in 4 bits (QLoRA, arXiv:2305.14314), by bitsandbytes.
+"""Frozen weights of parallel linear layers in 4 bits (QLoRA, arXiv:2305.14314), with bitsandbytes.
 
-Each rank quantizes its own shard as it is read, each HF weight in it by itself, row by row: without tensor parallelism
-the values are those that transformers and peft compute with. The weight is there in full precision during a
-multiplication only, in the forward pass and again in the backward pass.
+Each rank quantizes its own shard while it is read, and each HF weight in it separately, row by row: without tensor
+parallelism the values are those of transformers and peft. The full-precision weight exists only during a matrix
+product, in the forward pass and again in the backward pass.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,25 +19,25 @@ from mcore_swift.models.without_memory import emptied
 from mcore_swift.tuners.parts import Part
 
 BLOCK = 64
-"""Weights that share a scale."""
+"""Number of weights that share a scale."""
 
 
 @dataclass(frozen=True)
 class FourBit:
-    """How weights are quantized. kind: nf4 or fp4. double: scales are quantized too, to 8 bits, 256 together."""
+    """How weights are quantized. kind: nf4 or fp4. double: the scales are quantized too, to 8 bits in blocks of 256."""
 
     kind: str = "nf4"
     double: bool = True
 
     @classmethod
     def from_args(cls, args: Any) -> "FourBit | None":
-        """From the flags of a command; None if they ask for nothing."""
+        """From the flags of a command; None if they do not ask for quantization."""
         if getattr(args, "quant_method", None) is None:
             return None
         return cls(args.bnb_4bit_quant_type, args.bnb_4bit_use_double_quant)
 
     def quantize(self, values: Tensor) -> tuple[Tensor, Any]:
-        """Packed bits, and what else `dequantize` needs."""
+        """The packed bits, and bitsandbytes' state that `dequantize` needs."""
         from bitsandbytes import functional
 
         return functional.quantize_4bit(
@@ -46,20 +46,20 @@ class FourBit:
 
 
 def dequantize(packed: Tensor, state: Any) -> Tensor:
-    """The values, in the type and shape that were quantized."""
+    """The values, in the dtype and shape they had before quantization."""
     from bitsandbytes import functional
 
     return functional.dequantize_4bit(packed, state)
 
 
 class QuantizedLinear(nn.Module):
-    """A parallel linear layer whose frozen weight is kept in 4 bits: same call, same results but for the rounding.
+    """A parallel linear layer whose frozen weight is stored in 4 bits: the same call and results, except for rounding.
 
-    `weight` tells shape, type and place in the whole weight, and has no memory: `dense()` gives its values.
+    `weight` is on the meta device and only carries shape, dtype and sharding; `dense()` returns its values.
     """
 
     def __init__(self, base: nn.Module, parts: Sequence[Part], form: FourBit) -> None:
-        """parts: the HF weights inside `base`, which together are all of it. Its values are still to come: `take`."""
+        """parts: the HF weights inside `base`, which together make up all of it. `take` fills it later."""
         super().__init__()
         self.base = base
         self.form = form
@@ -70,7 +70,7 @@ class QuantizedLinear(nn.Module):
 
     @staticmethod
     def fits(layer: nn.Module, parts: Sequence[Part]) -> bool:
-        """Whether a layer can be kept so: it is frozen, and HF weights are all of it."""
+        """Whether a layer can be quantized: its weight is frozen and consists of HF weights only."""
         frozen = layer.weight is not None and not layer.weight.requires_grad
         return frozen and sum(part.num_rows for part in parts) == layer.weight.size(0)
 
@@ -100,13 +100,15 @@ class QuantizedLinear(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the weight takes; tables that all weights share are not counted."""
+        """Bytes of the quantized weight, without the lookup tables that all weights share."""
         return sum(tensor.nbytes for packed, state in self.held for tensor in _own_tensors(packed, state))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """As the base layer's."""
         dense = self.dense()
-        place = dense.untyped_storage().data_ptr()  # a number: what autograd keeps must not hold the values
+        place = (
+            dense.untyped_storage().data_ptr()
+        )  # a number, so that autograd does not keep the values alive
 
         def pack(saved: Tensor) -> Tensor | _View:
             if saved.untyped_storage().data_ptr() == place:
@@ -120,13 +122,13 @@ class QuantizedLinear(nn.Module):
             return self.base(x, *args, **kwargs)
 
     def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The base layer's, under its own keys: places and shapes, the weight's values are on the meta device."""
+        """The base layer's, under its own keys; the weight in it is on the meta device."""
         return self.base.sharded_state_dict(prefix, *args, **kwargs)
 
 
 @dataclass(frozen=True)
 class _View:
-    """What autograd keeps in place of the weight, or of a view of it."""
+    """What autograd saves instead of the dense weight, or of a view of it."""
 
     size: torch.Size
     stride: tuple[int, ...]
@@ -138,7 +140,7 @@ class _View:
 
 @contextmanager
 def _standing_in(layer: nn.Module, values: Tensor) -> Iterator[None]:
-    """The layer has these values as its weight inside."""
+    """Inside the context, the layer has these values as its weight."""
     empty = layer._parameters["weight"]
     layer._parameters["weight"] = nn.Parameter(values, requires_grad=False)
     try:
@@ -148,7 +150,7 @@ def _standing_in(layer: nn.Module, values: Tensor) -> Iterator[None]:
 
 
 def _span(rows: Tensor) -> slice | Tensor:
-    """Rows as a slice where they follow each other."""
+    """The rows as a slice if they are consecutive."""
     first, last = int(rows[0]), int(rows[-1])
     whole = last - first + 1 == len(rows) and bool((rows[1:] > rows[:-1]).all())
     return slice(first, last + 1) if whole else rows
@@ -163,12 +165,12 @@ def _own_tensors(packed: Tensor, state: Any) -> Iterator[Tensor]:
 
 
 def frozen_values(layer: nn.Module) -> Tensor:
-    """Values of the weight of a layer beside an adapter, dequantized where it is quantized."""
+    """The weight of a layer under an adapter, dequantized if it is quantized."""
     return layer.dense() if isinstance(layer, QuantizedLinear) else layer.weight
 
 
 def like_weight(layer: nn.Module) -> Tensor:
-    """A tensor of the shape, type and device that the weight's values have, to make others like it; not its values."""
+    """A tensor with the shape, dtype and device of the layer's weight, for `new_empty` and `.to`; not its values."""
     weight = layer.weight
     if not weight.is_meta:
         return weight
@@ -176,5 +178,5 @@ def like_weight(layer: nn.Module) -> Tensor:
 
 
 def quantized_layers(chunks: Sequence[nn.Module]) -> list[QuantizedLinear]:
-    """The layers in 4 bits of this rank's model chunks."""
+    """The quantized layers in this rank's model chunks."""
     return [module for chunk in chunks for module in chunk.modules() if isinstance(module, QuantizedLinear)]

@@ -1,4 +1,4 @@
-"""What the user asks of an adapter."""
+"""The settings of a LoRA adapter."""
 
 import math
 from collections.abc import Mapping
@@ -12,13 +12,13 @@ class LoraSettings:
 
     rank: columns of B, rows of A. use_rslora: scale by alpha / sqrt(rank) (arXiv:2312.03732) and not alpha / rank.
     target_modules: HF module names or ends of them, megatron-core module names, or 'all-linear'.
-    target_regex: matches whole HF module names; takes the place of target_modules.
-    use_dora: magnitude and direction of each row of W apart (arXiv:2402.09353).
-    rank_pattern, alpha_pattern: other values for single HF modules, by full name.
-    init: how A and B start: 'true' for peft's usual values, 'gaussian', or 'orthogonal'; B A is zero.
-    modules_to_save: ends of names of HF modules that train whole. bias: biases that train, 'none', 'all' or those of
-    adapted layers, 'lora_only'.
-    ensure_weight_tying: an embedding that trains whole is the output layer still, where it was; None: as the model is.
+    target_regex: matches whole HF module names; replaces target_modules.
+    use_dora: train magnitude and direction of each row of W separately (arXiv:2402.09353).
+    rank_pattern, alpha_pattern: different values for single HF modules, by full name.
+    init: initialization of A and B: 'true' (peft's default), 'gaussian' or 'orthogonal'; B A is zero in each case.
+    modules_to_save: ends of names of HF modules trained in full. bias: biases that train: 'none', 'all', or
+    'lora_only' for those of layers with adapters.
+    ensure_weight_tying: a trained embedding stays tied to the output layer; None: as in the model.
     """
 
     rank: int = 8

@@ -1,4 +1,4 @@
-"""Where the matrices of an adapter start: as in peft, drawn for each HF module, whole, so that no layout matters."""
+"""Initialization of A and B as in peft: drawn whole for each HF module, so that it is the same in every layout."""
 
 import math
 import zlib
@@ -16,7 +16,7 @@ def draw(part: Part, rank: int, settings: LoraSettings) -> tuple[Tensor, Tensor]
 
     'true': A as torch draws a Linear's weight, Kaiming uniform with a = sqrt(5), which is U(-1/sqrt(in), 1/sqrt(in)).
     'gaussian': normal with deviation 1 / rank. B is zero with both.
-    'orthogonal': A and B are random combinations of one half each of the rows of an orthogonal matrix, over 10.
+    'orthogonal': A and B are random combinations of the even and odd rows of an orthogonal matrix, divided by 10.
     Raises UserError for an odd rank with 'orthogonal'.
     """
     rows, columns = part.shape
@@ -27,7 +27,7 @@ def draw(part: Part, rank: int, settings: LoraSettings) -> tuple[Tensor, Tensor]
     elif settings.init == "orthogonal":
         if rank % 2:
             raise UserError(
-                f"--init_weights orthogonal halves the rank, which is {rank} for {part.module}",
+                f"--init_weights orthogonal needs an even rank; it is {rank} for {part.module}",
                 "use an even --lora_rank",
             )
         turn, _ = torch.linalg.qr(torch.randn(rank, rank, generator=generator))

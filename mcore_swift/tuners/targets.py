@@ -10,9 +10,9 @@ from mcore_swift.tuners.settings import LoraSettings
 
 ALL_LINEAR, ALL_ROUTER, ALL_EMBEDDING = "all-linear", "all-router", "all-embedding"
 ROUTER, EMBEDDING, OUTPUT = "mlp.router.weight", "embedding.word_embeddings.weight", "output_layer.weight"
-"""megatron-core's keys, or the ends of them."""
+"""Keys of megatron-core's state dict, or their ends."""
 
-# megatron-core's names of fused layers, for the HF modules they are made of
+# megatron-core's fused layers, with the HF modules they consist of
 MEGATRON_NAMES = {
     "linear_qkv": ("q_proj", "k_proj", "v_proj", "qkv_proj"),
     "linear_proj": ("o_proj",),
@@ -27,11 +27,10 @@ def choose(
     regex: str | None = None,
     kinds: Mapping[str, Iterable[str]] | None = None,
 ) -> set[str]:
-    """The modules (full HF names, such as 'model.layers.0.self_attn.q_proj') that the targets mean, as peft reads them.
+    """The modules that the targets match, by peft's rules, as full HF names ('model.layers.0.self_attn.q_proj').
 
-    A target is the name of one of the `kinds` ('all-linear'), the end of a module's name, or a megatron-core name.
-    With `regex`, it must match the whole name, and targets are not looked at. Raises UserError for a target that
-    matches nothing.
+    A target is one of the `kinds` ('all-linear'), the end of a module name, or a megatron-core name. `regex` must match
+    the full name and replaces the targets. Raises UserError for a target that matches nothing.
     """
     modules = list(modules)
     kinds = {ALL_LINEAR: modules} | dict(kinds or {})
@@ -55,7 +54,7 @@ def choose(
 def chosen_modules(table: RuleTable, settings: LoraSettings) -> set[str]:
     """HF modules of the whole model that get an adapter. Raises UserError for a target that matches nothing.
 
-    As in peft, a module that trains whole gets none.
+    As in peft, modules trained in full get none.
     """
     output = tied_output(table)
     if output and not settings.target_regex and output.removesuffix(".weight") in settings.target_modules:
@@ -73,20 +72,20 @@ def chosen_modules(table: RuleTable, settings: LoraSettings) -> set[str]:
     adapted = {name for name in chosen if not is_in(name, settings.modules_to_save)}
     if not adapted:
         raise UserError(
-            f"--modules_to_save {' '.join(settings.modules_to_save)}: all modules with adapters train whole",
+            f"--modules_to_save {' '.join(settings.modules_to_save)}: it covers every module that would get an adapter",
             "drop it, or use --tuner_type full with --freeze_parameters",
         )
     return adapted
 
 
 def adaptable_modules(table: RuleTable) -> list[str]:
-    """HF names of all modules an adapter can be on: linear layers, routers, embedding and output layer."""
+    """HF names of all modules that support an adapter: linear layers, routers, embedding and output layer."""
     outer = [name for key in (EMBEDDING, OUTPUT) for name in _module_names(table, key)]
     return [*linear_modules(table), *router_modules(table), *outer]
 
 
 def router_modules(table: RuleTable) -> list[str]:
-    """HF names of the modules that choose experts."""
+    """HF names of the routers."""
     return [
         name
         for rule in table.rules
@@ -96,7 +95,7 @@ def router_modules(table: RuleTable) -> list[str]:
 
 
 def tied_output(table: RuleTable) -> str | None:
-    """HF name of an output layer that is the embedding; None where it is a matrix of its own."""
+    """HF name of the output layer's weight if it is tied to the embedding, else None."""
     if "output_layer.weight" in table.by_mcore:
         return None
     outer = (name for name in sorted(table.optional_hf) if ".layers." not in name)
@@ -113,28 +112,28 @@ def _module_names(table: RuleTable, key: str) -> list[str]:
 
 
 def _refuse_vocabulary(table: RuleTable, chosen: Collection[str], settings: LoraSettings) -> None:
-    """Raise UserError for an adapter on the embedding, output layer or a router that cannot be."""
+    """Raise UserError for an adapter that embedding, output layer or router do not support."""
     embedding = embedding_module(table)
     if embedding in chosen and OUTPUT not in table.by_mcore:
         raise UserError(
-            f"an adapter on {embedding}: this model's output layer is its embedding, and would not have the adapter",
-            f"train it whole: --modules_to_save {embedding.rpartition('.')[2]}",
+            f"an adapter on {embedding}: the output layer is tied to it, and would not have the adapter",
+            f"train it in full: --modules_to_save {embedding.rpartition('.')[2]}",
         )
     if embedding in chosen and any(key.startswith("mtp.") for key in table.by_mcore):
         raise UserError(
-            f"an adapter on {embedding}: multi-token layers have the embedding too, on another pipeline stage",
-            f"train it whole: --modules_to_save {embedding.rpartition('.')[2]}, or add --mtp_num_layers 0",
+            f"an adapter on {embedding}: multi-token layers use the embedding too, on another pipeline stage",
+            f"train it in full: --modules_to_save {embedding.rpartition('.')[2]}, or add --mtp_num_layers 0",
         )
     others = [name for name in (embedding, *router_modules(table)) if name in chosen]
     if settings.use_dora and others:
         raise UserError(
-            f"--use_dora: an adapter on {others[0]} has no magnitudes, which linear layers alone have",
+            f"--use_dora: {others[0]} does not support magnitudes, only linear layers do",
             "leave it out of --target_modules, or drop --use_dora",
         )
 
 
 def is_in(module: str, ends: Collection[str]) -> bool:
-    """Whether a module is, or is inside, one whose name ends so: modules_to_save as peft reads it."""
+    """Whether the name of a module, or of a module around it, has one of these ends: peft's rule of modules_to_save."""
     parts = module.split(".")
     return any(".".join(parts[:depth]).endswith(tuple(ends)) for depth in range(1, len(parts) + 1))
 
@@ -154,14 +153,14 @@ def _nothing_matches(flag: str, target: str, modules: Sequence[str]) -> UserErro
     ends = sorted({name.rpartition(".")[2] for name in modules} | set(MEGATRON_NAMES))
     near = difflib.get_close_matches(target, ends, n=3, cutoff=0.4) or ends
     return UserError(
-        f"{flag} matches nothing in this model that takes an adapter", f"nearest names: {', '.join(near)}"
+        f"{flag} matches no module of this model that supports adapters", f"nearest names: {', '.join(near)}"
     )
 
 
 def linear_modules(table: RuleTable) -> list[str]:
-    """HF names of the linear layers an adapter can be on: all that are split by output rows or input columns.
+    """HF names of the linear layers that support adapters: all column- and row-parallel ones.
 
-    The output layer is none of them, as in peft's 'all-linear'.
+    As in peft's 'all-linear', the output layer is not included.
     """
     return [
         name.removesuffix(".weight")

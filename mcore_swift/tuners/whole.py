@@ -1,7 +1,8 @@
-"""Weights of a megatron-core model that train, or stay, as they are: chosen by their Hugging Face names.
+"""Which weights of a megatron-core model are trained, chosen by their Hugging Face names.
 
-Several HF weights can be one tensor here (queries, keys and values; gate and up). Such a tensor has one gradient, one
-main weight and one decay: it trains or stays whole, and a choice that divides it is refused.
+Megatron-core fuses several HF weights into one tensor (queries, keys and values; gate and up). Such a tensor has one
+gradient, one main weight and one weight decay: it is trained or frozen as a whole, and a choice that divides it is
+refused.
 """
 
 import math
@@ -24,11 +25,11 @@ Names = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Weights:
-    """The trainable kind of a model's weights, buffers left out.
+    """The parameters of a model, without buffers.
 
-    held: of each parameter of this rank, the HF weights it holds, or parts of which it holds.
-    fused: the same of the whole model, from the input on, each combination once.
-    sizes: elements of each whole HF weight, in the same order.
+    held: for each parameter of this rank, the HF weights of which it contains at least a part.
+    fused: the same for the whole model, in order from the input, each combination once.
+    sizes: number of elements of each whole HF weight, in the same order.
     """
 
     held: dict[nn.Parameter, Names]
@@ -37,7 +38,7 @@ class Weights:
 
 
 def weights_of(chunks: Iterable[nn.Module], table: RuleTable, ranks: Ranks | None = None) -> Weights:
-    """What the parameters of all ranks hold. Collective."""
+    """The HF weights in the parameters of all ranks. Collective."""
     names: dict[Tensor, dict[str, int]] = {}
     for chunk in chunks:
         for parameter, shard in parameter_shards(unwrap(chunk)):
@@ -61,13 +62,13 @@ def weights_of(chunks: Iterable[nn.Module], table: RuleTable, ranks: Ranks | Non
 
 def _hf_sizes(rule: Rule, shard: LiveShard) -> dict[str, int]:
     shapes = rule.hf_shapes(shard.global_shape)
-    if isinstance(rule, Vocab):  # copies are no weights of their own, and a rank's rows may all be padding
+    if isinstance(rule, Vocab):  # tied copies are not counted, and a rank's rows may all be padding
         return {rule.hf[0]: math.prod(shapes[rule.hf[0]])}
     return {block.name: math.prod(shapes[block.name]) for block in rule.blocks(shard.region, shapes)}
 
 
 def freeze(chunks: Sequence[nn.Module], table: RuleTable, args: Any) -> float:
-    """Leave as they are the weights that the flags of `tuners.freezing` name; returns the share that trains.
+    """Freeze the weights that the flags of `tuners.freezing` name; returns the trained fraction of the parameters.
 
     Collective. Raises UserError as `frozen_names` does, and for a choice that divides a tensor.
     """
@@ -82,17 +83,17 @@ def freeze(chunks: Sequence[nn.Module], table: RuleTable, args: Any) -> float:
 
 
 def train_only(chunks: Iterable[nn.Module], weights: Weights, wanted: Collection[str]) -> None:
-    """Ask for a gradient of the parameters that hold the `wanted` HF weights, and of no others.
+    """Train the parameters that contain the `wanted` HF weights, and freeze all others.
 
-    chunks: the model of `weights`. Raises UserError if a parameter holds others too; on every rank, whichever holds it.
+    chunks: the model of `weights`. Raises UserError, on every rank, if a parameter contains wanted and other weights.
     """
     for together in weights.fused:
         trains = [name for name in together if name in wanted]
         if trains and len(trains) < len(together):
             stays = next(name for name in together if name not in wanted)
             raise UserError(
-                f"{trains[0]} is to train and {stays} to stay, and megatron-core keeps them in one tensor",
-                f"train or freeze all of {', '.join(together)}; `swift sft --backend fsdp` has them apart",
+                f"{trains[0]} would train and {stays} would be frozen, and megatron-core keeps them in one tensor",
+                f"train or freeze all of {', '.join(together)}; `swift sft --backend fsdp` keeps them separate",
             )
     for parameter, names in weights.held.items():
         parameter.requires_grad_(names[0] in wanted)
@@ -103,7 +104,7 @@ def train_only(chunks: Iterable[nn.Module], weights: Weights, wanted: Collection
 
 
 def _let_bias_train(layer: ColumnParallelLinear) -> None:
-    """megatron-core's product with a frozen weight has no gradient for the bias it adds: it is added outside."""
+    """megatron-core's product with a frozen weight computes no gradient for the bias it adds: add the bias outside."""
     bias = layer.bias
     if bias is not None and bias.requires_grad and not (layer.weight.requires_grad or layer.skip_bias_add):
         layer.skip_bias_add = True
@@ -118,7 +119,7 @@ def _add_bias(layer: Any, inputs: Any, results: tuple[Tensor, Tensor]) -> tuple[
 
 
 def start_gradients(chunk: nn.Module) -> None:
-    """Let the layers' input ask for a gradient, without which layers that are computed again have none."""
+    """Make the embedding output require a gradient: recomputed layers get none unless their input does."""
     if getattr(chunk, "embedding", None) is not None:
         chunk.embedding.register_forward_hook(_start_gradient)
 
@@ -128,7 +129,7 @@ def _start_gradient(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
 
 
 def _recomputes(config: Any) -> bool:
-    """Whether anything is computed again that holds weights: attention's core holds none."""
+    """Whether layers with weights are recomputed; core_attn has none."""
     if config.recompute_granularity == "selective":
         return bool(set(config.recompute_modules) - {"core_attn"})
     return config.recompute_granularity is not None

@@ -215,7 +215,7 @@ def divided_tensor_is_refused(folder: Path) -> None:
     start(Layout(dp=dist.get_world_size()))
     args = plain_sgd(True, freeze_parameters_regex="layers.3.*q_proj")
     with pytest.raises(
-        UserError, match=r"k_proj\.weight is to train and .*3\.self_attn\.q_proj\.weight to stay"
+        UserError, match=r"k_proj\.weight would train and .*3\.self_attn\.q_proj\.weight would be frozen"
     ):
         MegatronEngine(read_model(str(folder / "model")), Layout(), args, torch.float32)
 

@@ -59,7 +59,7 @@ def table(name):
         ),
         ("llama", {"target_modules": ("all-router",)}, ["all-router", "none"]),
         ("llama", {"target_modules": ("q_prj",)}, ["--target_modules q_prj", "q_proj"]),
-        ("llama", {"target_modules": ("q_proj",), "modules_to_save": ("attn",)}, ["train whole"]),
+        ("llama", {"target_modules": ("q_proj",), "modules_to_save": ("attn",)}, ["covers every module"]),
         ("experts", {"target_modules": ("all-router",), "use_dora": True}, ["--use_dora", "mlp.gate"]),
         ("llama", {"target_modules": ("embed_tokens",), "use_dora": True}, ["--use_dora", "embed_tokens"]),
     ],
