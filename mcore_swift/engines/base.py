@@ -1,4 +1,4 @@
-"""What an engine can do. Objectives and the training loop know no more of it than this."""
+"""The interface of an engine: all that objectives and the training loop know of it."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class StepResult:
-    """What one optimizer step, or one evaluation step, amounts to over all ranks.
+    """The result of one optimizer or evaluation step, over all ranks.
 
-    loss: mean over the global batch. count: terms that mean is over (tokens to learn).
+    loss: mean over the global batch. count: number of terms in that mean (tokens with a loss).
     grad_norm: of all parameters, before clipping; None when evaluating.
-    metrics: further means; counts: terms of those that are not means over `count`.
+    metrics: further means; counts: number of terms of those whose count differs from `count`.
     phases_s: seconds of each phase of the step on this rank.
     """
 
@@ -35,7 +35,7 @@ class StepResult:
 
     @classmethod
     def mean(cls, results: "Iterable[StepResult]") -> "StepResult":
-        """Loss and metrics over the terms of all results together."""
+        """Loss and metrics over all results, weighted by their counts."""
         total = cls(0.0, 0)
         for result in results:
             total.loss += result.loss * result.count
@@ -51,7 +51,7 @@ class StepResult:
 
 
 class Backend(Protocol):
-    """A module `engines.<name>.backend`: from arguments to an engine."""
+    """The functions of a module `engines.<name>.backend`, which build an engine from arguments."""
 
     def start(self, args: Any, layout: "Layout") -> None:
         """Join the processes of the run."""
@@ -62,26 +62,26 @@ class Backend(Protocol):
         ...
 
     def length_multiples(self, layout: "Layout") -> tuple[int, int]:
-        """What the length of a row, and that of each sample in a row of several, is padded to a multiple of."""
+        """(multiple for the length of a row, multiple for the length of each sample in a packed row)."""
         ...
 
     def read(self, args: Any) -> Any:
-        """What is known of the model before it is built; `hf` is its transformers config. Raises UserError."""
+        """Read the model's description without building it; its `hf` is the transformers config. Raises UserError."""
         ...
 
     def build(
         self, plan: Any, layout: "Layout", args: Any, dtype: "torch.dtype", start: Path | None = None
     ) -> "Engine":
-        """The model and its optimizer, the weights still to come (from the checkpoint `start`, if any). Collective."""
+        """Build the model and its optimizer. Collective. start: the checkpoint that fills the weights later, if any."""
         ...
 
 
 class Engine(Protocol):
     """A model laid out over processes, and its optimizer.
 
-    name: of the engine, whose tensor names a checkpoint has. family: of the model. description: of how it is built,
-    for people. dp_rank: which part of each global batch this process takes. saves_adapter: what it exports is an
-    adapter, not a model.
+    name: of the engine; a checkpoint can be resumed by the engine that wrote it. family: of the model. description:
+    for the log. dp_rank: which part of each global batch this process takes. saves_adapter: checkpoints hold an
+    adapter, not a model. generators_name: file name of this rank's random state.
     """
 
     layout: "Layout"
@@ -94,7 +94,7 @@ class Engine(Protocol):
     generators_name: str
 
     def begin(self, total_steps: int) -> None:
-        """Told before the first step how many the run has. Raises UserError if what trains does not fit into them."""
+        """Called before the first step. Raises UserError if a schedule that the engine owns does not fit."""
         ...
 
     def train_step(
@@ -108,35 +108,35 @@ class Engine(Protocol):
         ...
 
     def checkpoint_shards(self, holds: Sequence[str], *, for_loading: bool = False) -> "list[LiveShard]":
-        """Views of what a checkpoint that `holds` 'weights' and / or 'optimizer' keeps of this rank."""
+        """Views of this rank's part of a checkpoint that `holds` 'weights' and / or 'optimizer'."""
         ...
 
     def writes(self, shard: "LiveShard") -> bool:
-        """Whether this rank, of those that hold the same values, saves them."""
+        """Whether this rank, among those with a replica of the shard, is the one to save it."""
         ...
 
     def optimizer_step(self) -> int:
-        """Steps as the optimizer counts them."""
+        """Number of steps taken, by the optimizer's own counter."""
         ...
 
     def load_hf(self, model_dir: str, ranks: "Ranks", budget: "Budget") -> str:
-        """Fill the model from a Hugging Face folder; returns a line that tells how. Collective."""
+        """Fill the model from a Hugging Face folder; returns a line for the log. Collective."""
         ...
 
     def initialize(self) -> None:
-        """Fill the model with random weights, by the seed of the arguments and the same under every layout."""
+        """Fill the model with random weights that depend on the seed, but not on the layout."""
         ...
 
     def export_hf(self, folder: Path, max_shard_bytes: int, ranks: "Ranks", budget: "Budget") -> None:
-        """Write the weights, and what makes them a Hugging Face checkpoint, into an existing folder. Collective."""
+        """Write a Hugging Face checkpoint, or a PEFT folder if `saves_adapter`, into an existing folder. Collective."""
         ...
 
     def export_merged(self, folder: Path, max_shard_bytes: int, ranks: "Ranks", budget: "Budget") -> None:
-        """Where `saves_adapter` and the arguments ask for it: write the model with the adapter in it. Collective."""
+        """Write the model with the adapter merged as a Hugging Face checkpoint. Collective."""
         ...
 
     def describe_adapter(self, folder: Path) -> None:
-        """Write the config of the adapter, where `saves_adapter`, into a checkpoint's folder. On one rank."""
+        """Write adapter_config.json into a checkpoint's folder. On one rank."""
         ...
 
     def check_budget(self, budget: "Budget", ranks: "Ranks") -> None:
@@ -156,5 +156,5 @@ class Engine(Protocol):
         ...
 
     def after_load(self, parts: Sequence[str], *, optimizer_step: int) -> None:
-        """Called when `parts` have been filled from a checkpoint."""
+        """Called after `parts` have been filled, so that the optimizer can follow."""
         ...

@@ -1,4 +1,4 @@
-"""What every engine does to join the processes of a run and to seed one of them."""
+"""Joining the process group and seeding random generators, for every engine."""
 
 import os
 import random
@@ -12,10 +12,10 @@ from mcore_swift.accelerator import get_accelerator
 
 
 def join(*, timeout_s: float, backend: str | None = None) -> None:
-    """Join the other processes of the run; harmless where that has been done.
+    """Initialize the default process group, unless that has been done.
 
-    Reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; without them it is a run of one process. A collective
-    that does not finish within `timeout_s` seconds raises instead of hanging.
+    Reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; without RANK the group has one process. A collective that does
+    not finish within `timeout_s` seconds raises instead of hanging.
     """
     if dist.is_initialized():
         return

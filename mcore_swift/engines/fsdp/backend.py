@@ -1,4 +1,4 @@
-"""How a run on a transformers model starts, what it reads of a model, and its engine."""
+"""The backend for transformers models: implements `engines.base.Backend`."""
 
 from copy import copy
 from pathlib import Path
@@ -27,12 +27,12 @@ def stop() -> None:
 
 
 def length_multiples(layout: Layout) -> tuple[int, int]:
-    """What rows, and samples in rows of several, are padded to: only whole rows are cut."""
+    """See `Backend.length_multiples`: sequence parallelism divides rows, whatever samples are in them."""
     return layout.cp, 1
 
 
 def read(args: Any) -> TransformersPlan:
-    """The model that `args.model` holds. Raises UserError if transformers cannot train it."""
+    """The description of the model in `args.model`. Raises UserError if transformers cannot train it."""
     plan = read_plan(args.model)
     if args.tuner_type == "llamapro":
         return expanded(plan, args.llamapro_num_new_blocks, args.llamapro_num_groups)
@@ -42,18 +42,18 @@ def read(args: Any) -> TransformersPlan:
 def build(
     plan: TransformersPlan, layout: Layout, args: Any, dtype: torch.dtype, start: Path | None = None
 ) -> TransformersEngine:
-    """The model and its optimizer; weights are random where the arguments say so, else they come afterwards.
+    """Build the model and its optimizer. Weights are drawn with --perform_initialization, else loaded later.
 
-    start: the checkpoint whose weights will come.
+    start: the checkpoint they will be loaded from.
     """
-    if start is not None and args.tuner_type not in WHOLE and not args.adapters and _went_on(start):
-        # the adapter is not the one that the arguments describe, but the one that run began with
+    if start is not None and args.tuner_type not in WHOLE and not args.adapters and _continued_adapter(start):
+        # that run's adapter has the settings of the folder it started from, not those of its arguments
         args = copy(args)
         args.adapters = [str(start)]
     return TransformersEngine(plan, layout, args, dtype, random=args.perform_initialization)
 
 
-def _went_on(checkpoint: Path) -> bool:
-    """Whether the run that wrote a checkpoint began with somebody's adapter."""
+def _continued_adapter(checkpoint: Path) -> bool:
+    """Whether the run that wrote a checkpoint was started with --adapters."""
     path = checkpoint / ARGS_FILE
     return (checkpoint / CONFIG).is_file() and path.is_file() and bool(read_args_file(path).get("adapters"))

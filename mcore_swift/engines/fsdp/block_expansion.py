@@ -1,6 +1,7 @@
-"""Block expansion (LLaMA Pro, arXiv:2401.02415): new decoder layers among those of a model, which alone are trained.
+"""Block expansion (LLaMA Pro, arXiv:2401.02415): insert decoder layers into a model and train only those.
 
-Each new layer begins as a copy of the one before it whose outputs are zero, so that the model begins as it was.
+Each new layer is initialized as a copy of the layer before it with zeroed output projections, so that the expanded
+model initially computes what the original does.
 """
 
 from dataclasses import replace
@@ -14,7 +15,8 @@ from mcore_swift.errors import UserError
 from mcore_swift.models.shards import LiveShard
 
 _OUTPUTS = {"o_proj", "out_proj", "c_proj", "dense", "wo", "down_proj", "fc2", "dense_4h_to_h", "w2"}
-"""Modules whose output is what attention or the MLP adds to the residual stream, in the architectures of the field."""
+"""Names of the output projections of attention and MLP, over the architectures of transformers."""
+# settings that select layers by index, and would be wrong once layers are inserted
 _BY_NUMBER = (
     "mlp_only_layers",
     "first_k_dense_replace",
@@ -25,17 +27,17 @@ _BY_NUMBER = (
 
 
 def expanded(plan: TransformersPlan, new_blocks: int, groups: int | None) -> TransformersPlan:
-    """The plan of a model with `new_blocks` more layers, spread evenly: behind each of as many groups of layers.
+    """The plan of a model with `new_blocks` more layers, an equal number behind each of `groups` groups of layers.
 
-    groups: how many there are, each of which gets new_blocks / groups layers; None: one for each new layer.
-    Raises UserError where the layers cannot be divided so, or differ by their number.
+    groups: None means as many as new layers. Raises UserError if the layers cannot be divided into such groups, or if
+    the config selects layers by index.
     """
     config = plan.hf
     layers, groups = config.num_hidden_layers, groups or new_blocks
     if layers % groups or new_blocks % groups:
         raise UserError(
-            f"--llamapro_num_new_blocks {new_blocks}: the model's {layers} layers cannot be divided into {groups} "
-            "groups that get equally many",
+            f"--llamapro_num_new_blocks {new_blocks}: {groups} groups must divide both the new layers and the model's "
+            f"{layers} layers evenly",
             f"choose a number that divides {layers}, and --llamapro_num_groups that divides it",
         )
     numbered = [
@@ -43,7 +45,7 @@ def expanded(plan: TransformersPlan, new_blocks: int, groups: int | None) -> Tra
     ]
     if numbered:
         raise UserError(
-            f"--tuner_type llamapro: in this model {', '.join(numbered)} says by number which layers differ",
+            f"--tuner_type llamapro: {', '.join(numbered)} in config.json selects layers by their index",
             "use another --tuner_type",
         )
     sources = _sources(layers, new_blocks, groups)
@@ -63,7 +65,7 @@ def _name_of_layers(config: Any) -> str:
 
 
 def _sources(layers: int, new_blocks: int, groups: int) -> list[int]:
-    """For each layer of the expanded model the layer whose weights it begins with."""
+    """For each layer of the expanded model, the original layer whose weights initialize it."""
     size, more = layers // groups, new_blocks // groups
     return [
         source
@@ -73,10 +75,10 @@ def _sources(layers: int, new_blocks: int, groups: int) -> list[int]:
 
 
 class Expansion:
-    """Which parameters of an expanded model are new, and which weights of the checkpoint each begins with."""
+    """Which parameters of an expanded model are new, and which weights of the checkpoint initialize each."""
 
     def __init__(self, model: nn.Module, new_blocks: int, groups: int | None) -> None:
-        """Raises UserError for a model whose layers cannot be told, or cannot begin as nothing."""
+        """Raises UserError if the decoder layers of the model, or their output projections, are not found."""
         total = model.config.num_hidden_layers
         lists = [
             (name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == total
@@ -94,28 +96,28 @@ class Expansion:
         outputs = [n for n, _ in first.named_parameters() if _is_output(n)]
         if len({name.split(".")[0] for name in outputs}) < 2:
             raise UserError(
-                "--tuner_type llamapro: what attention and MLP of this model add to its layers is not found",
+                "--tuner_type llamapro: the output projections of attention and MLP of this model are not found",
                 "use another --tuner_type",
             )
 
     def freeze(self, model: nn.Module) -> None:
-        """All but the new layers stays as it is."""
+        """Freeze everything but the new layers."""
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self._number(name) in self.new)
 
     def sources(self, shards: list[LiveShard]) -> list[LiveShard]:
-        """The shards under the names of the weights they begin with."""
+        """The shards under the names of the weights that initialize them."""
         return [replace(shard, key=self._source(shard.key)) for shard in shards]
 
     @torch.no_grad()
     def silence(self, shards: list[LiveShard]) -> None:
-        """New layers begin by adding nothing."""
+        """Zero the output projections of the new layers."""
         for shard in shards:
             if self._number(shard.key) in self.new and _is_output(shard.key):
                 shard.data.zero_()
 
     def _number(self, name: str) -> int | None:
-        """The number of the layer that a parameter belongs to."""
+        """The index of the layer that a parameter belongs to, if any."""
         if not name.startswith(self._prefix):
             return None
         return int(name.removeprefix(self._prefix).split(".")[0])

@@ -1,6 +1,6 @@
-"""One process, several devices: layers of a model on one device after the other (`--device_map`), by accelerate.
+"""`--device_map`: one process places the layers of a model on several devices, with accelerate.
 
-Nothing runs at the same time on two of them; it is for models that do not fit into one and for nothing else.
+The devices work one after the other, so this is only for models that do not fit on one.
 """
 
 from collections.abc import Mapping
@@ -15,9 +15,9 @@ from mcore_swift.errors import UserError
 
 
 def device_map_of(base: Any, args: Any) -> dict[str, Any] | None:
-    """Module -> number of its device, for a model that may be on the meta device; None if there is one device only.
+    """Module name -> device index, for a model that may be on the meta device; None if there is only one device.
 
-    Raises UserError if accelerate is not installed, or the devices together are too small.
+    Raises UserError if accelerate is not installed, or if the devices together are too small.
     """
     if args.device_map is None:
         return None
@@ -48,7 +48,7 @@ def _device(name: str) -> int | str:
 
 
 def place(base: nn.Module, device_map: Mapping[str, Any]) -> None:
-    """Give the modules their memory, whatever is in it, on their devices, and have inputs follow them there."""
+    """Allocate the modules' parameters, uninitialized, on their devices, and hook the modules to move their inputs."""
     from accelerate import dispatch_model
 
     made: dict[nn.Parameter, nn.Parameter] = {}

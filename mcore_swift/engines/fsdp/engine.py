@@ -111,12 +111,13 @@ class TransformersEngine:
             self._ranks = RankAllocation(self.model, self.optimizer, self.model.peft_config[ADAPTER])
 
     def _share_rows(self, attention: str | None) -> SequenceParallel | None:
-        """The processes that share rows with this one, if --sequence_parallel_size asks for it. Collective."""
+        """Sequence parallelism over the processes of a row, if --sequence_parallel_size is above 1. Collective."""
         if self.layout.cp == 1:
             return None
         if attention == "eager":
             raise UserError(
-                "--attn_impl eager: attention of shared rows is sdpa or flash attention", "drop --attn_impl"
+                "--attn_impl eager: --sequence_parallel_size works with sdpa or flash attention",
+                "drop --attn_impl",
             )
         sequence_parallel.check_kinds(self.plan.hf.get_text_config())
         sequence_parallel.register()
@@ -155,9 +156,9 @@ class TransformersEngine:
         make_real(self.model, spread, seed=self.args.seed if random else None)
 
     def _choose_parameters(self, *, random: bool) -> nn.Module:
-        """The model with what trains and what does not; adapters that start from weights get those first."""
+        """Attach adapters or freeze parameters. Adapters initialized from the weights get those loaded first."""
         if self.saves_adapter and not self.is_quantized:
-            # Memory that nobody has written to takes no room yet; spreading the model lets go of it block by block.
+            # Memory that was never written takes no physical pages; spreading the model frees it block by block.
             filled = give_memory(self.base, torch.device("cpu"))
             if random:
                 initialize_modules(self.base, filled, self.args.seed)
@@ -179,7 +180,7 @@ class TransformersEngine:
 
     @torch.no_grad()
     def _load_base(self) -> None:
-        """Fill what adapters stand beside, unless it had to be there before them."""
+        """Load the frozen weights beside adapters, unless they had to be loaded before the adapters."""
         if self._told:
             return
         shards = [
@@ -211,7 +212,7 @@ class TransformersEngine:
         return dist.get_rank() // self.layout.cp
 
     def begin(self, total_steps: int) -> None:
-        """Told before the first step how many there are. Raises UserError if AdaLoRA's phases do not fit into them."""
+        """Called before the first step. Raises UserError if AdaLoRA's phases do not fit into the run."""
         if self._ranks is not None:
             self._ranks.set_total_steps(total_steps)
 
@@ -223,7 +224,9 @@ class TransformersEngine:
         Raises FloatingPointError, before any weight changes, if the loss or the gradient is not finite.
         """
         self._settle(microbatches)
-        timer = PhaseTimer()  # each phase ends with a number the host waits for, on any device
+        timer = (
+            PhaseTimer()
+        )  # each phase ends with a number that the host reads, which synchronizes the device
         with timer("forward_backward"):
             self.model.train()
             self.optimizer.zero_grad(set_to_none=True)
@@ -257,7 +260,7 @@ class TransformersEngine:
 
     @torch.no_grad()
     def checkpoint_shards(self, holds: Sequence[str], *, for_loading: bool = False) -> list[LiveShard]:
-        """What a checkpoint that holds 'weights' and / or 'optimizer' keeps of this rank: views, not copies."""
+        """Views of this rank's part of a checkpoint that holds 'weights' and / or 'optimizer'."""
         shards = self._saved_weights() if "weights" in holds else []
         if "optimizer" in holds:
             if for_loading and self._ranks is not None:
@@ -266,24 +269,24 @@ class TransformersEngine:
         return shards
 
     def writes(self, shard: LiveShard) -> bool:
-        """Whether this rank, of those that hold the same values, is the one to save them."""
+        """Whether this rank, among those with a replica of the shard, is the one to save it."""
         everywhere = not self.is_sharded or shard.key in persistent_buffers(self.model)
         copies = self.layout.world_size if everywhere else 1
         return shard.replica[-1] == zlib.crc32(shard.key.encode()) % copies
 
     def optimizer_step(self) -> int:
-        """Steps the optimizer has taken, as it counts them itself."""
+        """Number of steps taken, by the optimizer's own counter."""
         return optimizer_step(self.optimizer)
 
     def after_load(self, parts: Sequence[str], *, optimizer_step: int) -> None:
-        """The weights are the optimizer's own; only its count of steps has to follow."""
+        """The optimizer uses the weights themselves; only its step counter has to follow."""
         if "optimizer" in parts:
             set_optimizer_step(self.optimizer, optimizer_step)
 
     def load_hf(self, model_dir: str, ranks: Ranks, budget: Budget) -> str:
-        """Fill the model from a Hugging Face folder; returns a line that tells how. Collective.
+        """Fill the model from a Hugging Face folder; returns a line for the log. Collective.
 
-        Frozen weights beside adapters are there already; adapters are filled from `--adapters`, if it is given.
+        Frozen weights beside adapters are already loaded; adapters are filled from `--adapters`, if it is given.
         """
         if self._expansion is not None:
             shards = self._saved_weights()
@@ -298,7 +301,7 @@ class TransformersEngine:
         return self._told
 
     def export_hf(self, folder: Path, max_shard_bytes: int, ranks: Ranks, budget: Budget) -> None:
-        """Write the model in Hugging Face form, or its adapters in PEFT's. Collective."""
+        """Write a Hugging Face checkpoint, or the adapters as a PEFT folder. Collective."""
         shards = self._saved_weights()
         if self.saves_adapter:
             weights.export_adapter(folder, self.model, shards, ranks)
@@ -310,16 +313,16 @@ class TransformersEngine:
             )
 
     def describe_adapter(self, folder: Path) -> None:
-        """Write the adapter's config, by which a checkpoint tells what adapter it holds. On one rank."""
+        """Write adapter_config.json, which describes the adapter in a checkpoint. On one rank."""
         save_config(self.model, folder)
 
     def check_budget(self, budget: Budget, ranks: Ranks) -> None:
         """Raise UserError, on every rank, if `export_hf` could not keep to the budget. Collective."""
-        if not self.saves_adapter:  # adapters are small, and are gathered whole
+        if not self.saves_adapter:  # adapters are small and are gathered whole
             weights.check_budget(self.model, self._saved_weights(), budget, ranks)
 
     def initialize(self) -> None:
-        """Nothing to do: with `random`, weights were drawn block by block as the model was spread."""
+        """Nothing to do: with `random`, the weights were drawn block by block while the model was built."""
 
     def training_flops(self, tokens: float, squares: float) -> float:
         """See `TrainingFlops.of_step`."""
@@ -360,7 +363,7 @@ class TransformersEngine:
         return StepResult(total / divisor, int(count), metrics=named)
 
     def _reduce_gradients(self, *, last: bool) -> None:
-        """Copies of the model add up gradients once a step, after the last microbatch."""
+        """With replicas, all-reduce gradients once per step, after the last microbatch."""
         for module in fsdp_modules(self.model):
             module.set_requires_all_reduce(last, recurse=False)
 

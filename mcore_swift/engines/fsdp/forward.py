@@ -1,12 +1,13 @@
 """From a batch to the negative log-likelihood of its labels, by any causal language model of transformers.
 
-Rows with several samples end to end go to the model in the form it can take:
+A packed row is passed to the model in the form that it supports:
 
-* flash attention gets the row and where its samples begin (varlen);
-* a model whose masks follow position ids that start anew gets the row as it is;
-* any other gets the samples as rows of their own, padded on the right, which a causal model cannot see.
+* flash attention gets the row and the boundaries of its samples (varlen);
+* a model whose masks separate samples where position ids restart gets the row as it is;
+* any other model gets the samples as separate rows, padded on the right, which causal attention does not see.
 
-Which of the latter two is cheaper is decided for each row; whether a model's masks do follow is tried out once.
+For models of the second kind, the cheaper of the last two is chosen for each row. Which kind a model is of is tested
+once, before the first packed batch.
 """
 
 import inspect
@@ -23,15 +24,15 @@ from mcore_swift.engines.fsdp.sequence_parallel import SequenceParallel, prove
 from mcore_swift.engines.fsdp.token_nll import nll_of_logits
 
 _WORTH_UNPACKING = 1.25
-"""Rows of their own are taken while padding makes them at most this much longer than the packed row."""
+"""Samples are passed as separate rows as long as these have at most this many times the tokens of the packed row."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What a model is given, and which of its outputs count.
+    """The input of a model, and the positions of its output that have a loss.
 
-    input_ids, position_ids: int64 `[n, length]`. learnt: int64 `[k]`, the positions with a loss in those rows laid
-    end to end; places: int64 `[k]`, the same in the batch's rows laid end to end. extra: varlen arguments.
+    input_ids, position_ids: int64 `[n, length]`. learnt: int64 `[k]`, positions with a loss in the flattened input_ids;
+    places: int64 `[k]`, the same positions in the flattened batch. extra: varlen arguments.
     """
 
     input_ids: Tensor
@@ -42,7 +43,7 @@ class Rows:
 
 
 class Forward:
-    """Calls one model with the arguments it knows."""
+    """Calls one model with the arguments that its forward method accepts."""
 
     def __init__(self, model: nn.Module, attention: str, parallel: SequenceParallel | None = None) -> None:
         """parallel: the processes that share rows, if this one does."""
@@ -54,7 +55,7 @@ class Forward:
         self._masks_follow_positions: bool | None = None
 
     def token_nll(self, batch: Batch) -> Tensor:
-        """-log p(labels[t] | tokens up to t), 0 where nothing is learnt: fp32 `[b, s]`. batch: on the host."""
+        """-log p(labels[t] | tokens up to t), and 0 at positions without a loss: fp32 `[b, s]`. batch: on the host."""
         device = get_accelerator().device
         rows = self._rows(batch)
         labels = batch.labels.reshape(-1)[rows.places].to(device, non_blocking=True)
@@ -65,20 +66,20 @@ class Forward:
         return whole.index_put((places,), nll).view(batch.labels.shape)
 
     def own_part(self, batch: Batch) -> Batch:
-        """What this process computes of a batch: its part of the tokens where rows are shared, else all of it."""
+        """This process's part of the batch with sequence parallelism, else the whole batch."""
         return batch if self._parallel is None else self._parallel.begin(batch)
 
     def is_unsettled(self, batches: Sequence[Batch]) -> bool:
-        """Whether something has to be found out about the model before these batches."""
+        """Whether `settle` has to be called before these batches."""
         if self._parallel is not None:
             return not self._is_proved
         is_packed = any(batch.cu_seqlens is not None for batch in batches)
         return is_packed and self._masks_follow_positions is None and not self.is_varlen
 
     def settle(self) -> None:
-        """Find out whether the model's masks follow position ids, or whether its rows can be shared. Collective.
+        """Test whether the model's masks follow position ids, or whether it supports sequence parallelism. Collective.
 
-        Raises UserError if they are to be shared and cannot.
+        Raises UserError if sequence parallelism is asked for and the model does not support it.
         """
         if self._parallel is not None:
             prove(self._parallel, self.model, _causal_lm(self.model), self._call)
@@ -126,7 +127,7 @@ class Forward:
 
     @torch.no_grad()
     def _follows_positions(self) -> bool:
-        """Whether a second sample in a row comes out as it does alone, whatever the first one is."""
+        """Whether the logits of the second sample in a packed row are those of the sample alone."""
         device, mode = get_accelerator().device, self.model.training
         self.model.eval()
         first, other, second = ([2, 3, 5, 4], [4, 2, 3, 1], [3, 1, 4, 2])
@@ -135,19 +136,19 @@ class Forward:
         alone = self._call(pairs[:1, 4:], position_ids=positions[:, :4])
         both = [self._call(row[None], position_ids=positions)[:, 4:] for row in pairs]
         self.model.train(mode)
-        # Attention that crosses changes whole digits; arithmetic in another order only the last ones.
+        # Attention across samples changes the leading digits; another order of summation only the last ones.
         limit = (1e-4 if alone.dtype is torch.float32 else 3e-2) * alone.float().abs().max()
         return all(bool((packed.float() - alone.float()).abs().max() <= limit) for packed in both)
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch as an objective takes it."""
+    """The batch with the tensors that objectives use on the device."""
     names = ("input_ids", "labels", "loss_mask", "position_ids")
     return replace(batch, **{name: getattr(batch, name).to(device, non_blocking=True) for name in names})
 
 
 def unpacked(batch: Batch, learnt: Tensor) -> Rows:
-    """The samples of a row `[1, s]` as rows of their own, `[n, longest]`, padded with token 0 on the right."""
+    """The samples of a packed row `[1, s]` as separate rows, `[n, longest]`, padded with token 0 on the right."""
     edges = batch.cu_seqlens[: _samples(batch) + 1].long()
     starts, lengths = edges[:-1], edges.diff()
     count, longest = len(lengths), int(lengths.max())
@@ -159,7 +160,7 @@ def unpacked(batch: Batch, learnt: Tensor) -> Rows:
 
 
 def _samples(batch: Batch) -> int:
-    """Segments of a row that are samples; padding at its end is one more, and needs no forward pass."""
+    """Number of samples in a row, without the segment of padding at its end, which needs no forward pass."""
     return max(1, batch.num_samples)
 
 

@@ -1,7 +1,7 @@
-"""A transformers model built without memory, then given it block by block and spread over the processes.
+"""A transformers model, built on the meta device and then allocated and sharded block by block.
 
-No rank ever holds more of the whole model than one block: parameters are declared on the meta device, and a block is
-made real (and random, where no checkpoint fills it) only to be sharded at once.
+Besides its own shards, a rank never holds more than one block of the model: each block is allocated (and initialized,
+if no checkpoint fills it) and immediately sharded.
 """
 
 import importlib.util
@@ -23,9 +23,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TransformersPlan:
-    """What is known of a model before it is built. hf: its transformers config. family: its model_type.
+    """The description of a model before it is built. hf: its transformers config. family: its model_type.
 
-    config_changes: what its config.json says otherwise than the one it was read from.
+    config_changes: entries of config.json that differ from the file it was read from.
     """
 
     hf: Any
@@ -34,7 +34,7 @@ class TransformersPlan:
 
 
 def read_plan(model: str) -> TransformersPlan:
-    """Read config.json. Raises UserError for a model that transformers has no causal language model of."""
+    """Read config.json. Raises UserError if transformers has no causal language model for it."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
@@ -52,20 +52,20 @@ def read_plan(model: str) -> TransformersPlan:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says first, for a message."""
+    """The first line of an error's text."""
     return (str(error).strip() or type(error).__name__).split("\n")[0]
 
 
 def attention_implementation(asked: str | None, *, end_to_end: bool) -> str | None:
-    """What transformers is told of attention: what was asked for, or varlen flash attention where rows are packed.
+    """The value of transformers' `attn_implementation`: the one asked for, or varlen flash attention for packed rows.
 
-    None leaves the choice to transformers. Raises UserError if what was asked for is not installed.
+    None leaves the choice to transformers. Raises UserError if the one asked for is not installed.
     """
     installed = importlib.util.find_spec("flash_attn") is not None
     if asked == "flash_attn":
         if installed and get_accelerator().is_cuda:
             return "flash_attention_2"
-        logger.info("flash-attn is not here: attention is sdpa, which gives the same")
+        logger.info("flash-attn is not available: using sdpa, which computes the same")
         return "sdpa"
     if asked and asked.startswith("flash") and not (installed and get_accelerator().is_cuda):
         raise UserError(
@@ -95,11 +95,11 @@ def build_on_meta(
 
 @dataclass(frozen=True)
 class Spread:
-    """How a model is spread over processes, and in which precision it computes.
+    """How a model is sharded over processes, and in which precision it computes.
 
-    compute: of activations and of the copies of the weights they meet; the weights kept are what they were built
-    as. offload: weights and optimizer state wait in host memory. keep_gathered: a block's weights stay gathered
-    between forward and backward pass. only_trained: frozen weights, which are quantized, stay whole and as they are.
+    compute: dtype of activations and of the weights in a matrix product; the stored weights keep their dtype.
+    offload: keep weights and optimizer state in host memory. keep_gathered: keep the weights of a block gathered
+    between forward and backward pass. only_trained: do not shard frozen weights, which are quantized.
     """
 
     mesh: DeviceMesh
@@ -110,15 +110,15 @@ class Spread:
 
     @property
     def is_trivial(self) -> bool:
-        """One process that computes in the precision it keeps: nothing to gather, reduce or convert."""
+        """One process that computes in the stored precision: there is nothing to gather, reduce or convert."""
         return self.mesh.size() == 1 and self.compute is torch.float32 and not self.offload
 
 
 def make_real(model: nn.Module, spread: Spread, *, seed: int | None = None) -> nn.Module:
-    """Give every parameter of a model on the meta device its memory, spread over the processes.
+    """Allocate the parameters of a model on the meta device, sharded over the processes.
 
-    seed: draw random weights, as transformers initializes the model and equal under every spread; None leaves the
-    memory as it is, to be filled from a checkpoint.
+    seed: draw random weights as transformers initializes the model, the same for every number of processes; None leaves
+    them uninitialized, to be filled from a checkpoint.
     """
     device = get_accelerator().device
     for module in model.modules():
@@ -133,13 +133,15 @@ def make_real(model: nn.Module, spread: Spread, *, seed: int | None = None) -> n
         if not spread.is_trivial:
             _shard(unit, spread, is_root=unit is model)
     for module in fsdp_modules(model):
-        module.set_gradient_divide_factor(1.0)  # sums: they are divided by the global count of tokens
+        module.set_gradient_divide_factor(
+            1.0
+        )  # gradients are summed; the engine divides by the global token count
         module.set_force_sum_reduction_for_comms(True)
     return model
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The modules that transformers says belong together on a device: decoder layers. Outer ones first."""
+    """The modules that transformers says must not be split over devices: decoder layers. Outer ones first."""
     names = set(getattr(model, "_no_split_modules", None) or ())
     return [module for module in model.modules() if type(module).__name__ in names]
 
@@ -149,7 +151,7 @@ def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Drop gathered weights that a forward pass without a backward pass has left behind."""
+    """Free the gathered weights after a forward pass without a backward pass."""
     for module in fsdp_modules(model):
         module.reshard()
 
@@ -157,9 +159,10 @@ def reshard(model: nn.Module) -> None:
 def give_memory(
     unit: nn.Module, device: torch.device, made: dict[nn.Parameter, nn.Parameter] | None = None
 ) -> list[nn.Module]:
-    """Put the parameters of `unit` on the device; those without memory get some, whatever is in it.
+    """Move the parameters of `unit` to the device; those on the meta device become uninitialized ones.
 
-    made: what was moved before, so that tied modules get one and the same. Returns the modules that got memory.
+    made: parameters already moved, so that tied modules keep sharing them. Returns the modules that were on the meta
+    device.
     """
     made, filled = {} if made is None else made, []
     for module in unit.modules():
@@ -181,7 +184,7 @@ def give_memory(
 
 @torch.no_grad()
 def initialize_modules(model: Any, modules: list[nn.Module], seed: int) -> None:
-    """Draw random values for the parameters of these modules, as transformers initializes the model."""
+    """Initialize the parameters of these modules as transformers does."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for module in modules:

@@ -17,10 +17,10 @@ from mcore_swift.errors import UserError
 def build_optimizer(
     model: nn.Module, args: Any, lr_factors: Mapping[str, float] | None = None, *, is_sharded: bool = False
 ) -> Any:
-    """The optimizer `args.optimizer` over the parameters that train; norms and biases are not decayed.
+    """The optimizer `args.optimizer` over the trained parameters; norms and biases have no weight decay.
 
-    lr_factors: parameters whose learning rate is a multiple of that of the others. is_sharded: processes hold parts of
-    parameters. Raises UserError for an optimizer that needs whole ones, or whose package is missing.
+    lr_factors: parameter name -> factor of the learning rate (LoRA+). is_sharded: processes hold parts of parameters.
+    Raises UserError for an optimizer that needs whole parameters if they are sharded, or whose package is missing.
     """
     members: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -53,9 +53,9 @@ def set_hyperparameters(optimizer: torch.optim.Optimizer, *, lr: float, weight_d
 
 @torch.no_grad()
 def scale_and_clip(parameters: Iterable[nn.Parameter], divisor: float, limit: float) -> float:
-    """Turn summed gradients into means, no longer than `limit` (0: as long as they are).
+    """Divide summed gradients by `divisor` and clip them to the norm `limit` (0: no clipping).
 
-    Returns the norm of the mean gradient before clipping. Collective.
+    Returns the norm of the divided gradient before clipping. Collective.
     """
     parameters = list(parameters)
     gradients = [local(p.grad) for p in parameters if p.grad is not None]

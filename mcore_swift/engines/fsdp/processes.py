@@ -1,4 +1,4 @@
-"""The processes of a run on transformers models: one process group, one mesh, one seed a rank."""
+"""The processes of a run on transformers models: process group, device mesh and seeds."""
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -8,20 +8,20 @@ from mcore_swift.engines import processes
 
 
 def start(*, seed: int, timeout_s: float = 600, backend: str | None = None) -> None:
-    """Join the other processes of the run, as `processes.join` says, and seed this one."""
+    """Initialize the process group (see `engines.processes.join`) and seed this process."""
     processes.join(timeout_s=timeout_s, backend=backend)
-    # Ranks have seeds of their own: each draws dropout for samples of its own.
+    # A different seed per rank: each draws dropout masks for its own samples.
     processes.seed_libraries(seed + dist.get_rank())
 
 
 def stop() -> None:
-    """Leave the process group; harmless if there is none."""
+    """Destroy the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def row_group(size: int) -> dist.ProcessGroup | None:
-    """The `size` neighbouring processes that share rows with this one; None if it has its rows alone. Collective."""
+    """The group of `size` consecutive ranks that share rows, for this rank; None if `size` is 1. Collective."""
     if size == 1:
         return None
     own, _ = dist.new_subgroups(size)
@@ -29,10 +29,10 @@ def row_group(size: int) -> dist.ProcessGroup | None:
 
 
 def mesh(*, sharded: bool) -> DeviceMesh:
-    """The processes as fully_shard takes them.
+    """The device mesh for `fully_shard`.
 
-    sharded: all hold parts of one copy of the model `(shard,)`; else each holds a copy `(replicate, shard = 1)`,
-    which is data parallelism as DDP does it.
+    sharded: one copy of the model is sharded over all processes, mesh `(shard,)`; else each process has a replica, mesh
+    `(replicate, shard = 1)`, which is data parallelism as in DDP.
     """
     device, size = get_accelerator().device.type, dist.get_world_size()
     if sharded or size == 1:

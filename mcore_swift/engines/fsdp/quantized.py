@@ -1,7 +1,7 @@
-"""transformers models whose frozen weights are quantized: as they are read, or in the checkpoint already.
+"""transformers models whose frozen weights are quantized, on loading or already in the checkpoint.
 
-Each process holds such a model whole, on its own device: adapters beside it are spread, it is not. Quantizing takes
-the weights one by one, so that no more than one of them is there in full precision.
+Each process holds such a model whole on its own device; only the adapters are data parallel. On loading, weights are
+quantized one by one, so that at most one of them is in memory in full precision.
 """
 
 import time
@@ -18,7 +18,7 @@ from mcore_swift.engines.fsdp.model import TransformersPlan, first_line
 from mcore_swift.errors import UserError
 from mcore_swift.plan.quantization import stored_method
 
-_BITSANDBYTES_SAYS = (
+_REPEATED_WARNINGS = (
     r"MatMul8bitLt: inputs will be cast",
     r".*Casting input to.*8bit",
     r".*to float16 during quantization",
@@ -26,7 +26,7 @@ _BITSANDBYTES_SAYS = (
 
 
 def is_quantized(plan: TransformersPlan, args: Any) -> bool:
-    """Whether weights are to be quantized, or the checkpoint's are in a form that transformers computes with."""
+    """Whether --quant_method is given, or the checkpoint is quantized in a form that transformers computes with."""
     return bool(args.quant_method) or stored_method(plan.hf.to_dict()) is not None
 
 
@@ -51,16 +51,16 @@ def check_trainable(args: Any, *, is_sharded: bool, has_adapters: bool) -> None:
 def load_quantized(
     plan: TransformersPlan, args: Any, attention: str | None, dtype: torch.dtype
 ) -> tuple[nn.Module, str]:
-    """The model on this process's device, and a line that tells how it was read.
+    """The model on this process's device, and a line for the log.
 
-    dtype: of what is not quantized. Checkpoints in FP8 or MXFP4 are dequantized to be quantized anew.
-    Raises UserError for a form that transformers, or a package that it needs, cannot train beside here.
+    dtype: of weights that are not quantized. FP8 and MXFP4 checkpoints are dequantized and quantized again.
+    Raises UserError for a form that transformers cannot train adapters on, or whose package is missing.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    for text in _BITSANDBYTES_SAYS:  # what it does for each of thousands of layers, in each step
+    for text in _REPEATED_WARNINGS:  # bitsandbytes warns for each layer in each step
         warnings.filterwarnings("ignore", message=text)
     started = time.monotonic()
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": get_accelerator().device}}
@@ -88,7 +88,7 @@ def load_quantized(
             f"{args.model} does not hold {', '.join(names)}", "copy or download the checkpoint again"
         )
     model.config.use_cache = False
-    model.name_or_path = args.model  # what peft writes down as the adapter's base
+    model.name_or_path = args.model  # peft saves it as the adapter's base
     return model.train(), f"weights {how}, read in {time.monotonic() - started:.1f} s"
 
 
@@ -114,7 +114,7 @@ def _quantized_as_read(
 
 
 class _Unread:
-    """A tensor of a checkpoint that is read when transformers asks for its values, by `[...]`."""
+    """A lazy tensor of a checkpoint: it is read when transformers indexes it with `[...]`."""
 
     def __init__(self, reader: HFReader, name: str) -> None:
         self.reader, self.name = reader, name
@@ -124,13 +124,13 @@ class _Unread:
 
 
 def number_of_values(parameter: nn.Parameter) -> int:
-    """Weights that a parameter holds; several to a byte where it is packed."""
+    """Number of weights in a parameter, which may be packed, several to a byte."""
     state = getattr(parameter, "quant_state", None)
     return state.shape.numel() if state is not None else parameter.numel()
 
 
 def quantization_config(args: Any, dtype: torch.dtype) -> Any:
-    """What transformers calls the settings of `--quant_method`."""
+    """transformers' quantization config for `--quant_method` and its settings."""
     import transformers
 
     if args.quant_method == "bnb":

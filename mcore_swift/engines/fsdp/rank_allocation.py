@@ -1,7 +1,7 @@
-"""AdaLoRA (arXiv:2303.10512): adapters B·diag(E)·A whose least important triplets lose their place while they train.
+"""AdaLoRA (arXiv:2303.10512): adapters B·diag(E)·A whose least important triplets are pruned during training.
 
-peft's adapters, and its `RankAllocator`'s arithmetic on parts of tensors, so that it holds for sharded adapters, too.
-What has to be remembered lives in the optimizer's state, by names of `STATES`, and so in checkpoints.
+The adapters are peft's. The arithmetic is that of its `RankAllocator`, but on parts of tensors, so that it works for
+sharded adapters. Its state (`STATES`) is kept in the optimizer's state and thus saved in checkpoints.
 """
 
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ class Triplets:
 
 
 class RankAllocation:
-    """Prunes the triplets of a model's adapters to a budget that falls from all to `target_r` a layer."""
+    """Prunes the triplets of a model's adapters to a budget that falls from all to `target_r` per layer on average."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: Any) -> None:
         """config: peft's AdaLoraConfig."""
@@ -50,21 +50,22 @@ class RankAllocation:
         self._group = shard_group([triplet.a for triplet in self._triplets])
 
     def set_total_steps(self, total: int) -> None:
-        """Raises UserError if the phases of the budget do not fit into the run."""
+        """Called before the first step. Raises UserError if the phases of the budget do not fit into the run."""
         c = self._config
         if c.tinit >= total - c.tfinal:
             raise UserError(
-                f"--adalora_tinit {c.tinit} and --adalora_tfinal {c.tfinal} leave none of the run's {total} steps to "
-                "lower the ranks in",
+                f"--adalora_tinit {c.tinit} and --adalora_tfinal {c.tfinal} leave none of the run's {total} steps for "
+                "pruning",
                 "lower them, or train longer",
             )
         c.total_step = total
 
     @torch.no_grad()
     def make_states(self) -> None:
-        """Begin to remember, where that has not been done: nothing is known of any weight, all triplets are there.
+        """Create the state, if there is none yet: zero importance, all triplets kept.
 
-        Not before the optimizer's first step, unless its own state is made as well: it takes what is there for all.
+        Call this after the optimizer's first step, or create the optimizer's own state too: an optimizer that finds any
+        state for a parameter does not create its own.
         """
         for triplet in self._triplets:
             for parameter in (triplet.a, triplet.e, triplet.b):
@@ -96,7 +97,7 @@ class RankAllocation:
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        """Weigh the triplets by the step's gradients and give out the budget. step: counted from 1. Collective."""
+        """Update the importance of the triplets and prune them to the budget. step: counted from 1. Collective."""
         self.make_states()
         c = self._config
         last = c.total_step - c.tfinal
@@ -108,12 +109,12 @@ class RankAllocation:
         elif step == last or (step > c.tinit and step % c.deltaT == 0):
             self._choose(self._target if step == last else budget)
             self._mask()
-            if step < last:  # they may come back until the last choice
+            if step < last:  # pruned triplets may return until the last pruning
                 for triplet in self._triplets:
                     local(self._optimizer.state[triplet.e][KEPT]).fill_(1)
 
     def _budget(self, step: int) -> int:
-        """Triplets that may stay: a cubic from all of them to the target."""
+        """Number of triplets to keep, falling from all of them to the target as a cubic."""
         c = self._config
         if step <= c.tinit:
             return self._all
@@ -145,8 +146,8 @@ class RankAllocation:
             kept.copy_((own > threshold)[_rows(triplet.e), None])
 
     def _scores(self) -> Iterator[Tensor]:
-        """This rank's part of the importance of every triplet, `[r]` each: that of E, and the means of A's row and
-        B's column.
+        """This rank's contribution to the importance of every triplet, `[r]` per adapter: the score of E plus the mean
+        scores of A's row and B's column.
         """
         for triplet in self._triplets:
             a, e, b = (self._element_scores(p) for p in (triplet.a, triplet.e, triplet.b))
@@ -166,5 +167,5 @@ class RankAllocation:
 
 
 def _rows(parameter: nn.Parameter) -> slice:
-    """The rows of the whole parameter that this rank holds."""
+    """The rows of the whole parameter that are on this rank."""
     return slice(*local_region(parameter)[0])

@@ -1,8 +1,8 @@
-"""Rows of which each process holds a part: sequence parallelism for transformers models (Ulysses, arXiv:2309.14509).
+"""Sequence parallelism for transformers models (Ulysses, arXiv:2309.14509).
 
 A group of N processes has the same rows; rank r computes the r-th of N equal parts of each. Only attention needs the
-other tokens: there an all-to-all gives each process all tokens with an N-th of the heads, and another one brings its
-output back. It is an attention function that transformers calls by name, so models need not know of it.
+other tokens: an all-to-all gives each process all tokens for 1/N of the heads, and a second one returns the output.
+This is an attention function that transformers calls by name, so that models need no change.
 """
 
 import math
@@ -21,16 +21,16 @@ from mcore_swift.errors import UserError
 from mcore_swift.models.collectives import AllToAll
 
 NAME = "ulysses"
-"""What this attention is called in a model's config."""
+"""Name of this attention function in transformers' registry."""
 _BY_TOKEN = ("input_ids", "labels", "loss_mask", "position_ids", "padding")
 _KINDS = {"full_attention", "sliding_attention", "attention"}
 _BEYOND_US = {"s_aux": "sinks", "position_bias": "a bias by position"}
 
 
 class SequenceParallel:
-    """How the processes of a group share rows, and which row attention is at.
+    """The group of processes that share rows, and the segments of the batch they are at.
 
-    base: the attention of whole rows: sdpa, or one of the flash_attention's.
+    base: the attention on whole rows: sdpa, or a flash attention.
     """
 
     def __init__(self, group: dist.ProcessGroup, base: str) -> None:
@@ -41,9 +41,9 @@ class SequenceParallel:
         self._varlen: dict[str, Any] = {}
 
     def begin(self, batch: Batch) -> Batch:
-        """This rank's part of a batch, `[b, s / N]`; until the next call attention is that of its rows.
+        """This rank's part of a batch, `[b, s / N]`. Until the next call, attention uses the segments of this batch.
 
-        That lasts over the backward pass, which may compute layers again.
+        That includes the backward pass, which may recompute layers.
         """
         self.enter(None if batch.cu_seqlens is None else batch.cu_seqlens.tolist())
         length = batch.input_ids.size(1) // self.size
@@ -54,7 +54,7 @@ class SequenceParallel:
         return replace(batch, **parts, cu_seqlens=None, max_seqlen=None)
 
     def enter(self, edges: list[int] | None, *, is_whole: bool = False) -> None:
-        """Attention is that of rows with segments between `edges` (None: each one sample) from now on.
+        """From now on, attention is within segments bounded by `edges` (None: each row is one segment).
 
         is_whole: every rank has all tokens and all heads, as without sequence parallelism.
         """
@@ -98,12 +98,12 @@ class SequenceParallel:
         return self._unite_heads(out) if shared else out
 
     def _segments(self, length: int) -> Iterator[slice]:
-        """Segments by themselves, not one mask over the row: it would have `length` squared entries."""
+        """Segments are attended to one by one: a mask for the row would have `length` squared entries."""
         edges = self._edges or [0, length]
         return (slice(start, end) for start, end in zip(edges, edges[1:], strict=False))
 
     def _share_heads(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """`[b, heads, s / N, d]` each -> `[b, heads / N, s, d]`; key heads are repeated till N divides them."""
+        """`[b, heads, s / N, d]` each -> `[b, heads / N, s, d]`; key heads are repeated until N divides them."""
         parts = []
         for tensor in tensors:
             repeat = math.lcm(tensor.size(1), self.size) // tensor.size(1)
@@ -126,7 +126,7 @@ _active: SequenceParallel | None = None
 
 
 def register() -> None:
-    """Make the attention known to transformers as `NAME`."""
+    """Register the attention function in transformers as `NAME`."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, _attention)
@@ -144,14 +144,14 @@ def _attention(
     softcap: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """As transformers calls attention; the mask is ours to make, and is None."""
+    """The attention function that transformers calls. attention_mask: None; masks are made here, from the segments."""
     asked = [what for name, what in _BEYOND_US.items() if others.get(name) is not None]
     is_flash = _active.base.startswith("flash")
     if softcap is not None and not is_flash:
         asked.append("soft-capped scores")
     if asked:
         raise UserError(
-            f"--sequence_parallel_size: this model's attention has {' and '.join(asked)}, which is not shared out",
+            f"--sequence_parallel_size: this model's attention has {' and '.join(asked)}, which is not supported",
             "leave --sequence_parallel_size at 1, or use `megatron sft` with --context_parallel_size",
         )
     options = {"dropout": dropout, "scaling": scaling, "window": sliding_window, "softcap": softcap}
@@ -161,7 +161,7 @@ def _attention(
 def _causal(
     query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None, window: int | None
 ) -> Tensor:
-    """Causal attention of one segment, `[b, heads, n, d]`; with a window a token sees the last `window` tokens."""
+    """Causal attention within one segment, `[b, heads, n, d]`; with a window, over the last `window` tokens only."""
     n, mask = query.size(2), None
     if window and n > window:
         place = torch.arange(n, device=query.device)
@@ -180,21 +180,20 @@ def _causal(
 
 
 def check_kinds(config: Any) -> None:
-    """Raise UserError for a model that has layers of another kind than causal attention of all or the last tokens."""
+    """Raise UserError for a model with layers other than full or sliding-window causal attention."""
     kinds = set(getattr(config, "layer_types", None) or ()) - _KINDS
     if getattr(config, "attention_chunk_size", None):
         kinds.add("chunked_attention")
     if kinds:
         raise UserError(
-            f"--sequence_parallel_size: {config.model_type} has layers of {', '.join(sorted(kinds))}, which need other "
-            "tokens in another way",
+            f"--sequence_parallel_size does not support the layers of {config.model_type}: {', '.join(sorted(kinds))}",
             "leave --sequence_parallel_size at 1",
         )
 
 
 @torch.no_grad()
 def prove(parallel: SequenceParallel, model: nn.Module, base: Any, call: Any) -> None:
-    """Try out whether the model gives the same logits with its rows shared out, and as it does by itself. Collective.
+    """Check that the model has the same logits with sequence parallelism as without. Collective.
 
     base: the transformers model inside `model`. call: (input_ids, **arguments) -> logits. Raises UserError if not.
     """
@@ -222,13 +221,13 @@ def prove(parallel: SequenceParallel, model: nn.Module, base: Any, call: Any) ->
     part = call(ids[:, mine], position_ids=packed[:, mine])
     model.train(mode)
     pairs = ((ours, alone), (part, row[:, mine]), (row[:, : edges[1]], alone[:, : edges[1]]))
-    # Attention that misses tokens changes whole digits; arithmetic in another order only the last ones.
+    # Attention that misses tokens changes the leading digits; another order of summation only the last ones.
     limit = (1e-4 if alone.dtype is torch.float32 else 3e-2) * alone.float().abs().max()
     wrong = [bool((one.float() - other.float()).abs().max() > limit) for one, other in pairs]
     told = torch.tensor(float(any(wrong)), device=device)
     dist.all_reduce(told)
     if told > 0:
         raise UserError(
-            f"--sequence_parallel_size: {base.config.model_type} gives other results when its rows are shared out",
+            f"--sequence_parallel_size: {base.config.model_type} gives other results with shared rows",
             "leave --sequence_parallel_size at 1, or use `megatron sft` with --context_parallel_size",
         )

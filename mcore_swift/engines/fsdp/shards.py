@@ -1,7 +1,7 @@
-"""What a rank holds of a transformers model and of its optimizer, as regions of whole tensors.
+"""This rank's part of a transformers model and its optimizer, as regions of whole tensors.
 
-So the checkpoint files of the Megatron engine serve here too, and any number of processes reads what any other wrote.
-Tensors have the names that transformers gives its parameters.
+The checkpoint format is therefore that of the Megatron engine, and any number of processes can read what any other
+number wrote. Tensors have transformers' parameter names.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,7 +22,7 @@ STATE_NAMES = ("exp_avg", "exp_avg_sq", "momentum_buffer", *rank_allocation.STAT
 
 
 def weight_shards(model: nn.Module, rank: int, *, only_trained: bool = False) -> list[LiveShard]:
-    """Parameters (tied ones once) and buffers that belong to the checkpoint, or only what is trained."""
+    """Parameters (tied ones once) and persistent buffers, or only the trained parameters."""
     shards = [
         shard
         for name, parameter in model.named_parameters()
@@ -35,9 +35,9 @@ def weight_shards(model: nn.Module, rank: int, *, only_trained: bool = False) ->
 def optimizer_shards(
     model: nn.Module, optimizer: torch.optim.Optimizer, *, for_loading: bool = False
 ) -> list[LiveShard]:
-    """Moments of every parameter that trains, named `optimizer.<state>.<parameter>`.
+    """Optimizer state of every trained parameter, named `optimizer.<state>.<parameter>`.
 
-    for_loading: make them first (zero) where no step has been taken yet.
+    for_loading: create it (zero) if no step has been taken yet.
     """
     shards = []
     if isinstance(optimizer, WholeTensorOptimizer):
@@ -57,7 +57,7 @@ def optimizer_shards(
 def _whole_tensors(
     model: nn.Module, optimizer: WholeTensorOptimizer, *, for_loading: bool
 ) -> Iterator[LiveShard]:
-    """What every process holds a copy of."""
+    """State that every process has a replica of."""
     if for_loading:
         optimizer.make_states()
     for name, parameter in model.named_parameters():
@@ -69,7 +69,7 @@ def _whole_tensors(
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer) -> int:
-    """Steps taken so far, as Adam counts them for its bias correction."""
+    """Number of steps taken, by Adam's counter for bias correction."""
     for state in _states(optimizer):
         if "step" in state:
             return int(state["step"])
@@ -89,7 +89,7 @@ def _states(optimizer: Any) -> Iterable[dict[str, Any]]:
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Buffers that a checkpoint holds: not those that the model computes from its config."""
+    """Buffers that belong in a checkpoint, without those that the model computes from its config."""
     return {
         f"{prefix}.{name}".lstrip("."): buffer
         for prefix, module in model.named_modules()

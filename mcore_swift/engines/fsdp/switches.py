@@ -42,12 +42,12 @@ def use_liger(model: Any) -> None:
         raise UserError(
             f"--use_liger_kernel: Liger knows no models of type {model.config.model_type}", "drop it"
         )
-    # The loss is ours: over the learnt positions only, by the objective of the run.
+    # The objective computes the loss, over the positions that have one.
     _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
 
 
 def add_noise(model: Any, alpha: float) -> None:
-    """Noise on the embeddings while training: uniform in +-alpha / sqrt(length * width) (arXiv:2310.05914)."""
+    """NEFTune: in training, add uniform noise in +-alpha / sqrt(length * width) to embeddings (arXiv:2310.05914)."""
     from transformers.integrations.neftune import neftune_post_forward_hook
 
     embeddings = model.get_input_embeddings()
@@ -56,7 +56,7 @@ def add_noise(model: Any, alpha: float) -> None:
 
 
 def compile_layers(model: nn.Module, backend: str) -> None:
-    """Compile each layer of a model, in place, when it is first called. Raises UserError without a compiler."""
+    """Have each layer of a model compiled on its first call. Raises UserError if there is no compiler."""
     if backend == "inductor" and (missing := _missing_compiler()):
         raise UserError(f"--torch_compile: {missing}", "install it, or drop --torch_compile")
     for layer in blocks_of(model) or [model]:

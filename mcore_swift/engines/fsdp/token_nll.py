@@ -1,4 +1,4 @@
-"""Cross entropy of whole logits, with no second tensor of their size going forward and one going back."""
+"""Cross entropy of logits in chunks: no fp32 copy of all logits in the forward pass, one gradient in the backward."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 _CHUNK = 1 << 24
-"""Logits that are widened to fp32 at a time: 64 MB."""
+"""Number of logits converted to fp32 at a time: 64 MB."""
 
 
 def nll_of_logits(logits: Tensor, labels: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""Weights of a transformers model from a Hugging Face folder and back, a slice at a time where names agree.
+"""Loading and saving the weights of a transformers model as Hugging Face files.
 
-transformers renames or joins tensors of some architectures as it loads them (experts of one layer become one
-tensor, for example). Where it does not, each rank reads its own slices and writes its share of the files; where it
-does, its own `from_pretrained` and `save_pretrained` run on the first rank.
+For some architectures transformers renames or fuses tensors on loading (the experts of a layer become one tensor, for
+example). Where it does not, each rank reads its own slices and writes its share of the files; where it does,
+`from_pretrained` and `save_pretrained` run on the first rank, which then holds the whole model.
 """
 
 import logging
@@ -36,9 +36,9 @@ def load(
     ranks: Ranks,
     budget: Budget = UNBOUNDED,
 ) -> str:
-    """Fill the shards from the checkpoint in `model_dir`; returns a line that tells how. Collective.
+    """Fill the shards from the checkpoint in `model_dir`; returns a line for the log. Collective.
 
-    shards: all of this rank's. Raises UserError on every rank if a tensor is missing or of another shape.
+    shards: all of this rank's. Raises UserError on every rank if a tensor is missing or has another shape.
     """
     started = time.monotonic()
     shapes = whole_shapes(shards, ranks)
@@ -61,9 +61,9 @@ def whole_shapes(shards: Sequence[LiveShard], ranks: Ranks) -> dict[str, Shape]:
 def names_on_disk(
     wanted: Mapping[str, Shape], stored: Mapping[str, Shape], model: Any
 ) -> dict[str, str] | None:
-    """Parameter -> its name in the files; None if they do not all stand there in their shapes.
+    """Parameter -> its name in the files; None unless all of them are there with their shapes.
 
-    Checkpoints of a bare model lack the prefix under which a causal language model holds it ("transformer.").
+    Checkpoints of a bare model lack the prefix that a causal language model adds ("transformer.").
     """
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     names = {}
@@ -78,7 +78,7 @@ def names_on_disk(
 def _load_by_transformers(
     model_dir: str, model: nn.Module, shapes: Mapping[str, Shape], shards: Sequence[LiveShard], ranks: Ranks
 ) -> None:
-    """The first rank loads the whole model in host memory, and hands out tensor by tensor."""
+    """The first rank loads the whole model into host memory and broadcasts it tensor by tensor."""
     whole = ranks.together(lambda: _from_pretrained(model_dir, shapes), where=ranks.is_first)
     device = get_accelerator().device
     mine: dict[str, list[LiveShard]] = {}
@@ -127,7 +127,7 @@ def export(
 ) -> None:
     """Write the weights into `folder` as Hugging Face files. Collective.
 
-    config: what config.json says otherwise than that of `source_dir`.
+    config: entries of config.json that differ from the one in `source_dir`.
     """
     shapes = whole_shapes(shards, ranks)
     order = [name for name in model.state_dict() if name in shapes]  # the same on every rank
@@ -177,7 +177,7 @@ def load_adapter(folder: str, model: Any, shards: Sequence[LiveShard], ranks: Ra
 
 
 def _is_stored_as_named(model: Any, shapes: Mapping[str, Shape]) -> bool:
-    """Whether `save_pretrained` would write the tensors as they are called and shaped in the model."""
+    """Whether `save_pretrained` would write the tensors with the names and shapes they have in the model."""
     from transformers.core_model_loading import revert_weight_conversion
 
     tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
@@ -192,7 +192,7 @@ def _gather(
     dtype: torch.dtype,
     ranks: Ranks,
 ) -> dict[str, Tensor]:
-    """Every tensor whole in the first rank's host memory, by one sum a tensor over zeros elsewhere; {} on others."""
+    """Gather whole tensors into the first rank's host memory, by summing shards padded with zeros; {} on others."""
     device = get_accelerator().device
     mine = {shard.key: shard for shard in shards if shard.replica[-1] == 0}
     whole = {}

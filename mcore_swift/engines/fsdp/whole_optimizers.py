@@ -1,8 +1,8 @@
-"""Optimizers that work on whole matrices, or come from packages that know plain tensors only.
+"""Optimizers that need whole matrices, or come from packages that support only plain tensors.
 
-Muon and GaLore decompose matrices, Adafactor takes means over rows and columns, and 8-bit states are blocks of plain
-memory: parts of matrices on several processes would give other results. So they get each parameter's memory as a
-plain tensor, and only where a process holds whole parameters.
+Muon and GaLore decompose matrices, Adafactor averages over rows and columns, and 8-bit states are quantized in blocks:
+on shards of matrices they would compute something else. They run only where a process holds whole parameters, and get
+the memory of each parameter as a plain tensor.
 """
 
 import warnings
@@ -24,7 +24,7 @@ class WholeTensorOptimizer:
     def __init__(
         self, makers: Sequence[tuple[Callable[[list[Group]], torch.optim.Optimizer], list[Group]]]
     ) -> None:
-        """makers: what makes an optimizer of groups, and the groups whose parameters it gets."""
+        """makers: pairs of a function that builds an optimizer from parameter groups, and those groups."""
         self._twins: dict[nn.Parameter, nn.Parameter] = {}
         self._of: dict[nn.Parameter, torch.optim.Optimizer] = {}
         self._inner = []
@@ -57,7 +57,7 @@ class WholeTensorOptimizer:
 
     @torch.no_grad()
     def make_states(self) -> None:
-        """Have all that is remembered, as the first step makes it, without changing a parameter."""
+        """Create the state that the first step creates, without changing a parameter."""
         before = [(group["lr"], group["weight_decay"]) for group in self.param_groups]
         for group in self.param_groups:
             group["lr"], group["weight_decay"] = 0.0 * group["lr"], 0.0
@@ -74,11 +74,11 @@ class WholeTensorOptimizer:
             twin.grad = None
 
     def states(self) -> Iterator[dict[str, Any]]:
-        """What is remembered of each parameter."""
+        """The state of each parameter."""
         return (self._of[parameter].state[twin] for parameter, twin in self._twins.items())
 
     def tensors(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """What a checkpoint has to keep of a parameter, by name; 8-bit codes are the same for all, and are left out."""
+        """The state tensors of a parameter that a checkpoint needs, by name, without constant 8-bit lookup tables."""
         state = self._of[parameter].state[self._twins[parameter]]
         kept = {name: value for name, value in state.items() if isinstance(value, Tensor)}
         projector = state.get("projector")
@@ -108,7 +108,7 @@ def build_whole_optimizer(model: nn.Module, groups: list[Group], args: Any) -> W
 
 
 def _muon(args: Any) -> Callable[[list[Group]], torch.optim.Optimizer]:
-    """Muon with updates as large as AdamW's (arXiv:2502.16982), so that learning rates mean the same for both."""
+    """Muon, scaled to AdamW's update size (arXiv:2502.16982), so that both use the same learning rate."""
     if not hasattr(torch.optim, "Muon"):
         raise UserError(f"--optim muon: torch {torch.__version__} has none", "install torch 2.9 or later")
     return lambda groups: torch.optim.Muon(groups, lr=args.lr, adjust_lr_fn="match_rms_adamw")
@@ -152,14 +152,14 @@ def _of_bitsandbytes(
 
 
 def _matrices(model: Any) -> set[nn.Parameter]:
-    """Weights of two dimensions between embedding and output layer."""
+    """Trained two-dimensional parameters, without embedding and output layer."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     ends = {module.weight for module in (base.get_input_embeddings(), base.get_output_embeddings()) if module}
     return {p for p in model.parameters() if p.requires_grad and p.dim() == 2 and p not in ends}
 
 
 def _divided(groups: list[Group], chosen: set[nn.Parameter]) -> tuple[list[Group], list[Group]]:
-    """The groups cut in two: parameters that are `chosen`, and the others."""
+    """Split the groups into those of the `chosen` parameters and those of the others."""
     halves: tuple[list[Group], list[Group]] = ([], [])
     for group in groups:
         for half, is_wanted in zip(halves, (True, False), strict=True):
