@@ -1,6 +1,7 @@
 """Starting what is measured, and saying on what machine it was measured."""
 
 import os
+import shutil
 import signal
 import socket
 import statistics
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,6 +24,18 @@ def machine(*packages: str) -> str:
     """The machine, the load that others put on it (rows measured under load are to be doubted), and versions."""
     versions = "".join(f", {name} {version(name)}" for name in packages)
     return f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}{versions}"
+
+
+@contextmanager
+def on_this_machine(*packages: str, folder: Path | None = None) -> Iterator[None]:
+    """Print the machine before and after a benchmark, and remove the folder it works in."""
+    print(machine(*packages), flush=True)
+    try:
+        yield
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+    print(machine())
 
 
 def spread(values: Sequence[float], form: str) -> str:

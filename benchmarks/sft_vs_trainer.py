@@ -30,7 +30,6 @@ import argparse
 import json
 import random
 import re
-import shutil
 import statistics
 import subprocess
 import sys
@@ -38,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import peers
-from measuring import ROOT, environment, flags, machine, program, spread, stamped_lines
+from measuring import ROOT, environment, flags, on_this_machine, program, spread, stamped_lines
 from workload import SIZES, Workload, make_workload
 
 SIDES = ("ours", "ours, default", "ours, transformers", "Trainer", "Trainer, sorted", "TRL")
@@ -63,12 +62,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("/tmp/sft_vs_trainer"))
     parser.add_argument("--limit", type=float, default=900, help="seconds one run may take")
     options = parser.parse_args()
-    print(machine("torch", "megatron-core", "transformers"))
-    try:
+    with on_this_machine("torch", "megatron-core", "transformers", folder=options.folder):
         run(options)
-    finally:
-        shutil.rmtree(options.folder, ignore_errors=True)
-    print(machine())
 
 
 def run(options: argparse.Namespace) -> None:
@@ -85,51 +80,47 @@ def run(options: argparse.Namespace) -> None:
     report(results)
 
 
-def sft_arguments(options: argparse.Namespace, workload: Workload) -> list[str]:
-    """What both sides are told, in the words of `megatron sft`."""
+def common_arguments(options: argparse.Namespace, workload: Workload, output: str) -> list[str]:
+    """Flags that `megatron sft` and `swift sft` have in common."""
     arguments = flags(
         model=workload.model,
         dataset=workload.train,
         cache_dir=options.folder / "tokens",
-        output_dir=options.folder / "ours",
+        output_dir=options.folder / output,
         packing="true",
         max_length=options.length,
+        torch_dtype="float32",
+        logging_steps=1,
+        report_to="none",
+    )
+    return arguments + (flags(columns=options.columns) if options.columns else [])
+
+
+def sft_arguments(options: argparse.Namespace, workload: Workload) -> list[str]:
+    """Arguments of `megatron sft`."""
+    return common_arguments(options, workload, "ours") + flags(
         micro_batch_size=1,
         global_batch_size=options.rows,
         train_iters=options.warm_up + options.steps,
-        torch_dtype="float32",
         lr=1e-4,
         lr_decay_style="constant",
-        logging_steps=1,
-        report_to="none",
         save_safetensors="false",
         no_save_optim="true",
     )
-    return arguments + (flags(columns=options.columns) if options.columns else [])
 
 
 def transformers_arguments(options: argparse.Namespace, workload: Workload) -> list[str]:
-    """The same in the words of `swift sft`, where a step is counted in batches."""
-    arguments = flags(
+    """The same run as arguments of `swift sft`."""
+    return common_arguments(options, workload, "transformers") + flags(
         backend="fsdp",
-        model=workload.model,
-        dataset=workload.train,
-        cache_dir=options.folder / "tokens",
-        output_dir=options.folder / "transformers",
-        packing="true",
-        max_length=options.length,
         per_device_train_batch_size=1,
         gradient_accumulation_steps=options.rows,
         max_steps=options.warm_up + options.steps,
-        torch_dtype="float32",
         learning_rate=1e-4,
         lr_scheduler_type="constant",
         gradient_checkpointing="false",
-        logging_steps=1,
-        report_to="none",
         save_only_model="true",
     )
-    return arguments + (flags(columns=options.columns) if options.columns else [])
 
 
 def write_samples(options: argparse.Namespace, arguments: list[str]) -> list[list[Any]]:

@@ -11,12 +11,11 @@ To see where the time goes, `--imports` prints the slowest imports of one run (p
 
 import argparse
 import re
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from measuring import flags, machine, program, spread, stamped_lines
+from measuring import flags, on_this_machine, program, spread, stamped_lines
 from workload import Workload, make_workload
 
 FIRST_STEP, TO_THE_END = "first step of megatron sft", "  until it has saved and ended"
@@ -31,12 +30,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("/tmp/startup"))
     parser.add_argument("--limit", type=float, default=300, help="seconds a command may take")
     options = parser.parse_args()
-    print(machine("torch", "megatron-core", "transformers"))
-    try:
+    with on_this_machine("torch", "megatron-core", "transformers", folder=options.folder):
         run(options)
-    finally:
-        shutil.rmtree(options.folder, ignore_errors=True)
-    print(machine())
 
 
 def run(options: argparse.Namespace) -> None:

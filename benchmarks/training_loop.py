@@ -14,7 +14,6 @@ Aim: >= 0.97. The checkpoint that ends a run is left out.
 import argparse
 import json
 import os
-import shutil
 import statistics
 import sys
 import time
@@ -22,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from measuring import ROOT, flags, machine, run_ranks, spread
+from measuring import ROOT, flags, on_this_machine, run_ranks, spread
 from workload import SIZES, make_workload
 
 LENGTH = 512  # tokens of a packed row; two rows a step
@@ -44,17 +43,13 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("/tmp/training_loop"))
     parser.add_argument("--limit", type=float, default=900, help="seconds a row may take")
     options = parser.parse_args()
-    print(machine("torch", "megatron-core"))
-    print(f"{'tokens/s':16}{'ours':>10}{'bare':>10}     ours / bare (rounds)", flush=True)
-    try:
+    with on_this_machine("torch", "megatron-core", folder=options.folder):
+        print(f"{'tokens/s':16}{'ours':>10}{'bare':>10}     ours / bare (rounds)", flush=True)
         for size in options.sizes:
             workload = make_workload(options.folder, size)
             for processes in options.processes:
                 result = measure(options, workload, processes, STEPS[size])
                 report(f"{size}, TP={processes}", result)
-    finally:
-        shutil.rmtree(options.folder, ignore_errors=True)
-    print(machine())
 
 
 def measure(options: argparse.Namespace, workload: Any, processes: int, steps: int) -> dict[str, list[float]]:
