@@ -71,6 +71,14 @@ def read_place(env: Mapping[str, str] | None = None) -> Place:
     return Place("alone")
 
 
+def usable_cores() -> int:
+    """CPU cores this process may run on."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on every system
+        return os.cpu_count() or 1
+
+
 def free_port() -> int:
     """A TCP port of the loopback that nobody listens on at this moment."""
     with socket.socket() as probe:

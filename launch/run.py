@@ -13,7 +13,7 @@ from importlib import import_module
 from mcore_swift.errors import UserError
 
 from . import report
-from .environment import Place, read_place
+from .environment import Place, read_place, usable_cores
 
 Target = str | Callable[[list[str]], int | None]
 
@@ -48,15 +48,11 @@ def run(command: str, argv: Sequence[str], target: Target) -> int:
 
 
 def threads_per_process(processes: int) -> int:
-    """CPU threads that each of a node's processes may use: the cores there are, shared out; at least 1."""
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on every system
-        cores = os.cpu_count() or 1
+    """CPU threads for each of a node's processes: an equal share of the cores, at least 1."""
     per_task = os.environ.get("SLURM_CPUS_PER_TASK", "")
     if per_task.isdigit():
         return max(1, int(per_task))
-    return max(1, cores // processes)
+    return max(1, usable_cores() // processes)
 
 
 def name_of(target: Target) -> str:

@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
-import os
 import platform
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+from launch.environment import usable_cores
 
 NVIDIA_SMI_SECONDS = 10
 TORCH_SECONDS = 60
@@ -81,14 +82,6 @@ def look(probe: TorchProbe | None) -> Machine:
         gpus=gpus or [str(name) for name in answers.get("gpus", [])],
         torch=answers,
     )
-
-
-def usable_cores() -> int:
-    """CPU cores this process may run on."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on every system
-        return os.cpu_count() or 1
 
 
 def _memory() -> tuple[float | None, float | None]:

@@ -14,7 +14,7 @@ from .blend import Blended
 from .cache import TokenStore, open_store
 from .corpora import IndexedStore, JoinedStore, Store, StreamStore
 from .fingerprint import digest
-from .packing import Units, pack, single
+from .packing import Units, joined_units, pack, single
 from .report import DataReport, PartReport
 from .selection import Part
 from .settings import DataSettings
@@ -230,17 +230,6 @@ class Opener:
             for path in paths:
                 with path.open("rb") as rows:
                     shutil.copyfileobj(rows, target)
-
-
-def joined_units(parts: Sequence[Units]) -> Units:
-    """Units of several stores as units of the store that joins them."""
-    if len(parts) == 1:
-        return parts[0]
-    offsets = np.cumsum([0, *(len(units.members) for units in parts)])
-    starts = [units.starts[:-1] + offset for units, offset in zip(parts, offsets[:-1], strict=True)]
-    members = [units.members + offset for units, offset in zip(parts, offsets[:-1], strict=True)]
-    tokens = np.concatenate([units.tokens for units in parts])
-    return Units(np.append(np.concatenate(starts), offsets[-1]), np.concatenate(members), tokens)
 
 
 def _shares(corpora: Sequence[Corpus], tokens: Sequence[int], blend: Blended | None) -> list[str]:

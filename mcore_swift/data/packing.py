@@ -1,6 +1,7 @@
 """Which samples share a packed row: computed from the lengths alone."""
 
 import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +34,17 @@ class Units:
 def single(lengths: np.ndarray) -> Units:
     """Every sample a unit of its own."""
     return Units(np.arange(len(lengths) + 1), np.arange(len(lengths)), np.asarray(lengths))
+
+
+def joined_units(parts: Sequence[Units]) -> Units:
+    """The units of several stores, as units of the store that concatenates them."""
+    if len(parts) == 1:
+        return parts[0]
+    offsets = np.cumsum([0, *(len(units.members) for units in parts)])
+    starts = [units.starts[:-1] + offset for units, offset in zip(parts, offsets[:-1], strict=True)]
+    members = [units.members + offset for units, offset in zip(parts, offsets[:-1], strict=True)]
+    tokens = np.concatenate([units.tokens for units in parts])
+    return Units(np.append(np.concatenate(starts), offsets[-1]), np.concatenate(members), tokens)
 
 
 def pack(lengths: np.ndarray, capacity: int, strategy: str, seed: int | None) -> Units:

@@ -7,9 +7,8 @@ import numpy as np
 
 from ..batch import Batch
 from ..corpora import JoinedStore, Store, StreamStore
-from ..opening import joined_units
 from ..order import EPOCH, permutation
-from ..packing import Units, pack, single
+from ..packing import Units, joined_units, pack, single
 from ..settings import DataSettings
 from ..steps import Batches, Layout, StepInfo
 from .chunks import Chunk
