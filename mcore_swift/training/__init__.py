@@ -10,10 +10,10 @@ def train_main(args: Any) -> int:
 
 
 def run_training(args: Any) -> Any:
-    """Train as the arguments say; called in every process of the run. Returns the `Run` that has ended.
+    """Train as the arguments say; called in every process of the run. Returns the finished `Run`.
 
-    The device is made ready before megatron-core is imported: without CUDA that spares the import of a compiler,
-    which takes seconds and compiles nothing there. Runs on transformers' model do without megatron-core.
+    The accelerator is set up before megatron-core is imported: without CUDA this avoids importing a compiler that would
+    take seconds and compile nothing. Runs on transformers models do not import megatron-core.
     """
     from mcore_swift.accelerator import get_accelerator
 

@@ -1,9 +1,9 @@
-"""Checkpoints: written so that a kill at any moment leaves the newest complete one loadable, read by any layout.
+"""Checkpoints of a run: saved atomically, so that a kill leaves the last complete one, and loaded in any layout.
 
-A run's folder holds `checkpoint-N/` for the steps that were saved, and `latest`, a link to the newest. Each holds
-`manifest.json` (what is in it), `args.json`, `mcore/` (torch_dist: weights, optimizer, generators) and the files
-that make it a Hugging Face checkpoint as well: config, tokenizer and, on request, weights. Of an adapter these are a
-PEFT folder, and on request `checkpoint-N-merged/` beside it is the model with the adapter in its weights.
+A run's folder holds `checkpoint-N/` for each saved step and `latest`, a link to the newest. A checkpoint holds
+`manifest.json` (its contents), `args.json`, `mcore/` (weights and optimizer state in torch_dist format), `rng/`, and
+the files of a Hugging Face checkpoint: config, tokenizer and, on request, weights. For an adapter these are a PEFT
+folder, and on request `checkpoint-N-merged/` holds the whole model with the adapter merged.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ _LEFTOVERS = tuple(f".checkpoint-*.{what}" for what in ("writing", "replaced", "
 
 
 def checkpoints_in(run_dir: Path) -> list[tuple[int, Path]]:
-    """Complete checkpoints of a run, (step, folder), in the order they were written. Without a manifest it is none."""
+    """(step, folder) of the complete checkpoints of a run, those with a manifest, in the order they were written."""
     found = []
     for path in run_dir.glob("checkpoint-*"):
         match = _NAME.fullmatch(path.name)
@@ -48,7 +48,7 @@ def checkpoints_in(run_dir: Path) -> list[tuple[int, Path]]:
 
 
 def find_checkpoint(place: Path) -> Path:
-    """The checkpoint that `place` is, or the newest complete one of the run folder or output folder it is.
+    """`place` if it is a checkpoint, else the newest complete checkpoint in that run folder or output folder.
 
     Raises UserError if there is none.
     """
@@ -73,9 +73,9 @@ def version_of(run: Path) -> int:
 class Checkpoints:
     """Writes and reads the checkpoints of one run.
 
-    source_dir: the Hugging Face folder whose config and tokenizer go along. export_hf: writes the weights in
-    Hugging Face form into a folder (collective), or None. export_merged: the same of the model with its adapter merged,
-    into a folder of its own. timeout_s: longest time a save may take.
+    source_dir: the Hugging Face folder whose config and tokenizer are copied. export_hf: writes the weights as Hugging
+    Face files into a folder (collective), or None. export_merged: the same for the model with its adapter merged, into
+    a separate folder. timeout_s: longest time a save may take.
     """
 
     def __init__(
@@ -106,10 +106,10 @@ class Checkpoints:
         return [part for part in ("weights", "optimizer", "rng", "data") if not left_out.get(part)]
 
     def save(self, state: TrainState) -> None:
-        """Write checkpoint-<step>. Collective; with `--async_save` the rest is done by later calls of `poll`.
+        """Write checkpoint-<step>. Collective; with `--async_save`, later calls of `poll` finish it.
 
-        Raises UserError on every rank, leaving no trace of this checkpoint and all earlier ones as they were,
-        if the disk is full or refuses.
+        Raises UserError on every rank if the disk is full or not writable; this checkpoint is then removed, and earlier
+        ones are not changed.
         """
         self.poll(wait=True)
         final = self.run_dir / f"checkpoint-{state.step}"
@@ -133,7 +133,7 @@ class Checkpoints:
                 lambda: write_shards(folder / MCORE, self.ranks.rank, shards),
             )
             if self.args.async_save:
-                # The model goes on changing: what is written is a copy.
+                # training goes on and changes the model: write a copy
                 shards[:] = [_copied(shard) for shard in shards]
                 writing.start()
                 writing.stack = stack.pop_all()
@@ -144,7 +144,7 @@ class Checkpoints:
         self._after_save(state)
 
     def poll(self, *, wait: bool = False) -> None:
-        """Finish a save that goes on in the background, if every rank has written its part. Collective."""
+        """Finish a background save if every rank has written its part, or wait for it. Collective."""
         writing = self._pending
         if writing is None:
             return
@@ -157,17 +157,17 @@ class Checkpoints:
         self._after_save(writing.state)
 
     def _sweep(self) -> None:
-        """Remove what runs that were killed while they saved or deleted have left behind."""
+        """Remove leftovers of runs that were killed while they saved or deleted a checkpoint."""
         for path in self.run_dir.glob(".checkpoint-*.replaced"):
             final = path.with_name(path.name.removeprefix(".").removesuffix(".replaced"))
-            if not final.exists():  # killed between moving the old one away and the new one in
+            if not final.exists():  # killed between moving the old checkpoint away and the new one in
                 path.rename(final)
         for leftover in _LEFTOVERS:
             for path in self.run_dir.glob(leftover):
                 shutil.rmtree(path, ignore_errors=True)
 
     def _prepare(self, folder: Path) -> list[LiveShard]:
-        """The shards this rank writes, after looking whether all ranks' fit on the disk. Collective."""
+        """The shards that this rank writes, after a check that those of all ranks fit on the disk. Collective."""
         shards = [shard for shard in self.engine.checkpoint_shards(self.holds) if self.engine.writes(shard)]
         needed = sum(self.ranks.gather(sum(shard.data.nbytes for shard in shards)))
 
@@ -202,7 +202,7 @@ class Checkpoints:
                 torch.save(self.engine.random_state(), path)
 
     def _finish(self, writing: "_BackgroundSave") -> None:
-        """Join what the ranks wrote; the folder is complete afterwards. Collective."""
+        """Write the metadata of all ranks' files, which completes the folder. Collective."""
         self.ranks.agree(writing.error)
         contents = self.ranks.collect(writing.contents)
 
@@ -250,7 +250,7 @@ class Checkpoints:
 
 
 class _BackgroundSave:
-    """This rank's part of a save, done here or in a thread, and what was true when it began."""
+    """This rank's part of a save, run in this thread or in the background, with the training state of its step."""
 
     def __init__(
         self, folder: Path, state: TrainState, optimizer_step: int, write: Callable[[], Contents]
@@ -290,7 +290,7 @@ def _copied(shard: LiveShard) -> LiveShard:
 
 
 def _point_to(link: Path, target: str) -> None:
-    """Make `link` a link to its neighbour `target`; it never points nowhere."""
+    """Atomically make `link` a symbolic link to `target` in the same folder."""
     partial = link.with_name(f".{link.name}.new")
     partial.unlink(missing_ok=True)
     partial.symlink_to(target)
@@ -298,9 +298,10 @@ def _point_to(link: Path, target: str) -> None:
 
 
 def _sources(parts: Sequence[str], dtype: torch.dtype) -> Callable[[str], Sequence[str]]:
-    """Where a resumed run finds its exact weights: a bf16 run keeps them in its optimizer, an fp32 run has no other.
+    """The keys under which a resumed run looks for a tensor, best first.
 
-    So nothing is rounded, or stays rounded, when training goes on in the other precision.
+    A bf16 run keeps its exact weights in the optimizer (fp32 main weights); an fp32 run has only the weights. A run
+    resumed in the other precision takes the exact ones.
     """
 
     def names(key: str) -> Sequence[str]:
@@ -316,15 +317,15 @@ def _sources(parts: Sequence[str], dtype: torch.dtype) -> Callable[[str], Sequen
 def load_checkpoint(
     folder: Path, engine: Any, *, parts: Sequence[str], notify: Callable[[str], None] = lambda _: None
 ) -> Manifest:
-    """Fill the engine with `parts` ('weights', 'optimizer', 'rng') of a checkpoint, whatever layout wrote it.
+    """Fill the engine with `parts` ('weights', 'optimizer', 'rng') of a checkpoint written in any layout.
 
-    Raises UserError if the checkpoint does not hold a part, or only some of its tensors.
+    Raises UserError if a part, or some of its tensors, is missing, or another engine wrote the checkpoint.
     """
     manifest = Manifest.read(folder)
     if manifest.engine != engine.name:
         raise UserError(
             f"{folder} was written by the {manifest.engine} engine; the {engine.name} engine cannot continue it",
-            remedy=f"start from its weights with --model {folder}, if --save_safetensors was on, or go on with "
+            remedy=f"start from its weights with --model {folder}, if --save_safetensors was on, or continue with "
             f"{'`megatron sft`' if manifest.engine == 'megatron' else '`swift sft --backend fsdp`'}",
         )
     absent = [part for part in parts if part not in manifest.holds]

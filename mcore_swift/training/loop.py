@@ -38,10 +38,9 @@ class Run:
 
 
 def train(run: Run) -> TrainState:
-    """Train from `run.state` to the last step; returns where it ended.
+    """Train from `run.state` to the last step; returns the final state.
 
-    Raises TrainingStopped, naming the step, if the loss or the gradient is no longer a number; nothing of that step
-    is saved.
+    Raises TrainingStopped, naming the step, if the loss or the gradient is not finite; that step is not saved.
     """
     state = run.state
     with (
@@ -74,7 +73,7 @@ def _divergence_named(run: Run, step: int) -> Iterator[None]:
     try:
         yield
     except FloatingPointError as error:
-        # All ranks have come here: a save under way is finished, to be the one to resume from.
+        # All ranks get here, so a background save can be finished: it is the one to resume from.
         run.checkpoints.poll(wait=True)
         raise TrainingStopped(
             f"step {step} of the run in {run.checkpoints.run_dir}: {error}",
@@ -83,7 +82,7 @@ def _divergence_named(run: Run, step: int) -> Iterator[None]:
 
 
 def evaluate(run: Run) -> StepResult:
-    """Means per token over the validation set, or over its first `eval_iters` global batches."""
+    """Mean loss and metrics per token over the validation set, or over its first `eval_iters` global batches."""
     steps = run.validation.total_steps
     if run.args.eval_iters > 0:
         steps = min(steps, run.args.eval_iters)
@@ -102,7 +101,7 @@ def _evaluate_and_save(run: Run) -> None:
         result = evaluate(run)
         loss = result.loss
         run.log.after_eval(state.step, {"loss": loss} | result.metrics)
-        # The best of the checkpoints: a step that is not saved cannot be gone back to.
+        # the best checkpoint, not the best step: a step that is not saved cannot be used
         if save_is_due and (state.best_loss is None or loss < state.best_loss):
             state.best_loss, state.best_step = loss, state.step
     if save_is_due:
@@ -140,7 +139,7 @@ def _prefetch(run: Run, data: Any, start: int, stop: int) -> Prefetcher:
 def _report(run: Run, result: StepResult, lr: float, *, seconds: float, data_wait: float) -> None:
     state, info = run.state, run.data.info(run.state.step - 1)
     peak = get_accelerator().memory_peak_bytes()
-    if run.log.is_due(state.step):  # the same step on every rank: what the slowest and fullest rank says
+    if run.log.is_due(state.step):  # the same step on every rank: report the slowest and the fullest rank
         seconds, data_wait, peak = _largest(seconds, data_wait, peak)
     padding = info.padding_share
     run.log.after_step(
@@ -166,7 +165,7 @@ def _report(run: Run, result: StepResult, lr: float, *, seconds: float, data_wai
 
 
 def _largest(*values: float) -> list[float]:
-    """Each value's largest over all ranks. Collective."""
+    """The maximum of each value over all ranks. Collective."""
     tensor = torch.tensor(values, dtype=torch.float64, device=get_accelerator().device)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return tensor.tolist()
@@ -174,7 +173,7 @@ def _largest(*values: float) -> list[float]:
 
 @contextmanager
 def _garbage(args: Any) -> Iterator[None]:
-    """With `--manual_gc`, Python collects garbage only when it is told to: on all ranks in the same step."""
+    """With `--manual_gc`, disable automatic garbage collection: all ranks collect in the same step (`_collect`)."""
     if not args.manual_gc:
         yield
         return

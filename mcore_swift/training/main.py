@@ -1,4 +1,4 @@
-"""A training command from its arguments to its last checkpoint, in each process of the run."""
+"""A training command in each process of a run: from arguments to the last checkpoint."""
 
 import logging
 import os
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 def run_training(args: Any) -> Run:
-    """Train as the arguments say. Called in every process of the run; returns the run that has ended."""
+    """Train as the arguments say. Called in every process of the run; returns the finished run."""
     configure_logging()
     layout = Layout.from_args(args, int(os.environ.get("WORLD_SIZE", "1")))
     backend = backend_of(args)
@@ -49,17 +49,17 @@ def run_training(args: Any) -> Run:
 
 
 def backend_of(args: Any) -> Backend:
-    """The module that builds the engine `args` ask for: megatron-core's unless they say otherwise."""
+    """The module that builds the engine of `args.backend`; Megatron's if there is no such flag."""
     name = getattr(args, "backend", "megatron")
     return import_module(f"mcore_swift.engines.{_ENGINES.get(name, name)}.backend")
 
 
 _ENGINES = {"ddp": "fsdp"}
-"""Engines that go by another name too."""
+"""Values of --backend that share an engine -> its name."""
 
 
 def build_run(args: Any, layout: Layout, ranks: Ranks) -> Run:
-    """Data, model, optimizer and checkpoints of a run, filled from where it starts. Collective."""
+    """Build data, model, optimizer and checkpoints of a run, and load what it starts from. Collective."""
     resume = _resume_from(args, ranks)
     run_dir = _choose_folder(args, resume, ranks)
     with _made_folder(run_dir, ranks):
@@ -113,13 +113,13 @@ def _save_args(args: Any, run_dir: Path) -> None:
 
 
 def model_dtype(args: Any, plan: Any) -> torch.dtype:
-    """Precision of the parameters: the one asked for, else the checkpoint's."""
+    """Precision of the parameters: --torch_dtype, else the checkpoint's."""
     if args.torch_dtype:
         return getattr(torch, args.torch_dtype)
     stored = getattr(plan.hf, "dtype", None) or torch.float32
     stored = getattr(torch, stored) if isinstance(stored, str) else stored
     if stored is torch.float16:
-        logger.warning("the checkpoint is in float16, which is not trained in: using bfloat16")
+        logger.warning("the checkpoint is in float16, which training does not support: using bfloat16")
         return torch.bfloat16
     return stored
 
@@ -140,7 +140,7 @@ def _resume_from(args: Any, ranks: Ranks) -> Path | None:
 
 
 def _choose_folder(args: Any, resume: Path | None, ranks: Ranks) -> Path:
-    """The folder of logs and checkpoints: a new version of the output folder, or the one that is continued."""
+    """The folder of logs and checkpoints: a new version in the output folder, or the folder of the resumed run."""
     output = Path(args.output_dir)
     chosen = output
     if ranks.is_first:
@@ -154,7 +154,7 @@ def _choose_folder(args: Any, resume: Path | None, ranks: Ranks) -> Path:
 
 @contextmanager
 def _made_folder(run_dir: Path, ranks: Ranks) -> Iterator[None]:
-    """Make the run's folder; what fails inside, before the first step, leaves no new folder behind."""
+    """Create the run's folder; if the body raises, remove it again unless it existed before."""
     missing = [path for path in (run_dir, *run_dir.parents) if ranks.is_first and not path.exists()]
 
     def make() -> None:
@@ -168,7 +168,7 @@ def _made_folder(run_dir: Path, ranks: Ranks) -> Iterator[None]:
         if run_dir in missing:
             shutil.rmtree(run_dir, ignore_errors=True)
         for parent in missing[1:]:
-            with suppress(OSError):  # something else is in there by now
+            with suppress(OSError):  # not empty: something else was written there
                 parent.rmdir()
         raise
 
@@ -199,7 +199,7 @@ def _prepare_data(args: Any, layout: Layout, plan: Any, run_dir: Path, ranks: Ra
     except UserError as raised:
         error = raised
     told = ranks.gather((is_builder, error))
-    # A rank that waited for a builder that failed only knows that there is nothing to read.
+    # A rank that waited for a failed builder only knows that there is nothing to read: report the builder's error.
     causes = [mistake for builder, mistake in told if builder and mistake] or [m for _, m in told if m]
     raise_together({str(cause): cause for cause in causes}.values())
     if ranks.is_first:
@@ -209,7 +209,7 @@ def _prepare_data(args: Any, layout: Layout, plan: Any, run_dir: Path, ranks: Ra
 
 
 def _starts_from(args: Any) -> Path | None:
-    """The checkpoint of whose weights, or adapter, a new run starts."""
+    """The checkpoint whose weights or adapter a new run starts from, if any."""
     place = args.mcore_model or getattr(args, "mcore_adapter", None)
     return find_checkpoint(Path(place)) if place else None
 
@@ -217,7 +217,7 @@ def _starts_from(args: Any) -> Path | None:
 def _fill(
     engine: Engine, args: Any, data: PreparedData, resume: Path | None, start: Path | None, ranks: Ranks
 ) -> TrainState:
-    """Give the engine its first weights, or all that a checkpoint holds; returns the state to go on from."""
+    """Load initial weights, or everything from the resumed checkpoint; returns the state to train from."""
     if resume is not None:
         wanted = {"weights": True, "optimizer": not args.no_load_optim, "rng": not args.no_load_rng}
         parts = [part for part, is_wanted in wanted.items() if is_wanted]

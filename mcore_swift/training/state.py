@@ -1,4 +1,4 @@
-"""What the training loop knows of itself, and a checkpoint brings back."""
+"""The state of the training loop, which checkpoints save and restore."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -6,10 +6,9 @@ from typing import Any
 
 @dataclass
 class TrainState:
-    """step: optimizer steps done. consumed_samples: samples (packing: rows) taken from the stream so far.
+    """step: completed optimizer steps. consumed_samples: samples (with packing: rows) used so far.
 
-    best_loss, best_step: of the saved step with the smallest validation loss. data: position in the data, as its stages
-    tell it.
+    best_loss, best_step: of the checkpoint with the lowest validation loss. data: state of the data pipeline.
     """
 
     step: int = 0

@@ -1,4 +1,4 @@
-"""How a run on megatron-core starts, what it reads of a model, and its engine."""
+"""The backend for megatron-core: implements `engines.base.Backend`."""
 
 import difflib
 import logging
@@ -43,22 +43,22 @@ def stop() -> None:
 
 
 def length_multiples(layout: Layout) -> tuple[int, int]:
-    """What rows, and samples in rows of several, are padded to: they are cut in zigzag."""
+    """See `Backend.length_multiples`: context parallelism cuts rows, and the samples in them, in zigzag."""
     return length_multiple(layout), layout.segment_multiple
 
 
 def read(args: Any) -> ModelPlan:
-    """The model that `args.model` holds. Raises UserError for a family that is not there."""
+    """The description of the model in `args.model`. Raises UserError for a family that is not supported."""
     return read_model(args.model, args.mtp_num_layers)
 
 
 def build(
     plan: ModelPlan, layout: Layout, args: Any, dtype: torch.dtype, start: Path | None = None
 ) -> MegatronEngine:
-    """The model and its optimizer; weights come afterwards, but those that an adapter leaves as they are. Collective.
+    """Build the model and its optimizer, and load the frozen weights beside an adapter. Collective.
 
-    start: the checkpoint whose weights will come. Raises UserError for an adapter to start from that is of a kind
-    that is not supported, or of another base model.
+    All other weights are loaded later. start: the checkpoint they are loaded from. Raises UserError for an adapter
+    (--adapters) of a kind that is not supported, or of another base model.
     """
     adapter = _adapter(args, plan, start)
     engine = MegatronEngine(plan, layout, args, dtype, adapter=adapter)
@@ -70,7 +70,7 @@ def build(
 
 
 def _adapter(args: Any, plan: ModelPlan, start: Path | None) -> LoraSettings | None:
-    """Settings of the adapter that trains: its own where one is gone on with, else those of the command."""
+    """Settings of the trained adapter: those of the adapter that the run continues, else those of the command."""
     if args.tuner_type != "lora":
         return None
     if start is not None and (start / CONFIG).is_file():
@@ -88,7 +88,7 @@ def _fitting(source: PeftAdapter, plan: ModelPlan) -> LoraSettings:
         near = difflib.get_close_matches(unknown[0], linear, n=3, cutoff=0.4)
         shown = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
         raise UserError(
-            f"{source.folder}: is for layers that take no adapter in this model: {shown}",
+            f"{source.folder}: has adapters for layers that support none in this model: {shown}",
             "it is an adapter of another base model, or of layers that are not supported"
             + (f"; nearest names: {', '.join(near)}" if near else ""),
         )

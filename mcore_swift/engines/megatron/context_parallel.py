@@ -1,4 +1,4 @@
-"""Context parallelism in the engine: every rank gets whole batches and keeps its part of each row."""
+"""Context parallelism: every rank gets whole batches and keeps its part of each row."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ from mcore_swift.data.batch import Batch
 from mcore_swift.models.segments import Segments, one_segment
 
 BY_TOKEN = ("input_ids", "labels", "loss_mask", "position_ids", "padding")
-"""Fields of a batch that have a value for each token, `[b, s]`, if they are there."""
+"""Fields of a batch with one value per token, `[b, s]`; some may be None."""
 
 
 def segments_of(batch: Batch, device: torch.device) -> Segments:
@@ -31,7 +31,7 @@ def segments_of(batch: Batch, device: torch.device) -> Segments:
 
 
 def take_part(batch: Batch, segments: Segments) -> Batch:
-    """A batch on the host with this rank's tokens only, `[b, s / CP]`; what it says of segments is left whole."""
+    """A batch on the host with only this rank's tokens, `[b, s / CP]`; cu_seqlens still describe whole rows."""
     if segments.size == 1:
         return batch
     mine = segments.held_by(segments.rank)
@@ -40,7 +40,7 @@ def take_part(batch: Batch, segments: Segments) -> Batch:
 
 
 def whole_rows(part: Tensor, segments: Segments) -> Tensor:
-    """This rank's `[b, s / CP, ...]` and the other ranks' -> the rows as they were, `[b, s, ...]`. No gradient."""
+    """Gather the parts of all ranks, `[b, s / CP, ...]`, into whole rows `[b, s, ...]`. No gradient."""
     if segments.size == 1:
         return part
     by_token = part.transpose(0, 1).contiguous()
@@ -50,7 +50,7 @@ def whole_rows(part: Tensor, segments: Segments) -> Tensor:
 
 
 def of_whole_rows(loss: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """A rank's sum and count -> a sum and count whose quotient's mean over ranks is the mean over the whole rows."""
+    """Convert a rank's sum and count to ones whose quotient, averaged over ranks, is the mean over whole rows."""
     size = parallel_state.get_context_parallel_world_size()
     if size == 1:
         return loss, count

@@ -81,20 +81,22 @@ class MegatronEngine:
         train: bool = True,
         adapter: LoraSettings | None = None,
     ) -> None:
-        """adapter: train a low-rank adapter, and leave the model's own weights as they are."""
+        """train: False builds no optimizer. adapter: train a LoRA adapter and freeze the model's own weights."""
         self.plan = plan
         self.layout = layout
         self.args = args
         self.dtype = dtype
         four_bit = FourBit.from_args(args) if adapter else None
-        wanted = args.transformer_impl if four_bit is None else "local"  # config refuses others
+        wanted = args.transformer_impl if four_bit is None else "local"  # config refuses transformer_engine
         self.implementation = choose_implementation(wanted, plan)
         options = model_options(args, self.implementation, experts=plan.is_moe) | pipeline_options(
             plan, layout, args
         )
         if plan.is_moe:
             options |= moe_options(args)
-            if adapter:  # no gradient moves it, and beside an adapter it stays as the router does
+            if (
+                adapter
+            ):  # the bias is updated without a gradient; beside an adapter it is frozen like the router
                 options["moe_router_bias_update_rate"] = 0.0
         if layout.cp > 1:
             options["cp_comm_type"] = choose_cp_comm_type(args.cp_comm_type, self.implementation)
@@ -112,13 +114,15 @@ class MegatronEngine:
         self.routers = Routers(self.chunks, config, per_layer=per_layer) if plan.is_moe else None
 
     def begin(self, total_steps: int) -> None:
-        """Nothing here depends on how many steps a run has."""
+        """Nothing to do: this engine has no schedule of its own."""
 
     def train_step(
         self, microbatches: Sequence[Batch], objective: Objective, *, lr: float, weight_decay: float
     ) -> StepResult:
         """One optimizer step. Raises FloatingPointError if the loss or the gradient is not finite."""
-        timer = PhaseTimer()  # each phase ends with a number the host waits for, on any device
+        timer = (
+            PhaseTimer()
+        )  # each phase ends with a number that the host reads, which synchronizes the device
         with timer("forward_backward"):
             for chunk in self.model:
                 chunk.train()
@@ -148,7 +152,7 @@ class MegatronEngine:
         return self._run(microbatches, objective, forward_only=True)
 
     def logits(self, microbatches: Sequence[Batch]) -> list[Tensor]:
-        """Logits `[b, s, vocabulary]` of each microbatch on the last pipeline stage; an empty list on others."""
+        """Logits `[b, s, vocabulary]` of each microbatch on the last pipeline stage; an empty list on other stages."""
         for chunk in self.model:
             chunk.eval()
         prepared = [self._prepare(batch) for batch in microbatches]
@@ -156,10 +160,10 @@ class MegatronEngine:
 
     @torch.no_grad()
     def checkpoint_shards(self, holds: Sequence[str], *, for_loading: bool = False) -> list[LiveShard]:
-        """What a checkpoint that holds 'weights' and / or 'optimizer' keeps of this rank: views, not copies.
+        """Views of this rank's part of a checkpoint that holds 'weights' and / or 'optimizer'.
 
-        Collective: with `--overlap_param_gather` a step leaves stepped weights on their owners until the next
-        forward pass asks for them.
+        Collective: with `--overlap_param_gather`, updated weights stay on the ranks that updated them until the next
+        forward pass gathers them, so they are gathered here.
         """
         if self.optimizer is not None and self.args.overlap_param_gather and not for_loading:
             for chunk in self.model:
@@ -173,23 +177,23 @@ class MegatronEngine:
         return trained_shards(self.chunks) if self.adapter else live_shards(self.chunks)
 
     def writes(self, shard: LiveShard) -> bool:
-        """Whether this rank, of those that hold the same values, is the one to save them."""
+        """Whether this rank, among those with a replica of the shard, is the one to save it."""
         stage_copy, tensor_copy, data_copy = shard.replica
         if (stage_copy, tensor_copy) != (0, 0):
             return False
         if shard.key.startswith("optimizer.") and self.args.use_distributed_optimizer:
-            return True  # every data-parallel rank holds another part
+            return True  # every data-parallel rank has a different part
         copies = self.layout.edp if is_expert(shard.key) else self.layout.dp * self.layout.cp
-        return data_copy == zlib.crc32(shard.key.encode()) % copies  # share the writing out
+        return data_copy == zlib.crc32(shard.key.encode()) % copies  # spread the writing over the replicas
 
     def optimizer_step(self) -> int:
-        """Steps the optimizer has taken, as it counts them itself. Collective: a rank may have nothing that trains."""
+        """Number of steps taken, by the optimizer's own counter. Collective: a rank may have nothing that trains."""
         taken = torch.tensor(optimizer_step(self.optimizer), device=get_accelerator().device)
         dist.all_reduce(taken, dist.ReduceOp.MAX)
         return int(taken)
 
     def after_load(self, parts: Sequence[str], *, optimizer_step: int) -> None:
-        """Make the optimizer agree with weights that have been filled from outside."""
+        """Update the optimizer after `parts` have been filled: its main weights, or its step counter."""
         if self.optimizer is None:
             return
         if "optimizer" in parts:
@@ -198,14 +202,14 @@ class MegatronEngine:
             self.optimizer.reload_model_params()
 
     def load_hf(self, model_dir: str, ranks: Ranks, budget: Budget) -> str:
-        """Fill the model from a Hugging Face folder; returns a line that tells how. Collective.
+        """Fill the model from a Hugging Face folder; returns a line for the log. Collective.
 
-        Weights beside an adapter are there already; the adapter is filled from `--adapters`, if it is given.
+        Frozen weights beside an adapter are already loaded; the adapter is filled from `--adapters`, if it is given.
         """
         if self.adapter is None:
             return self._read(model_dir, ranks, budget)
         if not self.args.adapters:
-            return "a fresh adapter, which changes nothing yet"
+            return "a new adapter, which initially changes nothing"
         table = self.plan.table
         source = PeftAdapter(self.args.adapters[0], table.matrices, alone=False)
         names = adapter_names(table, self.adapter)
@@ -213,7 +217,7 @@ class MegatronEngine:
         return f"adapter from {source.folder}"
 
     def load_frozen(self, ranks: Ranks, budget: Budget) -> None:
-        """Fill the weights that stay as they are beside an adapter. Collective."""
+        """Load, or draw, the frozen weights beside an adapter. Collective."""
         if self.args.perform_initialization:
             self._draw()
         else:
@@ -227,8 +231,8 @@ class MegatronEngine:
         return f"read {stats.bytes_read / 1e6:.0f} MB of weights in {stats.seconds:.1f} s"
 
     def initialize(self) -> None:
-        """Fill what is trained with random weights, the same under every layout."""
-        if self.adapter is None:  # an adapter was drawn as it was attached
+        """Fill the trained weights with random values that do not depend on the layout."""
+        if self.adapter is None:  # an adapter was initialized when it was attached
             self._draw()
 
     def _draw(self) -> None:
@@ -236,7 +240,7 @@ class MegatronEngine:
         initialize(self.chunks, self.plan.table, std=std, seed=self.args.seed)
 
     def export_hf(self, folder: Path, max_shard_bytes: int, ranks: Ranks, budget: Budget) -> None:
-        """Write the model in Hugging Face form, or its adapter in PEFT's, into an existing folder. Collective."""
+        """Write a Hugging Face checkpoint, or the adapter as a PEFT folder, into an existing folder. Collective."""
         if self.adapter is not None:
             shards, table = self._trained_shards(), self.plan.table
             write_adapter(folder, shards, self.adapter, self.args.model, table, ranks, self.dtype)
@@ -247,29 +251,29 @@ class MegatronEngine:
 
     @torch.no_grad()
     def export_merged(self, folder: Path, max_shard_bytes: int, ranks: Ranks, budget: Budget) -> None:
-        """Write the model with the adapter in its weights, in Hugging Face form. Collective.
+        """Write the model with the adapter merged as a Hugging Face checkpoint. Collective.
 
-        The frozen weights are not touched: each layer's sum is made as it is written.
+        The frozen weights do not change: the merged weight of a layer is computed when it is written.
         """
         shards = merged_shards(self.chunks)
         source, table = self.args.model, self.plan.table
         write_shards_as_hf(shards, table, source, folder, max_shard_bytes, self.dtype, ranks, budget)
 
     def describe_adapter(self, folder: Path) -> None:
-        """Write the adapter's config, by which a checkpoint tells what adapter it holds. On one rank."""
+        """Write adapter_config.json, which describes the adapter in a checkpoint. On one rank."""
         linear = adaptable_modules(self.plan.table)
         modules = dict.fromkeys(map(module_of, adapter_names(self.plan.table, self.adapter)))
         write_config(folder, self.adapter, modules, linear, self.args.model)
 
     def check_budget(self, budget: Budget, ranks: Ranks) -> None:
         """Raise UserError, on every rank, if `export_hf` could not keep to the budget. Collective."""
-        if self.adapter is None or self.args.merge_lora:  # adapters are small, and are gathered whole
+        if self.adapter is None or self.args.merge_lora:  # adapters alone are small and are gathered whole
             check_budget(self.chunks, self.plan.table, budget, ranks)
 
     def training_flops(self, tokens: float, squares: float) -> float:
-        """FLOPs of forward and backward pass over `tokens` tokens, from the model's shape.
+        """FLOPs of forward and backward pass, from the model's shape. squares: sum of squared sample lengths.
 
-        Frozen weights have no gradients, which are a third of the work.
+        The gradients of weights are a third of the work, and frozen weights have none.
         """
         return (2 + self.trained_share) / 3 * training_flops_of_sums(self._shape, tokens, squares)
 
@@ -304,7 +308,7 @@ class MegatronEngine:
 
     @property
     def generators_name(self) -> str:
-        """File name of this rank's random state: every rank of a layout has its own."""
+        """File name of this rank's random state."""
         ranks = {
             "tp": parallel_state.get_tensor_model_parallel_rank(),
             "pp": parallel_state.get_pipeline_model_parallel_rank(),
@@ -355,7 +359,7 @@ def model_options(args: Any, implementation: str, *, experts: bool) -> dict[str,
     if experts and getattr(args, "moe_layer_recompute", False) and "moe" not in parts:
         parts.append("moe")
     if implementation == "transformer_engine" and recompute == "selective" and "core_attn" in parts:
-        # Its attention keeps no scores: to run it twice would save nothing.
+        # its attention does not store the scores, so recomputing it would save nothing
         parts.remove("core_attn")
         recompute = "selective" if parts else "none"
     options: dict[str, Any] = {
@@ -372,7 +376,7 @@ def model_options(args: Any, implementation: str, *, experts: bool) -> dict[str,
         options["recompute_modules"] = parts
     if get_accelerator().is_cuda:
         options |= {name: getattr(args, name) for name in _FUSIONS}
-        # Kernels that come with other packages; without them the plain operations give the same result.
+        # these kernels come with other packages; without them plain operations give the same result
         options["gradient_accumulation_fusion"] &= _installed("fused_weight_gradient_mlp_cuda")
         options["apply_rope_fusion"] &= have_transformer_engine()
     return options

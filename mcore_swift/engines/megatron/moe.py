@@ -1,4 +1,4 @@
-"""What mixture-of-experts models ask of the engine: their options, the weight of their losses, their loads."""
+"""Mixture-of-experts models in the engine: options, the scale of router losses, and expert loads in the log."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,9 +17,9 @@ from mcore_swift.objectives.base import Objective
 
 
 def moe_options(args: Any) -> dict[str, Any]:
-    """Fields of TransformerConfig for the experts that come from the user's flags; those of export say nothing.
+    """Fields of TransformerConfig for experts, from the user's flags (`megatron export` has none of them).
 
-    Raises UserError for recomputation that needs kernels that are not here.
+    Raises UserError for recomputation that needs Transformer Engine where it is not used.
     """
     if not hasattr(args, "moe_token_dispatcher_type"):
         return {"moe_token_dispatcher_type": "alltoall"}
@@ -29,8 +29,7 @@ def moe_options(args: Any) -> dict[str, Any]:
     options["moe_permute_fusion"] = args.moe_permute_fusion and have_transformer_engine()
     if not options["moe_grouped_gemm"] and "moe_act" in args.recompute_modules:
         raise UserError(
-            "--recompute_modules moe_act recomputes inside the grouped kernel of Transformer Engine, which does not "
-            "serve here",
+            "--recompute_modules moe_act recomputes inside Transformer Engine's grouped kernel, which is not used here",
             remedy="use --recompute_modules moe, which recomputes whole expert layers",
         )
     return options
@@ -52,7 +51,7 @@ _PLAIN = (
 
 
 class Routers:
-    """The routers of this rank's model chunks, by layer: 0 to layers of the model, then those of MTP."""
+    """The routers of this rank's model chunks, by index of their layer: decoder layers first, then those of MTP."""
 
     def __init__(self, chunks: Sequence[nn.Module], config: Any, *, per_layer: bool = False) -> None:
         """per_layer: report the loads of each layer too."""
@@ -71,10 +70,10 @@ class Routers:
                     self.by_layer[module.layer_number - 1] = module
 
     def begin_step(self, microbatches: Sequence[Batch], objective: Objective) -> None:
-        """Tell every router what the main loss of a microbatch will be divided by. Collective over data parallel ranks.
+        """Tell every router by what the main loss of a microbatch will be divided. Collective over data-parallel ranks.
 
-        The step's gradients are divided by the terms of the whole batch when they are all there; the routers'
-        losses, means over a microbatch, are to end as a mean over microbatches.
+        At the end of the step, all gradients are divided by the number of terms in the whole batch. Router losses,
+        which are means over a microbatch, are scaled so that a mean over microbatches results.
         """
         terms = sum(objective.count(batch) for batch in microbatches)
         total = terms.to(device=get_accelerator().device, dtype=torch.float32)
@@ -85,9 +84,9 @@ class Routers:
             router.begin_step(total / (len(microbatches) * group.size()))
 
     def tallies(self) -> Tensor:
-        """fp64 `[layers, experts + 2]`: what this rank's routers have counted, zero in other layers.
+        """fp64 `[layers, experts + 2]`: loads and losses counted by this rank's routers, zero for other layers.
 
-        Summed over all ranks it is that of the step: a rank has tokens, and layers, of its own.
+        The sum over all ranks is that of the step, because ranks have different tokens or layers.
         """
         layers = self.config.num_layers + (self.config.mtp_num_layers or 0)
         width = self.config.num_moe_experts + 2
@@ -97,11 +96,11 @@ class Routers:
         return tallies
 
     def metrics(self, tallies: Tensor, microbatches: int) -> dict[str, float]:
-        """What the log shows of a step. tallies: of all ranks. microbatches: of all data-parallel ranks.
+        """Metrics of a step for the log. tallies: summed over all ranks. microbatches: of all data-parallel ranks.
 
-        expert_load_max: tokens of a layer's busiest expert over an even share, mean of all layers, and
+        expert_load_max: load of a layer's busiest expert relative to an even share, averaged over layers;
         expert_load_worst: of the layer where it is largest. load_balancing_loss, router_z_loss: without coefficient,
-        mean of microbatches and layers.
+        averaged over microbatches and layers.
         """
         loads, losses = tallies[:, :-2].cpu(), tallies[:, -2:].cpu() / microbatches
         sparse = loads.sum(dim=-1) > 0

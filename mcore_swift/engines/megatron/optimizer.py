@@ -1,4 +1,4 @@
-"""megatron-core's optimizer, set up from our arguments."""
+"""megatron-core's gradient buffers and optimizer, configured from the arguments of a command."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from megatron.core.optimizer import (
 
 
 def wrap_for_gradients(model: list[Any], args: Any) -> list[DistributedDataParallel]:
-    """Give each model chunk the buffers in which gradients are summed over data-parallel ranks."""
+    """Wrap each model chunk with the buffers in which gradients are summed over data-parallel ranks."""
     config = model[0].config
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=args.accumulate_allreduce_grads_in_fp32,
@@ -42,9 +42,9 @@ def wrap_for_gradients(model: list[Any], args: Any) -> list[DistributedDataParal
 
 
 def build_optimizer(model: list[DistributedDataParallel], args: Any) -> Any:
-    """AdamW or SGD over the chunks' parameters that train; norms and biases are not decayed.
+    """AdamW or SGD over the trained parameters of the chunks; norms and biases have no weight decay.
 
-    With `--lorap_lr_ratio` the matrices B of adapters, and they alone, learn at a multiple of the learning rate.
+    With `--lorap_lr_ratio`, the B matrices of adapters have a multiple of the learning rate.
     """
     dtype = model[0].config.params_dtype
     config = OptimizerConfig(

@@ -1,4 +1,4 @@
-"""Starting and ending the process groups of a run, and its random number generators."""
+"""megatron-core's process groups and random number generators."""
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -17,9 +17,9 @@ def start(
     backend: str | None = None,
     prediction_rank: int | None = None,
 ) -> None:
-    """Join the other processes of the run, as `processes.join` says, and seed this one.
+    """Initialize the process groups of a layout (see `engines.processes.join`) and seed this process.
 
-    prediction_rank: the pipeline rank with multi-token layers, and so a copy of the embedding, if it is not the last.
+    prediction_rank: the pipeline rank with the multi-token layers, and thus a copy of the embedding, if not the last.
     """
     get_accelerator().install()
     processes.join(timeout_s=timeout_s, backend=backend)
@@ -31,7 +31,7 @@ def start(
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
         distributed_timeout_minutes=max(1, round(timeout_s / 60)),
-        # A second set of groups, which nothing here uses, would only take time to connect.
+        # nothing here uses gloo groups beside the default ones, and they take time to connect
         create_gloo_process_groups=False,
         get_embedding_ranks=None
         if prediction_rank is None
@@ -54,7 +54,7 @@ def seed_everything(seed: int) -> None:
 
 
 def stop() -> None:
-    """Leave the process groups; harmless if there are none."""
+    """Destroy the process groups, if there are any."""
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()

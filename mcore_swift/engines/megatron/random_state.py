@@ -1,4 +1,4 @@
-"""The random number generators of a rank, megatron-core's own among them."""
+"""The random number generators of a rank, including megatron-core's."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put the generators back where `random_state` found them."""
+    """Restore the state that `random_state` returned."""
     generators.set_random_state(state)
     torch.cuda.set_rng_state(state["device"])
     get_cuda_rng_tracker().set_states(state["tracker"])
