@@ -1,6 +1,6 @@
-"""Names of ms-swift v3 (and a few of the HF Trainer) that still mean something here.
+"""Flag names of ms-swift v3 (and a few of the HF Trainer) that are accepted under their current names.
 
-An alias is accepted with one line that says the name of today.
+Using one prints a notice with the current name.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ def _flash_attention(value: Any) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class Alias:
-    """name: the flag of today. convert: the old value as the new one, None: the same. how: what that did."""
+    """name: the current flag. convert: from the old value to the new one; None: unchanged. how: describes it."""
 
     name: str
     convert: Callable[[Any], Any] | None = None
@@ -55,7 +55,7 @@ _RENAMED = {
     "gradient_checkpointing_kwargs": "vit_gradient_checkpointing_kwargs",
     "custom_register_path": "external_plugins",
 }
-# v3's flags that switch something off
+# v3 flags that switch something off
 _SWITCHED_OFF = {
     "no_masked_softmax_fusion": "masked_softmax_fusion",
     "no_bias_dropout_fusion": "bias_dropout_fusion",
@@ -78,14 +78,14 @@ ALIASES: Mapping[str, Alias] = (
     | {"distributed_timeout_minutes": Alias("ddp_timeout", _minutes_in_seconds, "in seconds")}
 )
 
-# v3 counted the layers of a virtual stage; how many stages that makes only the model's depth tells
+# v3 counts the layers per virtual stage; the number of stages follows from the depth of the model
 LAYERS_PER_STAGE = "num_layers_per_virtual_pipeline_stage"
 
 
 def virtual_stages(layers_per_stage: Any, pipeline_size: Any, model: Any) -> int:
-    """Virtual stages of each pipeline stage, from v3's layers of a virtual stage.
+    """Number of virtual stages per pipeline stage, from v3's number of layers per virtual stage.
 
-    model: folder with the config.json whose layers are divided. Raises BadValue.
+    model: folder with the config.json that says how many layers there are. Raises BadValue.
     """
     try:
         layers = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]

@@ -1,4 +1,4 @@
-"""The arguments of each command, composed of the groups."""
+"""The arguments of each `megatron` command, composed of the groups of flags."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ from .training import KernelArguments, RecomputeArguments, TrainArguments
 class CommonArguments(Arguments):
     TITLE: ClassVar[str] = "Command line"
 
-    ignore_args_error: bool = arg(False, "warn of unknown flags instead of stopping")
+    ignore_args_error: bool = arg(False, "only warn about unknown flags instead of stopping")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -56,7 +56,7 @@ class MegatronSftArguments(
 
 @dataclasses.dataclass(kw_only=True)
 class MegatronPretrainArguments(MegatronSftArguments):
-    """Pre-training: the same, on plain text with a loss on every token."""
+    """Pre-training on Megatron-core: plain text, with a loss on every token."""
 
     COMMAND: ClassVar[str] = "pt"
 
@@ -68,40 +68,41 @@ class MegatronPretrainArguments(MegatronSftArguments):
 class MegatronExportArguments(
     ModelArguments, ParallelArguments, ExpertParallelArguments, HFSaveArguments, CommonArguments
 ):
-    """Hugging Face checkpoint to megatron-core's, and back."""
+    """Convert a Hugging Face checkpoint to megatron-core's format, or back."""
 
     TITLE: ClassVar[str] = "Export"
     COMMAND: ClassVar[str] = "export"
     REQUIRED: ClassVar[tuple[str, ...]] = ("model",)
 
-    to_mcore: bool = arg(False, "Hugging Face checkpoint (--model) to a megatron-core checkpoint")
-    to_hf: bool = arg(False, "megatron-core checkpoint (--mcore_model) to a Hugging Face checkpoint")
+    to_mcore: bool = arg(False, "convert a Hugging Face checkpoint (--model) to a megatron-core checkpoint")
+    to_hf: bool = arg(
+        False, "convert a megatron-core checkpoint (--mcore_model) to a Hugging Face checkpoint"
+    )
     mcore_model: str | None = arg(
         None,
-        "checkpoint of a training run, or of --to_mcore, to convert; its args.json tells --model, the source of "
-        "config and tokenizer",
+        "megatron-core checkpoint to convert, from a training run or --to_mcore; config and tokenizer are taken from "
+        "the --model in its args.json unless --model is given",
     )
     adapters: list[str] = arg(
-        [], "adapter beside those weights: a PEFT folder, or a checkpoint of a run that trained one"
+        [], "adapter for these weights: a PEFT folder, or the checkpoint of a run that trained one"
     )
-    mcore_adapter: str | None = arg(None, "the same, of a run on megatron-core")
+    mcore_adapter: str | None = arg(None, "the same: the checkpoint of a LoRA run on megatron-core")
     merge_lora: bool | None = arg(
         None,
-        "with an adapter: write the model with the adapter in its weights, summed in float32 and rounded once; false "
-        "converts the adapter alone, to a PEFT folder (--to_hf) or a checkpoint to start from (--to_mcore)",
+        "with an adapter: write the model with the adapter merged, computed in float32 and rounded once; false: "
+        "convert the adapter alone, to a PEFT folder (--to_hf) or a checkpoint to start from (--to_mcore)",
         default_text="as --to_hf",
     )
     output_dir: str | None = arg(
         None, "folder to write", default_text="<source folder>-mcore or <source folder>-hf"
     )
-    exist_ok: bool = arg(False, "write into --output_dir even when it holds something")
+    exist_ok: bool = arg(False, "write into --output_dir even if it is not empty")
     dry_run: bool = arg(
         False,
-        "write nothing: print which process would read and write what, whether the disk has room, and what does not "
-        "fit",
+        "write nothing; print what each process would read and write, whether the disk has room, and what does not fit",
     )
     test_convert_precision: bool = arg(
-        False, "run both models on the same tokens and compare; a mismatch makes the command fail"
+        False, "run both models on the same tokens and compare the logits; fail if they differ"
     )
     test_convert_dtype: str = arg(
         "float32",
@@ -109,7 +110,7 @@ class MegatronExportArguments(
         choices=("float32", "bfloat16"),
         refused={"float16": "models are not built in float16 yet"},
     )
-    seed: int = arg(42, "seed of the tokens compared", at_least=0)
+    seed: int = arg(42, "seed of the tokens for that comparison", at_least=0)
 
     @property
     def adapter(self) -> str | None:

@@ -1,4 +1,4 @@
-"""What all argument classes share: derived values, checks, and the way to args.json and back."""
+"""The base class of all arguments: derived values, checks, and saving to and loading from args.json."""
 
 import dataclasses
 import json
@@ -16,11 +16,11 @@ ARGS_FILE = "args.json"
 
 @dataclasses.dataclass(kw_only=True)
 class Arguments:
-    """Base of the mixins and of the classes composed of them: one flat namespace of attributes.
+    """Base of the groups of flags, and of the commands composed of them: one flat namespace of attributes.
 
-    A mixin may define `fill(self)`, which replaces "not given" by what follows from the other values, and
-    `check(self)`, which yields a UserError for each inconsistency. Both run for every mixin; neither reads
-    files, and `fill` changes nothing the second time, so that args.json reads back equal.
+    A group may define `fill(self)`, which replaces values that were not given by what follows from others, and
+    `check(self)`, which yields a UserError for each inconsistency. Both run for every group. Neither reads files, and
+    `fill` is idempotent, so that args.json is read back unchanged.
     """
 
     TITLE: ClassVar[str] = "General"
@@ -33,7 +33,7 @@ class Arguments:
             fill(self)
 
     def problems(self) -> list[UserError]:
-        """Everything that is inconsistent in the values, found together."""
+        """All inconsistencies in the values."""
         missing = [
             UserError(f"--{name} is missing", f"add --{name} {_EXAMPLES.get(name, '<value>')}")
             for name in self.REQUIRED
@@ -42,13 +42,13 @@ class Arguments:
         return missing + [problem for check in self._own("check") for problem in check(self)]
 
     def to_dict(self) -> dict[str, Any]:
-        """All values as plain JSON, with the command and the version that wrote them."""
+        """All values as JSON, with the command and the version that wrote them."""
         about = {"command": self.COMMAND, "mcore_swift_version": __version__}
         return about | dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """The arguments that `to_dict` wrote. Keys that are no flag of this class are left out.
+        """The inverse of `to_dict`. Keys that this class has no flag for are ignored.
 
         Raises UserError for a value that does not fit its flag.
         """
@@ -70,11 +70,11 @@ class Arguments:
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """Read `folder`/args.json. Raises UserError when it is missing or no JSON."""
+        """Read `folder`/args.json. Raises UserError if it is missing or not valid JSON."""
         return cls.from_dict(read_args_file(Path(folder) / ARGS_FILE))
 
     def _own(self, method: str) -> Iterator[Any]:
-        """The method as each class of the family defines it, mixins first."""
+        """The method as defined by each class in the inheritance order, groups first."""
         for cls in reversed(type(self).__mro__):
             if method in cls.__dict__:
                 yield cls.__dict__[method]
@@ -88,7 +88,7 @@ _EXAMPLES = {
 
 
 def read_args_file(path: str | Path) -> dict[str, Any]:
-    """An args.json as a dict. Raises UserError when it is missing or no JSON."""
+    """An args.json as a dict. Raises UserError if it is missing or not valid JSON."""
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -101,7 +101,7 @@ def read_args_file(path: str | Path) -> dict[str, Any]:
 
 
 def find_args_file(folder: str | Path) -> Path | None:
-    """args.json of a checkpoint or run folder, or of the newest run or checkpoint in it; None without any."""
+    """args.json of a checkpoint or run folder, else of the newest run or checkpoint in it; None if there is none."""
     folder = Path(folder)
     own = folder / ARGS_FILE
     if own.is_file():

@@ -1,4 +1,4 @@
-"""What is saved, how often, and from what a run starts or continues."""
+"""What is saved and how often, and what a run starts from or resumes."""
 
 import dataclasses
 import re
@@ -30,12 +30,12 @@ def size_bytes(text: str) -> int:
 class HFSaveArguments(Arguments):
     TITLE: ClassVar[str] = "Hugging Face files"
 
-    max_shard_size: str = arg("5GB", "largest safetensors file written, as 5GB or 512MiB")
+    max_shard_size: str = arg("5GB", "maximum size of a safetensors file, such as 5GB or 512MiB")
     memory_budget: str | None = arg(
         None,
-        "memory a process may take for the pieces of weights it reads, gathers and writes, as 512MB; the program "
-        "and the model come on top",
-        default_text="pieces of the size that is fastest: about 0.1GB to convert files, 0.8GB to export a model",
+        "memory a process may use for the pieces of weights it reads, gathers and writes, such as 512MB, in "
+        "addition to the program and the model",
+        default_text="the fastest size: about 0.1GB to convert files, 0.8GB to export a model",
     )
 
     def check(self) -> Iterator[UserError]:
@@ -72,22 +72,22 @@ class StartArguments(Arguments):
 
     mcore_model: str | None = arg(
         None,
-        "megatron-core checkpoint to start from, in place of the weights in --model (weights only, step 0; "
-        "with --finetune false the same as --resume)",
+        "megatron-core checkpoint to start from, instead of the weights in --model (weights only, at step 0; with "
+        "--finetune false the same as --resume)",
     )
     resume: str = arg(
         "none",
-        "a checkpoint or run folder: continue it with its weights, optimizer, random state, step and "
-        "place in the data, under any parallel layout. auto: continue the newest complete checkpoint in "
-        "--output_dir, or start when there is none (implies --add_version false). none: start",
+        "checkpoint or run folder to resume, with weights, optimizer, random state, step and position in the data, "
+        "in any parallel layout. auto: the newest complete checkpoint in --output_dir, or a new run if there is "
+        "none (implies --add_version false). none: a new run",
     )
-    finetune: bool = arg(True, "with --mcore_model, take weights only and start at step 0")
-    no_load_optim: bool = arg(False, "when resuming, leave out the optimizer's state")
-    no_load_rng: bool = arg(False, "when resuming, leave out the random state")
+    finetune: bool = arg(True, "with --mcore_model, load only the weights and start at step 0")
+    no_load_optim: bool = arg(False, "when resuming, do not load the optimizer state")
+    no_load_rng: bool = arg(False, "when resuming, do not load the random state")
 
     def fill(self) -> None:
         if self.mcore_model and not self.finetune and self.resume == "none":
-            # ms-swift's way to continue a run; from here on there is one way only
+            # ms-swift's way to resume a run; from here on there is only --resume
             self.resume, self.mcore_model = self.mcore_model, None
         if getattr(self, "mcore_adapter", None) and not self.finetune and self.resume == "none":
             self.resume, self.mcore_adapter = self.mcore_adapter, None
@@ -116,16 +116,20 @@ class CheckpointArguments(SaveArguments, StartArguments):
     save_strategy: str = arg(
         "steps", "save every --save_steps steps, or after every epoch", choices=("steps", "epoch")
     )
-    no_save_optim: bool = arg(False, "leave out the optimizer's state; such a checkpoint cannot be resumed")
-    no_save_rng: bool = arg(False, "leave out the random state; such a checkpoint cannot be resumed exactly")
-    metric_for_best_model: str = arg(
-        "loss", "validation metric that says which checkpoint is best", choices=("loss",)
+    no_save_optim: bool = arg(False, "do not save the optimizer state; such a checkpoint cannot be resumed")
+    no_save_rng: bool = arg(
+        False, "do not save the random state; such a checkpoint cannot be resumed exactly"
     )
-    greater_is_better: bool = arg(False, "whether a larger metric is better")
+    metric_for_best_model: str = arg(
+        "loss", "validation metric that determines the best checkpoint", choices=("loss",)
+    )
+    greater_is_better: bool = arg(
+        False, "whether a greater value of that metric is better; for the loss, it is not"
+    )
 
     def fill(self) -> None:
         if self.output_dir is None and self.resume not in ("none", "auto"):
-            self.output_dir = self.resume  # the run goes on in its own folder
+            self.output_dir = self.resume  # a resumed run continues in its own folder
         elif self.output_dir is None and getattr(self, "model", None):
             self.output_dir = str(Path("megatron_output") / Path(self.model).resolve().name)
         if self.resume == "auto":
@@ -134,5 +138,5 @@ class CheckpointArguments(SaveArguments, StartArguments):
     def check(self) -> Iterator[UserError]:
         if self.greater_is_better:
             yield UserError(
-                "--greater_is_better true: of a loss the smaller is better", "drop --greater_is_better"
+                "--greater_is_better true: the smaller loss is better", "drop --greater_is_better"
             )

@@ -1,4 +1,4 @@
-"""Where samples come from, how they are cached and packed, in which order they are read."""
+"""Where samples come from, how they are cached and packed, and in which order they are read."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -15,14 +15,14 @@ class DataArguments(Arguments):
 
     dataset: list[str] = arg(
         [],
-        "training files or folders (json, jsonl, csv, parquet, txt), several are joined; path#N takes N rows. In "
-        "`megatron pt` also token ids that Megatron has written (.bin with .idx, or what both begin with), whose "
+        "training files or folders (json, jsonl, csv, parquet, txt); several are concatenated; path#N takes N rows. "
+        "`megatron pt` also takes token ids written by Megatron (.bin with .idx, or their common prefix), whose "
         "documents are cut into pieces of --max_length",
     )
     interleave_prob: list[float] | None = arg(
         None,
-        "a weight for each --dataset (they need not sum to 1): the share of samples, with packing of rows and so of "
-        "tokens, that come from it",
+        "one weight per --dataset (they need not sum to 1): the share of samples that come from it; with packing, "
+        "the share of rows, and thus of tokens",
         above=0,
     )
     stopping_strategy: str = arg(
@@ -32,17 +32,16 @@ class DataArguments(Arguments):
     )
     streaming: bool = arg(
         False,
-        "read and tokenize the training rows while training goes on, for data that is too large to be tokenized "
-        "beforehand; path#N is then the first N rows, and rows that cannot be used are left out and counted unless "
-        "--strict is true",
+        "read and tokenize rows during training, for data that is too large to be tokenized beforehand; path#N "
+        "then takes the first N rows, and rows that cannot be used are dropped and counted unless --strict is true",
     )
     shuffle_buffer_size: int = arg(
-        1000, "rows of a stream that are shuffled together (less if they are more than 64 MB)", at_least=1
+        1000, "with --streaming: rows that are shuffled together (fewer if they exceed 64 MB)", at_least=1
     )
-    val_dataset: list[str] = arg([], "validation files, written as --dataset is")
+    val_dataset: list[str] = arg([], "validation files, in the format of --dataset")
     split_dataset_ratio: float = arg(
         0.0,
-        "share of the training rows held back for validation when there is no --val_dataset",
+        "fraction of the training rows held back for validation if there is no --val_dataset",
         at_least=0,
         below=1,
     )
@@ -51,34 +50,36 @@ class DataArguments(Arguments):
     )
     model_name: list[str] = arg(
         [],
-        "who the model is: {{NAME}} in rows becomes this; two values are for rows in Chinese and in English",
+        "name that replaces {{NAME}} in rows; two values: for Chinese and for English rows",
     )
-    model_author: list[str] = arg([], "who made it: {{AUTHOR}} in rows becomes this, likewise")
+    model_author: list[str] = arg([], "name that replaces {{AUTHOR}} in rows, likewise")
     strict: bool | None = arg(
         None,
-        "true: rows that cannot be used stop the run, and are listed; false: they are dropped, counted and "
-        "reported",
-        default_text="true, and false for streamed rows",
+        "true: rows that cannot be used stop the run and are listed; false: they are dropped, counted and reported",
+        default_text="true; false with --streaming",
     )
-    dataset_shuffle: bool = arg(True, "shuffle rows when sources are joined, split or sampled")
+    dataset_shuffle: bool = arg(True, "shuffle rows when datasets are concatenated, split or sampled")
     data_seed: int = arg(42, "seed of row sampling, splitting and order", at_least=0)
-    dataset_num_proc: int = arg(1, "processes that tokenize", at_least=1)
+    dataset_num_proc: int = arg(1, "number of processes that tokenize", at_least=1)
     load_from_cache_file: bool = arg(
-        True, "reuse tokens of an earlier run on the same rows, tokenizer and settings; false tokenizes again"
+        True,
+        "reuse the token ids of an earlier run on the same rows, tokenizer and settings; false: tokenize again",
     )
     cache_dir: str | None = arg(
         None, "folder of the token cache", default_text="$MCORE_SWIFT_CACHE or ~/.cache/mcore_swift"
     )
     train_dataloader_shuffle: bool = arg(
-        True, "a new order in every epoch; false reads in the order of the files"
+        True, "shuffle anew in every epoch; false: read in the order of the files"
     )
     dataloader_num_workers: int = arg(
         4,
-        "above 0: a thread prepares batches ahead of the step (one is enough, tokens are memory-mapped), and a "
-        "process tokenizes streamed rows; 0: all that is done in the step",
+        "above 0: a thread prepares batches in advance (one is enough, because token ids are memory-mapped), and a "
+        "separate process tokenizes streamed rows; 0: both happen within the step",
         at_least=0,
     )
-    dataloader_prefetch_factor: int = arg(2, "steps whose batches it keeps ready", at_least=1)
+    dataloader_prefetch_factor: int = arg(
+        2, "number of steps whose batches are prepared in advance", at_least=1
+    )
 
     def check(self) -> Iterator[UserError]:
         yield from self._check_streaming()
@@ -89,7 +90,7 @@ class DataArguments(Arguments):
                 )
         if self.val_dataset and self.split_dataset_ratio > 0:
             yield UserError(
-                "--val_dataset and --split_dataset_ratio both say what to validate on", "give one of them"
+                "--val_dataset and --split_dataset_ratio both define the validation data", "give one of them"
             )
         if self.interleave_prob and len(self.interleave_prob) != len(self.dataset):
             yield UserError(
@@ -119,37 +120,39 @@ class PackingArguments(Arguments):
     TITLE: ClassVar[str] = "Packing"
 
     packing: bool = arg(
-        False, "fill rows of --packing_length with whole samples; attention does not cross between them"
+        False, "fill rows of --packing_length with whole samples; attention does not cross sample boundaries"
     )
-    packing_length: int | None = arg(None, "tokens of a packed row", above=1, default_text="--max_length")
+    packing_length: int | None = arg(
+        None, "length of a packed row in tokens", above=1, default_text="--max_length"
+    )
     packing_strategy: str = arg(
         "binpack",
-        "which samples share a row: those that fill it best (binpack) or neighbours in order (sequential). For "
-        "pre-training also concat: all documents end to end, cut wherever a row is full, and attention sees what "
-        "stands before in the row, as in Megatron's GPT datasets",
+        "which samples share a row: those that fill it best (binpack), or consecutive ones (sequential). For "
+        "pre-training also concat: documents end to end, cut wherever a row is full, with attention to everything "
+        "before in the row, as in Megatron's GPT datasets",
         choices=("binpack", "sequential", "concat"),
     )
     padding_free: bool = arg(
-        True, "lay the samples of a microbatch end to end in one row; false pads them to the longest"
+        True, "concatenate the samples of a microbatch in one row; false: pad them to the longest"
     )
 
     def check(self) -> Iterator[UserError]:
         if self.packing and not self.padding_free:
             yield UserError(
-                "--packing true lays samples end to end, --padding_free false pads each to a row of its own",
+                "--packing true concatenates samples, and --padding_free false gives each a padded row",
                 "drop one of the two",
             )
         if self.packing_length is not None and not self.packing:
-            yield UserError("--packing_length has no meaning without packing", "add --packing true")
+            yield UserError("--packing_length has no effect without packing", "add --packing true")
         if self.packing_strategy == "concat" and getattr(self, "use_chat_template", False):
             yield UserError(
-                "--packing_strategy concat lets conversations see each other, and cuts them anywhere",
+                "--packing_strategy concat lets conversations attend to each other, and cuts them anywhere",
                 "use binpack, or `megatron pt`",
             )
         limit = getattr(self, "max_length", None)
         if self.packing_length is not None and limit is not None and self.packing_length < limit:
             yield UserError(
                 f"--packing_length {self.packing_length} is below --max_length {limit}: a sample of full "
-                "length fits into no row",
+                "length does not fit into a row",
                 f"use --packing_length {limit} or more",
             )

@@ -1,4 +1,4 @@
-"""How a field of a dataclass becomes a flag: its help, choices and bounds ride in the field's metadata."""
+"""Declaring a dataclass field as a flag: help, choices and bounds are kept in the field's metadata."""
 
 import dataclasses
 import functools
@@ -13,12 +13,12 @@ _KINDS: dict[Any, Kind] = {str: "str", int: "int", float: "float", bool: "bool",
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
-    """One field as the command line, the YAML file and `--help` see it.
+    """A flag of the command line, which is also a key of YAML files.
 
     kind: type of the value, or of each element if `is_list`.
-    optional: `None` is a value ("not given, decide for me").
-    default_text: what `--help` prints as the default, where the plain value would say too little.
-    refused: choices that ms-swift has and we do not have yet, with the reason.
+    optional: whether `None` ("not given, decide for me") is allowed.
+    default_text: what `--help` prints as the default, if the value itself is not informative.
+    refused: choices of ms-swift that are not supported yet, with the reason.
     at_least, above, at_most, below: bounds of a number (closed, open, closed, open).
     nested: a list in a YAML file is the value too, as the JSON text of it.
     group: title under which `--help` lists it.

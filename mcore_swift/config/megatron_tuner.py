@@ -23,8 +23,8 @@ class MegatronTunerArguments(TrainedParametersArguments):
 
     tuner_type: str = arg(
         "full",
-        "what trains: all parameters (full), or low-rank adapters beside frozen weights (lora); checkpoints then hold "
-        "the adapter alone, also as a PEFT folder",
+        "what trains: all parameters (full), or low-rank adapters beside frozen weights (lora); checkpoints then "
+        "hold the adapter alone, also as a PEFT folder",
         choices=("full", "lora"),
         refused={
             "lora_llm": "it is for models with a vision part, which are not supported yet",
@@ -36,9 +36,9 @@ class MegatronTunerArguments(TrainedParametersArguments):
     )
     target_modules: list[str] = arg(
         ["all-linear"],
-        "layers that get an adapter: ends of Hugging Face module names (q_proj), names of megatron-core's fused layers "
-        "(linear_qkv), all-linear (every matrix of attention, MLP and experts), all-router, all-embedding. The output "
-        "layer gets one only if it is named (lm_head)",
+        "layers that get an adapter: ends of Hugging Face module names (q_proj), names of megatron-core's fused "
+        "layers (linear_qkv), all-linear (every matrix of attention, MLP and experts), all-router, all-embedding. "
+        "The output layer gets one only if it is named (lm_head)",
     )
     lora_alpha: float = arg(
         32, "alpha: adapters are scaled by alpha / rank (with rsLoRA, alpha / sqrt(rank))", above=0
@@ -51,8 +51,8 @@ class MegatronTunerArguments(TrainedParametersArguments):
     )
     merge_lora: bool | None = arg(
         None,
-        "with lora: at each save, also write the whole model with the adapter merged, as a Hugging Face checkpoint in "
-        "checkpoint-N-merged; the frozen weights in memory are not changed",
+        "with lora: at each save, also write the whole model with the adapter merged, as a Hugging Face checkpoint "
+        "in checkpoint-N-merged; the frozen weights in memory are not changed",
         default_text="as --save_safetensors",
     )
 

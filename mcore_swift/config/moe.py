@@ -1,4 +1,4 @@
-"""Mixture-of-experts models: how tokens find experts, and how experts are spread over processes."""
+"""Mixture-of-experts models: routing, and how experts are distributed over processes."""
 
 import dataclasses
 import importlib.util
@@ -15,11 +15,11 @@ class ExpertParallelArguments(Arguments):
     TITLE: ClassVar[str] = "Parallelism"
 
     expert_model_parallel_size: int = arg(
-        1, "processes that share the experts of every layer, whole experts on each (EP)", at_least=1
+        1, "processes that divide the experts of every layer among them (EP)", at_least=1
     )
     expert_tensor_parallel_size: int = arg(
         1,
-        "processes that share the matrices of every expert (ETP); independent of --tensor_model_parallel_size, "
+        "processes that divide the matrices of every expert (ETP), independently of --tensor_model_parallel_size, "
         "which divides the rest of the layer",
         at_least=1,
     )
@@ -31,58 +31,60 @@ class MoEArguments(Arguments):
 
     moe_router_load_balancing_type: str = arg(
         "aux_loss",
-        "what keeps experts evenly loaded, with weight --moe_aux_loss_coeff: a loss over each microbatch "
-        "(aux_loss), over each row of it (seq_aux_loss), over the whole batch (global_aux_loss), nothing (none)",
+        "load-balancing loss, with weight --moe_aux_loss_coeff: over each microbatch (aux_loss), over each of its "
+        "rows (seq_aux_loss), over the whole batch (global_aux_loss), or none",
         choices=("none", "aux_loss", "seq_aux_loss", "global_aux_loss"),
-        refused={"sinkhorn": "it takes no part of the model's own scores"},
+        refused={"sinkhorn": "it does not use the scores of the pre-trained router"},
     )
     moe_aux_loss_coeff: float = arg(0.0, "weight of the load balancing loss of each layer", at_least=0)
     moe_z_loss_coeff: float | None = arg(
-        None, "weight of the loss that keeps the router's logits small; 1e-3 is usual", at_least=0
+        None, "weight of the z-loss, which keeps the router's logits small; 1e-3 is usual", at_least=0
     )
     moe_router_bias_update_rate: float = arg(
         1e-3,
-        "how far the bias of each expert moves in a step, up if it had less tokens than the mean, down if more; "
-        "for models whose router has such biases, 0 keeps them",
+        "for routers with a load-balancing bias: how much the bias of an expert changes per step, up if it had fewer "
+        "tokens than average, down if more; 0 leaves it unchanged",
         at_least=0,
     )
     moe_router_dtype: str | None = arg(
-        "fp32", "precision of the router; none is that of the model", choices=("fp32", "fp64")
+        "fp32", "precision of the router; none: that of the model", choices=("fp32", "fp64")
     )
     moe_token_dispatcher_type: str = arg(
         "alltoall",
-        "how tokens reach their experts: sent to those who hold them (alltoall), or gathered everywhere (allgather)",
+        "how tokens reach their experts: sent to the processes that have them (alltoall), gathered on every process "
+        "(allgather), or by DeepEP (flex)",
         choices=("alltoall", "allgather", "flex"),
     )
     moe_enable_deepep: bool = arg(False, "send tokens with DeepEP; with --moe_token_dispatcher_type flex")
     moe_grouped_gemm: bool = arg(
         True,
-        "all experts of a process in one kernel, where Transformer Engine is there; else one after another",
+        "compute all experts of a process in one kernel, if Transformer Engine is used; otherwise one after another",
     )
     moe_permute_fusion: bool = arg(
-        False, "one kernel that sorts tokens by expert, where Transformer Engine is there; same result"
+        False, "sort tokens by expert in one kernel, if Transformer Engine is used; the result is the same"
     )
     moe_shared_expert_overlap: bool = arg(
-        False, "compute the shared expert while tokens travel; with --moe_token_dispatcher_type alltoall"
+        False,
+        "compute the shared expert during the all-to-all of tokens; with --moe_token_dispatcher_type alltoall",
     )
     moe_layer_recompute: bool = arg(
         False, "recompute the expert layers in the backward pass: short for --recompute_modules moe"
     )
     moe_expert_capacity_factor: float | None = arg(
         None,
-        "most tokens that an expert takes, in multiples of an even share; others skip it. Not given: no token "
-        "is dropped",
+        "maximum number of tokens of an expert, as a multiple of an even share; the others skip it. Not given: no "
+        "token is dropped",
         above=0,
     )
     moe_pad_expert_input_to_capacity: bool = arg(
-        False, "pad what each expert takes to its capacity; with --moe_expert_capacity_factor"
+        False, "pad the tokens of each expert to its capacity; with --moe_expert_capacity_factor"
     )
     moe_token_drop_policy: str = arg(
         "probs",
         "which tokens an expert drops: those with the lowest score (probs) or the last (position)",
         choices=("probs", "position"),
     )
-    moe_per_layer_logging: bool = arg(False, "log the expert loads of every layer, not only over all of them")
+    moe_per_layer_logging: bool = arg(False, "log the expert loads of every layer, not only their summary")
 
     def check(self) -> Iterator[UserError]:
         if self.moe_token_dispatcher_type == "flex" and importlib.util.find_spec("deep_ep") is None:
@@ -97,8 +99,8 @@ class MoEArguments(Arguments):
             )
         if self.moe_shared_expert_overlap and self.moe_token_dispatcher_type == "allgather":
             yield UserError(
-                "--moe_shared_expert_overlap needs tokens that travel, and --moe_token_dispatcher_type allgather "
-                "gathers them",
+                "--moe_shared_expert_overlap overlaps with the all-to-all of tokens, and --moe_token_dispatcher_type "
+                "allgather has none",
                 "use --moe_token_dispatcher_type alltoall",
             )
         if self.moe_pad_expert_input_to_capacity and self.moe_expert_capacity_factor is None:

@@ -19,7 +19,7 @@ def default_lr(args: Arguments) -> float:
 
 @dataclasses.dataclass(kw_only=True)
 class UpdateRuleArguments(Arguments):
-    """What `swift` and `megatron` call by the same names."""
+    """The flags that `swift` and `megatron` have under the same names."""
 
     TITLE: ClassVar[str] = "Optimizer"
 
@@ -40,17 +40,16 @@ class OptimizerArguments(UpdateRuleArguments):
         choices=("adam", "sgd"),
         refused=dict.fromkeys(("muon", "dist_muon"), "the muon optimizer is not supported yet"),
     )
-    clip_grad: float = arg(1.0, "largest norm of the whole gradient; 0 does not clip", at_least=0)
+    clip_grad: float = arg(1.0, "maximum norm of the gradient; 0: no clipping", at_least=0)
     adam_eps: float = arg(1e-8, "Adam's epsilon", above=0)
     weight_decay_incr_style: str = arg(
         "constant",
-        "weight decay over the run: --weight_decay throughout, or from --start_weight_decay to "
-        "--end_weight_decay",
+        "weight decay over the run: constant, or changing from --start_weight_decay to --end_weight_decay",
         choices=("constant", "linear", "cosine"),
     )
     start_weight_decay: float | None = arg(None, "weight decay at the start", at_least=0)
     end_weight_decay: float | None = arg(None, "weight decay at the end", at_least=0)
-    apply_wd_to_qk_layernorm: bool = arg(False, "weight decay for the norms of queries and keys too")
+    apply_wd_to_qk_layernorm: bool = arg(False, "apply weight decay to the norms of queries and keys too")
 
     def fill(self) -> None:
         if self.weight_decay_incr_style == "constant":
@@ -88,29 +87,29 @@ class ScheduleArguments(Arguments):
 
     lr: float | None = arg(
         None,
-        "highest learning rate",
+        "maximum learning rate",
         at_least=0,
         default_text=f"{FULL_PARAMETER_LR:g} for all parameters, {ADAPTER_LR:g} for adapters",
     )
     lr_decay_style: str = arg(
         "cosine",
-        "how it falls after the warm-up",
+        "how the learning rate decays after the warm-up",
         choices=("constant", "linear", "cosine", "inverse-square-root", "WSD"),
     )
     lr_decay_iters: int | None = arg(
-        None, "steps until --min_lr is reached", at_least=1, default_text="the whole run"
+        None, "step at which --min_lr is reached", at_least=1, default_text="the end of the run"
     )
     lr_warmup_iters: int = arg(0, "steps of linear warm-up", at_least=0)
     lr_warmup_fraction: float | None = arg(
-        None, "warm-up as a share of the decay steps, in place of --lr_warmup_iters", at_least=0, at_most=1
+        None, "warm-up as a fraction of the decay steps, instead of --lr_warmup_iters", at_least=0, at_most=1
     )
-    lr_warmup_init: float = arg(0.0, "learning rate the warm-up starts from", at_least=0)
+    lr_warmup_init: float = arg(0.0, "learning rate at the start of the warm-up", at_least=0)
     lr_wsd_decay_style: str = arg(
         "exponential",
-        "how WSD (warm-up, stable, decay) falls at the end",
+        "shape of WSD's decay (warm-up, stable, decay)",
         choices=("exponential", "linear", "cosine", "minus_sqrt"),
     )
-    lr_wsd_decay_iters: int | None = arg(None, "steps of WSD's final fall", at_least=1)
+    lr_wsd_decay_iters: int | None = arg(None, "number of steps of WSD's decay", at_least=1)
 
     def fill(self) -> None:
         if self.lr is None:
@@ -128,7 +127,7 @@ class ScheduleArguments(Arguments):
             )
         if self.lr_decay_style == "WSD" and self.lr_wsd_decay_iters is None:
             yield UserError(
-                "--lr_decay_style WSD needs to know when the final fall begins",
+                "--lr_decay_style WSD needs to know when the decay begins",
                 "add --lr_wsd_decay_iters <steps>",
             )
         if self.lr_decay_style != "WSD" and self.lr_wsd_decay_iters is not None:

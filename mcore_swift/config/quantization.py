@@ -1,4 +1,4 @@
-"""Frozen weights in few bits beside adapters that train (QLoRA, arXiv:2305.14314)."""
+"""Quantized frozen weights beside trained adapters (QLoRA, arXiv:2305.14314)."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -9,11 +9,9 @@ from .base import Arguments
 from .fields import arg
 
 BITS = {"bnb": (4, 8), "hqq": (1, 2, 3, 4, 8), "eetq": (8,), "quanto": (2, 4, 8)}
-"""Values of --quant_method, and how many bits each can keep a weight in."""
+"""Values of --quant_method, and the numbers of bits that each supports."""
 
-_STORED = (
-    "weights are brought to it with sample data: give the folder of a checkpoint that is in that form already"
-)
+_STORED = "it quantizes with calibration data: give a checkpoint that is already in that form"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -22,39 +20,39 @@ class QuantizationArguments(Arguments):
 
     quant_method: str | None = arg(
         None,
-        "keep the weights of linear layers in --quant_bits bits, quantized as they are read: by bitsandbytes (bnb), "
-        "hqq, eetq or optimum-quanto (quanto); megatron-core's layers know bnb. For adapters only",
+        "with adapters: quantize the frozen weights of linear layers to --quant_bits bits while they are read, with "
+        "bitsandbytes (bnb), hqq, eetq or optimum-quanto (quanto); megatron-core's layers support bnb",
         choices=tuple(BITS),
         refused={
-            "fp8": "adapters do not train beside weights in FP8; a checkpoint in FP8 is read as bfloat16, or is "
-            "quantized anew by --quant_method bnb",
+            "fp8": "adapters cannot be trained beside FP8 weights; an FP8 checkpoint is read as bfloat16, or quantized "
+            "again by --quant_method bnb",
             **dict.fromkeys(("awq", "gptq", "gptq_v2"), _STORED),
         },
     )
-    quant_bits: int | None = arg(None, "bits of a weight; bnb: 4 or 8", at_least=1, at_most=8)
+    quant_bits: int | None = arg(None, "bits per weight; bnb: 4 or 8", at_least=1, at_most=8)
     load_in_4bit: bool = arg(False, "short for --quant_method bnb --quant_bits 4")
     load_in_8bit: bool = arg(False, "short for --quant_method bnb --quant_bits 8")
     bnb_4bit_compute_dtype: str | None = arg(
         None,
-        "precision that 4-bit weights are multiplied in",
+        "precision of matrix products with 4-bit weights",
         choices=("float16", "bfloat16", "float32"),
         default_text="--torch_dtype",
     )
     bnb_4bit_quant_type: str = arg(
         "nf4",
-        "values that 4 bits stand for: quantiles of a normal distribution, or floats",
+        "the 16 values of a 4-bit weight: quantiles of a normal distribution (nf4), or floats (fp4)",
         choices=("nf4", "fp4"),
     )
     bnb_4bit_use_double_quant: bool = arg(
-        True, "keep the scale of each block of 64 weights in 8 bits, with a scale for each 256 of them"
+        True, "quantize the scale of each block of 64 weights too, to 8 bits in blocks of 256"
     )
     bnb_4bit_quant_storage: str | None = arg(
         None,
-        "type of the tensors that hold the packed bits",
+        "dtype of the tensors that hold the packed bits",
         choices=("uint8", "float16", "bfloat16", "float32"),
         default_text="uint8",
     )
-    hqq_axis: int | None = arg(None, "axis that hqq groups weights along", at_least=0, at_most=1)
+    hqq_axis: int | None = arg(None, "axis along which hqq groups weights", at_least=0, at_most=1)
 
     def fill(self) -> None:
         for bits, short in ((4, self.load_in_4bit), (8, self.load_in_8bit)):
@@ -90,7 +88,7 @@ class QuantizationArguments(Arguments):
             )
         if getattr(self, "perform_initialization", False):
             yield UserError(
-                "--perform_initialization: random weights stay as they are beside adapters, and quantized at that",
+                "--perform_initialization: random weights would be frozen and quantized",
                 "give a model with weights, or drop the quantization",
             )
         if self.PROGRAM == "megatron":
@@ -99,8 +97,8 @@ class QuantizationArguments(Arguments):
     def _on_megatron(self) -> Iterator[UserError]:
         if (self.quant_method, self.quant_bits) != ("bnb", 4):
             yield UserError(
-                f"--quant_method {self.quant_method} --quant_bits {self.quant_bits}: megatron-core's layers keep "
-                "weights in 4 bits by bitsandbytes, and in no other form",
+                f"--quant_method {self.quant_method} --quant_bits {self.quant_bits}: on megatron-core's layers, only "
+                "4 bits of bitsandbytes are supported",
                 "give --quant_method bnb --quant_bits 4, or use `swift sft --backend ddp`",
             )
         given = {
@@ -110,12 +108,12 @@ class QuantizationArguments(Arguments):
         for name, harmless in given.items():
             if getattr(self, name) not in (None, harmless):
                 yield UserError(
-                    f"--{name} {getattr(self, name)}: on megatron-core's layers it is not a choice; they multiply in "
-                    "the precision of the model, and bits are kept in uint8",
+                    f"--{name} {getattr(self, name)}: not supported on megatron-core's layers, which multiply in the "
+                    "precision of the model and store bits as uint8",
                     f"drop --{name}",
                 )
         if getattr(self, "transformer_impl", "") == "transformer_engine":
             yield UserError(
-                "--transformer_impl transformer_engine: its layers do not keep weights in 4 bits",
+                "--transformer_impl transformer_engine: its layers do not support 4-bit weights",
                 "use --transformer_impl local",
             )

@@ -1,4 +1,4 @@
-"""What a run says about itself, and how often it validates."""
+"""Logging and evaluation."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -13,21 +13,21 @@ from .fields import arg
 class ReportArguments(Arguments):
     TITLE: ClassVar[str] = "Logging"
 
-    logging_steps: int = arg(5, "steps between log lines", at_least=1)
+    logging_steps: int = arg(5, "number of steps between log lines", at_least=1)
     report_to: list[str] = arg(
         ["tensorboard"],
-        "where metrics go beside the terminal and logging.jsonl",
+        "where metrics are reported besides the terminal and logging.jsonl",
         choices=("tensorboard", "none"),
         refused=dict.fromkeys(("wandb", "swanlab", "all"), "only tensorboard is supported yet"),
     )
     logging_dir: str | None = arg(
-        None, "folder of the tensorboard files", default_text="runs/ in the folder of the run"
+        None, "folder for tensorboard files", default_text="runs/ in the folder of the run"
     )
     device_peak_tflops: float | None = arg(
         None,
-        "peak TFLOP/s of one device in the training precision, for MFU on devices we have no figure of",
+        "peak TFLOP/s of a device in the training precision, to compute MFU on devices that are not in our table",
         above=0,
-        default_text="by the device's name",
+        default_text="from the name of the device",
     )
 
     def fill(self) -> None:
@@ -36,7 +36,7 @@ class ReportArguments(Arguments):
 
     def check(self) -> Iterator[UserError]:
         if "none" in self.report_to:
-            yield UserError("--report_to names none beside others", "give none alone, or leave it out")
+            yield UserError("--report_to combines none with others", "give none alone, or leave it out")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -53,7 +53,7 @@ class LoggingArguments(ReportArguments, EvaluationArguments):
     TITLE: ClassVar[str] = "Evaluation"
 
     eval_iters: int = arg(
-        -1, "batches of --global_batch_size an evaluation takes; -1 takes them all", at_least=-1
+        -1, "number of global batches per evaluation; -1: all of the validation data", at_least=-1
     )
 
     def fill(self) -> None:

@@ -1,4 +1,4 @@
-"""What a command takes over from the args.json of a checkpoint, and what it must not say otherwise."""
+"""Which flags a command takes from the args.json of a checkpoint, and which must not contradict it."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -11,7 +11,7 @@ from .fields import flags_of
 from .trained_parameters import FREEZING, THAWING, TrainedParametersArguments
 from .values import same_value
 
-# what describes the model and its text: taken from a checkpoint's args.json where the command is silent
+# flags that describe the model and its text: taken from a checkpoint's args.json unless given
 _MODEL_AND_TEXT = (
     *("model", "model_type", "torch_dtype", "mtp_num_layers"),
     *("system", "max_length", "truncation_strategy", "loss_scale"),
@@ -110,9 +110,9 @@ def taken_over(cls: type[Arguments], given: Mapping[str, Any], saved: Mapping[st
 def contradictions(
     cls: type[Arguments], typed: Mapping[str, Any], saved: Mapping[str, Any], path: Path
 ) -> Iterator[UserError]:
-    """Flags by which a resumed run would train something else than what its checkpoint holds.
+    """Errors for flags with which a resumed run would train other parameters than its checkpoint contains.
 
-    Which parameters of the model are frozen may change where the optimizer starts anew.
+    Which parameters are frozen may change if the optimizer state is not loaded.
     """
     starts_anew = typed.get("resume_only_model") or typed.get("no_load_optim")
     for name in _tuner_flags(cls):

@@ -1,4 +1,4 @@
-"""Flags of `swift`'s training commands that have the names of transformers' Trainer."""
+"""Flags of `swift sft` and `swift pt` under the names of transformers' Trainer."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from .reporting import EvaluationArguments
 from .training import StartingWeightsArguments
 
 WORLD_BATCH = 16
-"""Samples of a step that --gradient_accumulation_steps is chosen for where it is not given."""
+"""Samples per step that the default of --gradient_accumulation_steps aims for."""
 
 _OPTIMIZERS = {
     **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf"), "adam"),
@@ -41,13 +41,13 @@ class BackendArguments(ProcessGroupArguments):
 
     backend: str = arg(
         "auto",
-        "what trains: transformers' model with its weights sharded over the processes (fsdp) or whole on each "
-        "(ddp), or megatron-core's (megatron); auto chooses and says why",
+        "engine: the transformers model, sharded over the processes (fsdp) or replicated on each (ddp), or "
+        "megatron-core (megatron); auto chooses one and prints the reason",
         choices=("auto", "megatron", "fsdp", "ddp"),
     )
     attn_impl: str | None = arg(
         None,
-        "attention of transformers' model; flash_attn: flash_attention_2 where it is installed, else sdpa",
+        "attention implementation of the transformers model; flash_attn: flash_attention_2 if installed, else sdpa",
         choices=(
             "sdpa",
             "eager",
@@ -57,27 +57,27 @@ class BackendArguments(ProcessGroupArguments):
             "flash_attention_4",
         ),
         refused={"flex_attention": "it has not been tried yet"},
-        default_text="flash_attention_2 for packed rows where it is installed, else transformers' choice",
+        default_text="flash_attention_2 for packed rows if installed, else transformers' choice",
     )
     sequence_parallel_size: int = arg(
         1,
-        "processes that share each row, for rows too long for one: each computes a part of its tokens, and attention "
-        "exchanges tokens for heads (Ulysses, arXiv:2309.14509)",
+        "processes that divide the tokens of each row, for rows too long for one process; attention exchanges "
+        "tokens for heads (Ulysses, arXiv:2309.14509)",
         at_least=1,
     )
     gradient_checkpointing: bool = arg(
-        True, "keep only the input of each layer, and compute the rest again in the backward pass"
+        True, "keep only the input of each layer, and recompute the rest in the backward pass"
     )
     device_map: str | None = arg(
         None,
-        "with one process and several GPUs: put layers on one after the other, for models that do not fit into one "
-        "(accelerate); with one device it changes nothing",
+        "with one process and several GPUs: distribute the layers over them with accelerate, for models that do "
+        "not fit on one; no effect with one device",
         choices=("auto", "balanced", "balanced_low_0", "sequential"),
     )
     max_memory: dict[str, Any] | None = arg(
-        None, 'what --device_map may fill, JSON: {"0": "20GB", "1": "40GB"}'
+        None, 'memory limits for --device_map as JSON: {"0": "20GB", "1": "40GB"}'
     )
-    fsdp_cpu_offload: bool = arg(False, "keep weights and optimizer state in host memory, on a GPU machine")
+    fsdp_cpu_offload: bool = arg(False, "on GPUs: keep weights and optimizer state in host memory")
 
     def check(self) -> Iterator[UserError]:
         if self.max_memory and not self.device_map:
@@ -98,40 +98,44 @@ class BackendArguments(ProcessGroupArguments):
 class TrainerArguments(StartingWeightsArguments, UpdateRuleArguments):
     TITLE: ClassVar[str] = "Training"
 
-    per_device_train_batch_size: int = arg(1, "samples one process takes at a time", at_least=1)
+    per_device_train_batch_size: int = arg(1, "samples per process and microbatch", at_least=1)
     gradient_accumulation_steps: int | None = arg(
         None,
-        "times it does so in a step",
+        "microbatches per process and step",
         at_least=1,
-        default_text=f"as many as make a step of {WORLD_BATCH} samples or more",
+        default_text=f"as many as needed for {WORLD_BATCH} samples per step",
     )
     num_train_epochs: float = arg(3.0, "passes over the training data", above=0)
-    max_steps: int = arg(-1, "steps to train, in place of epochs; -1: as epochs say", at_least=-1)
+    max_steps: int = arg(-1, "number of steps, instead of --num_train_epochs; -1: by epochs", at_least=-1)
     learning_rate: float | None = arg(
         None,
-        "highest learning rate",
+        "maximum learning rate",
         at_least=0,
         default_text=f"{FULL_PARAMETER_LR:g} for all parameters, else {ADAPTER_LR:g}",
     )
-    lr_scheduler_type: str = arg("cosine", "how it falls after the warm-up", choices=tuple(_SCHEDULES))
-    warmup_ratio: float = arg(0.0, "share of the steps that warm up", at_least=0, at_most=1)
-    warmup_steps: int = arg(0, "steps that warm up, in place of --warmup_ratio", at_least=0)
+    lr_scheduler_type: str = arg(
+        "cosine", "how the learning rate decays after the warm-up", choices=tuple(_SCHEDULES)
+    )
+    warmup_ratio: float = arg(0.0, "warm-up as a fraction of all steps", at_least=0, at_most=1)
+    warmup_steps: int = arg(0, "number of warm-up steps, instead of --warmup_ratio", at_least=0)
     optim: str = arg(
         "adamw_torch",
-        "update rule: AdamW, SGD, Adafactor; Muon and GaLore (galore-torch) for matrices, AdamW for the rest; AdamW "
-        "with 8-bit or paged state (bitsandbytes). All but the first two need whole parameters: --backend ddp, or one "
-        "process",
+        "optimizer: AdamW, SGD, Adafactor; Muon and GaLore (galore-torch) for matrices with AdamW for the rest; "
+        "AdamW with 8-bit or paged state (bitsandbytes). All but AdamW and SGD need whole parameters: --backend ddp, "
+        "or one process",
         choices=tuple(_OPTIMIZERS),
     )
     use_galore: bool = arg(False, "the same as --optim galore_adamw")
-    galore_rank: int = arg(128, "rank that galore projects gradients to (arXiv:2403.03507)", at_least=1)
-    galore_update_proj_gap: int = arg(50, "steps between two choices of the projection", at_least=1)
-    galore_scale: float = arg(1.0, "factor of projected updates", above=0)
+    galore_rank: int = arg(128, "GaLore (arXiv:2403.03507): rank of the projected gradients", at_least=1)
+    galore_update_proj_gap: int = arg(50, "GaLore: steps between updates of the projection", at_least=1)
+    galore_scale: float = arg(1.0, "GaLore: factor on projected updates", above=0)
     galore_proj_type: str = arg(
-        "std", "side of a matrix that is projected", choices=("std", "reverse_std", "right", "left")
+        "std",
+        "GaLore: side of a matrix that is projected",
+        choices=("std", "reverse_std", "right", "left"),
     )
     adam_epsilon: float = arg(1e-8, "Adam's epsilon", above=0)
-    max_grad_norm: float = arg(1.0, "largest norm of the whole gradient; 0 does not clip", at_least=0)
+    max_grad_norm: float = arg(1.0, "maximum norm of the gradient; 0: no clipping", at_least=0)
 
     @property
     def whole_parameters(self) -> bool:
@@ -170,7 +174,7 @@ class TrainerArguments(StartingWeightsArguments, UpdateRuleArguments):
             )
 
     def loop_settings(self, world_size: int) -> dict[str, object]:
-        """What these flags are called by the training loop and the engines. world_size: data-parallel processes."""
+        """The flags under the names of the training loop and the engines. world_size: data-parallel processes."""
         lr = self.learning_rate if self.learning_rate is not None else default_lr(self)
         a_round = self.per_device_train_batch_size * world_size
         rounds = self.gradient_accumulation_steps or -(-WORLD_BATCH // a_round)
@@ -224,20 +228,20 @@ class TrainerSaveArguments(SaveArguments, TrainerEvaluationArguments):
         "save every --save_steps steps, after every epoch, or only after the last step (no)",
         choices=("steps", "epoch", "no"),
     )
-    save_only_model: bool = arg(False, "leave out the optimizer's state; such a checkpoint cannot be resumed")
+    save_only_model: bool = arg(False, "do not save the optimizer state; such a checkpoint cannot be resumed")
     resume_from_checkpoint: str | None = arg(
         None,
-        "a checkpoint or run folder: continue it with its weights, optimizer, step and place in the data, on any "
-        "number of processes. auto: the newest in --output_dir, or start when there is none",
+        "checkpoint or run folder to resume, with weights, optimizer, step and position in the data, on any number "
+        "of processes. auto: the newest in --output_dir, or a new run if there is none",
     )
-    resume_only_model: bool = arg(False, "continue with the weights and the step, and a fresh optimizer")
+    resume_only_model: bool = arg(False, "when resuming, load weights and step, but not the optimizer state")
 
     def fill(self) -> None:
         resume = self.resume_from_checkpoint
         if resume in ("true", "True"):
             self.resume_from_checkpoint = resume = "auto"
         if self.output_dir is None and resume not in (None, "auto"):
-            self.output_dir = resume  # the run goes on in its own folder
+            self.output_dir = resume  # a resumed run continues in its own folder
         elif self.output_dir is None and getattr(self, "model", None):
             self.output_dir = str(Path("output") / Path(self.model).resolve().name)
         if resume == "auto":
@@ -257,7 +261,7 @@ class TrainerSaveArguments(SaveArguments, TrainerEvaluationArguments):
             )
 
     def save_settings(self) -> dict[str, object]:
-        """What these flags are called by the training loop."""
+        """The flags under the names of the training loop."""
         every = self.save_steps if self.save_strategy != "no" else 1 << 62
         by_epoch = (self.eval_strategy or self.save_strategy) == "epoch" and self.eval_steps is None
         return {

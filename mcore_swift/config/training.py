@@ -1,4 +1,4 @@
-"""How much one step does, how long training lasts, what is recomputed and fused."""
+"""Batch sizes, length of the run, recomputation and fused kernels."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -8,9 +8,7 @@ from ..errors import UserError
 from .base import Arguments
 from .fields import arg
 
-_ONLY_CUDA = (
-    "; takes effect where the kernel exists (CUDA), elsewhere the plain operations give the same result"
-)
+_ONLY_CUDA = "; only on CUDA and if the kernel is available, otherwise plain operations compute the same"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -27,27 +25,25 @@ class StartingWeightsArguments(Arguments):
 class TrainArguments(StartingWeightsArguments):
     TITLE: ClassVar[str] = "Training"
 
-    micro_batch_size: int = arg(1, "samples (with packing: rows) one process takes at a time", at_least=1)
-    global_batch_size: int = arg(
-        16, "samples (with packing: rows) of one step, over all processes", at_least=1
-    )
+    micro_batch_size: int = arg(1, "samples (with packing: rows) per process and microbatch", at_least=1)
+    global_batch_size: int = arg(16, "samples (with packing: rows) per step, over all processes", at_least=1)
     num_train_epochs: int | None = arg(None, "passes over the training data", at_least=1)
-    train_iters: int | None = arg(None, "steps to train, in place of epochs", at_least=1)
+    train_iters: int | None = arg(None, "number of steps, instead of --num_train_epochs", at_least=1)
     calculate_per_token_loss: bool | None = arg(
         None,
-        "what a step minimizes; true: the mean over its tokens; false: the mean of its microbatches' means. The log "
-        "shows the mean over tokens either way",
+        "loss of a step; true: the mean over its tokens; false: the mean of the means of its microbatches. The log "
+        "shows the mean over tokens in both cases",
         default_text="true",
     )
     mtp_loss_scaling_factor: float = arg(
         0.1,
-        "multi-token prediction: weight of the mean of its layers' losses beside the loss of the next token",
+        "weight of the multi-token prediction loss (mean over its layers), relative to the next-token loss",
         at_least=0,
     )
     manual_gc: bool = arg(
-        False, "collect Python's garbage on all processes in the same step, not when each likes"
+        False, "run Python's garbage collection on all processes in the same step, instead of automatically"
     )
-    manual_gc_steps: int = arg(0, "with --manual_gc, steps between collections; 0 never collects", at_least=0)
+    manual_gc_steps: int = arg(0, "with --manual_gc, steps between collections; 0: never", at_least=0)
     manual_gc_eval: bool = arg(True, "with --manual_gc, collect before and after evaluation too")
 
     def fill(self) -> None:
@@ -76,24 +72,24 @@ class RecomputeArguments(Arguments):
 
     recompute_granularity: str = arg(
         "selective",
-        "what the backward pass computes again instead of keeping: the parts in --recompute_modules "
-        "(selective), whole layers (full), nothing (none)",
+        "what is recomputed in the backward pass instead of stored: the parts in --recompute_modules (selective), "
+        "whole layers (full), or nothing (none)",
         choices=("selective", "full", "none"),
     )
     recompute_modules: list[str] = arg(
         ["core_attn"],
-        "parts that selective recomputes (core_attn: not with Transformer Engine, which keeps no scores)",
+        "parts to recompute with selective (core_attn has no effect with Transformer Engine, which stores no scores)",
         choices=("core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts", "mla_up_proj"),
     )
     recompute_method: str | None = arg(
         None,
-        "which layers full recomputes: all, in chunks of --recompute_num_layers (uniform), or that many "
-        "of each pipeline stage (block)",
+        "layers to recompute with full: all, in chunks of --recompute_num_layers (uniform), or that many of each "
+        "pipeline stage (block)",
         choices=("uniform", "block"),
         default_text="uniform with full",
     )
     recompute_num_layers: int | None = arg(
-        None, "layers a chunk (uniform) or a stage (block)", at_least=1, default_text="1 with full"
+        None, "layers per chunk (uniform) or stage (block)", at_least=1, default_text="1 with full"
     )
 
     def fill(self) -> None:
@@ -117,10 +113,10 @@ class KernelArguments(Arguments):
     TITLE: ClassVar[str] = "Kernels"
 
     attention_softmax_in_fp32: bool = arg(
-        True, "softmax of attention in float32; the attention kernels used here do so either way"
+        True, "softmax of attention in float32; the attention kernels used here always do this"
     )
     masked_softmax_fusion: bool = arg(
-        True, "mask and softmax in one kernel; they are part of the attention kernels used here either way"
+        True, "mask and softmax in one kernel; the attention kernels used here always include both"
     )
     bias_dropout_fusion: bool = arg(True, "bias, dropout and residual in one kernel" + _ONLY_CUDA)
     bias_activation_fusion: bool = arg(True, "bias and activation in one kernel" + _ONLY_CUDA)
@@ -134,5 +130,5 @@ class KernelArguments(Arguments):
     )
     cross_entropy_loss_fusion: bool = arg(
         True,
-        "vocabulary-parallel cross entropy in one kernel; output layer and loss are one step here either way",
+        "vocabulary-parallel cross entropy in one kernel; output layer and loss are always fused here",
     )

@@ -1,4 +1,4 @@
-"""Text, YAML and JSON values to the type of a flag."""
+"""Converting texts, YAML and JSON values to the type of a flag."""
 
 import json
 import math
@@ -13,7 +13,7 @@ _NOTHING = _NONE | {"[]", "{}"}
 
 
 class BadValue(ValueError):
-    """A value does not fit its flag. The text says why; `remedy` what to type instead."""
+    """A value does not fit its flag. The text says why, `remedy` what to write instead."""
 
     def __init__(self, why: str, remedy: str = "") -> None:
         super().__init__(why)
@@ -53,7 +53,7 @@ def as_bool(value: Any) -> bool:
 
 
 def same_value(left: Any, right: Any) -> bool:
-    """Whether two values, typed or as text, say the same: 1 and '1.0', True and 'true', None and []."""
+    """Whether two values, typed or as text, mean the same: 1 and '1.0', True and 'true', None and []."""
     return _plain(left) == _plain(right)
 
 
@@ -73,7 +73,7 @@ def _plain(value: Any) -> Any:
 
 def _means_none(flag: Flag, value: Any) -> bool:
     is_choice = flag.choices is not None and value in flag.choices
-    # an empty text is a value of its own for a text flag: `--system ''` means no system prompt
+    # for a text flag an empty text is a value: `--system ''` means no system prompt
     words = _NONE - {""} if flag.kind == "str" else _NONE
     return flag.optional and isinstance(value, str) and value.strip().lower() in words and not is_choice
 

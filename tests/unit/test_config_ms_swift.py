@@ -172,7 +172,7 @@ def test_a_value_that_asks_for_nothing_is_accepted_silently(argv):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--cp_comm_type", "a2a+p2p"], ["--cp_comm_type a2a+p2p", "inside of a ring"]),
+        (["--cp_comm_type", "a2a+p2p"], ["--cp_comm_type a2a+p2p", "within a ring"]),
         (["--cp_partition_mode", "contiguous"], ["--cp_partition_mode contiguous", "zigzag"]),
         (["--sequence_parallel_size", "2"], ["--sequence_parallel_size 2", "--context_parallel_size"]),
         (["--moe_token_dispatcher_type", "flex"], ["flex", "deep_ep"]),
@@ -182,7 +182,7 @@ def test_a_value_that_asks_for_nothing_is_accepted_silently(argv):
             ["--moe_shared_expert_overlap", "use --moe_token_dispatcher_type alltoall"],
         ),
         (["--moe_pad_expert_input_to_capacity", "true"], ["add --moe_expert_capacity_factor"]),
-        (["--moe_router_load_balancing_type", "sinkhorn"], ["sinkhorn", "the model's own scores"]),
+        (["--moe_router_load_balancing_type", "sinkhorn"], ["sinkhorn", "scores of the pre-trained router"]),
         (["--tuner_type", "vera"], ["vera", "not supported"]),
         (["--lora_bias", "all"], ["--lora_bias", "--tuner_type lora"]),
         (["--fp8_format", "hybrid"], ["--fp8_format hybrid", "FP8"]),

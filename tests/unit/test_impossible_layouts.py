@@ -64,7 +64,7 @@ IMPOSSIBLE: list[tuple[str, int, Flags, str]] = [
     ("dense", 4, {"pp": 4}, "does not divide the model's 6 layers"),
     ("dense", 8, {"pp": 8}, "does not divide the model's 6 layers"),
     ("dense", 4, {"pp": 2, "vpp": 2}, "does not divide the 3 layers of each pipeline stage"),
-    ("dense", 2, {"vpp": 2}, "interleaves the groups of a pipeline, and there is none"),
+    ("dense", 2, {"vpp": 2}, "needs a pipeline"),
     ("dense", 2, {"pp": 2, "vpp": 3, "batch": 3}, "3 microbatches, and an interleaved pipeline of 2 stages"),
     ("dense", 2, {"pp": 2, "first": 6}, "0 of the model's 6 layers are left"),
     ("dense", 3, {"pp": 3, "first": 1, "last": 6}, "which 1 stage cannot share"),

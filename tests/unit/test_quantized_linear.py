@@ -92,14 +92,14 @@ def test_a_layer_that_trains_or_is_more_than_its_parts_stays_as_it_is():
     ("argv", "told"),
     [
         (["--load_in_4bit", "true"], "--tuner_type full trains all"),
-        (["--load_in_8bit", "true", "--tuner_type", "lora"], "in 4 bits by bitsandbytes"),
+        (["--load_in_8bit", "true", "--tuner_type", "lora"], "only 4 bits of bitsandbytes"),
         (
             ["--load_in_4bit", "true", "--tuner_type", "lora", "--transformer_impl", "transformer_engine"],
             "local",
         ),
         (
             ["--load_in_4bit", "true", "--tuner_type", "lora", "--bnb_4bit_compute_dtype", "float16"],
-            "not a choice",
+            "not supported on megatron-core",
         ),
         (
             ["--load_in_4bit", "true", "--tuner_type", "lora", "--perform_initialization", "true"],
