@@ -1,4 +1,4 @@
-"""Adapters from a folder of any kind: PEFT's, or a checkpoint of a training run; and from one kind to the other."""
+"""Reading LoRA adapters from PEFT folders or checkpoints, and converting one into the other."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,12 +22,14 @@ from mcore_swift.tuners.targets import adaptable_modules
 
 MCORE = "mcore"
 _PEFT_ENGINE = "fsdp"
-"""The engine whose checkpoints name an adapter as peft does in memory."""
+"""The engine whose checkpoints have peft's parameter names."""
 
 
 class AdapterSource(Protocol):
-    """modules: those of the base with matrices A and B -> shape of their weight. embeddings: those whose B A lies on
-    its side -> shapes of their 'A' and 'B'. shapes: of all tensors, by their names in a PEFT file.
+    """An adapter that can be read tensor by tensor.
+
+    modules: modules of the base with matrices A and B -> shape of their weight. embeddings: those whose weight is the
+    transpose of B A -> shapes of their 'A' and 'B'. shapes: of all tensors, by their names in a PEFT file.
     """
 
     folder: Path
@@ -43,10 +45,10 @@ class AdapterSource(Protocol):
 
 
 class CheckpointAdapter:
-    """The adapter in a checkpoint of a training run, of either engine, read from its torch_dist files."""
+    """The adapter in a checkpoint of either engine, read from its torch_dist files."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Raises UserError if it holds none, or one of a kind that is not supported."""
+        """Raises UserError if the checkpoint holds no adapter, or one of a kind that is not supported."""
         self.folder = Path(folder)
         named_by_peft = Manifest.read(folder).engine == _PEFT_ENGINE
         root = PREFIX.partition(".")[0] if named_by_peft else ADAPTER.rstrip(".")
@@ -89,7 +91,7 @@ def refuse_whole_weights(config: Mapping[str, Any], folder: Path) -> None:
 def open_adapter(folder: str | Path, table: RuleTable) -> AdapterSource:
     """The adapter in a folder: a PEFT folder, or a checkpoint of a run that trained one.
 
-    table: of the base model. Raises UserError if there is none, or it is broken or of a kind that is not supported.
+    table: of the base model. Raises UserError if there is none, or if it is broken or of a kind that is not supported.
     """
     folder = Path(folder)
     if (folder / WEIGHTS).is_file() or not (folder / MCORE).is_dir():
@@ -102,7 +104,7 @@ def convert_adapter(
 ) -> None:
     """Write an adapter alone as --output_dir: a checkpoint to start from, or a PEFT folder. Collective.
 
-    Adapters are small: the first rank does it, and holds it whole.
+    The first rank does all of it and holds the whole adapter, which is small.
     """
     with pending_directory(args.output_dir, ranks, args.exist_ok) as folder:
         ranks.together(lambda: _write(source, table, args, folder, family, to_mcore), where=ranks.is_first)
@@ -117,7 +119,7 @@ def _write(
     unknown = sorted(adapted - set(linear))
     if unknown:
         raise UserError(
-            f"{source.folder}: is for layers that take no adapter in {args.model}: {', '.join(unknown[:3])}",
+            f"{source.folder}: has adapters for layers that support none in {args.model}: {', '.join(unknown[:3])}",
             "it is an adapter of another base model",
         )
     dtype = getattr(torch, args.torch_dtype) if args.torch_dtype else None

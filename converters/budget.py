@@ -1,4 +1,4 @@
-"""How much memory a process may take for pieces of weights while it converts, and what it is spent on."""
+"""The memory that a process may use for pieces of weights while it converts."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,38 +10,38 @@ from mcore_swift.config.checkpoint import size_bytes
 from mcore_swift.errors import UserError
 
 HELD = 5
-"""Pieces held at a time: one that is read while one is written, a copy that writing makes, what is read from a file
-and cannot go straight to its place, and what decoding that needs."""
+"""Number of pieces in memory at a time: one being read, one being written, the copy that writing makes, the staging
+buffer for data that cannot be read in place, and the memory to decode that."""
 
 DECODING = 8
-"""Bytes a value takes while a quantized tensor is decoded: the most that any reading needs."""
+"""Maximum number of bytes per value while a tensor is read; needed to decode quantized ones."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """`--memory_budget` in bytes, or None: then pieces are of the size that is fastest, about 0.1 GB together.
+    """`--memory_budget` in bytes; None: pieces have the fastest size, about 0.1 GB together.
 
-    It bounds the pieces of weights, whatever the size of the tensors; the program itself comes on top.
+    It limits the memory for pieces of weights, whatever the size of the tensors, in addition to the program itself.
     """
 
     nbytes: int | None = None
 
     @classmethod
     def of(cls, flag: str | None) -> Self:
-        """From the flag's text, such as 512MB; None if it was not given. Raises ValueError for no size."""
+        """From the value of the flag, such as 512MB, or None. Raises ValueError for an invalid size."""
         return cls(None if flag is None else size_bytes(flag))
 
     def piece(self, fastest: int) -> int:
-        """Bytes of a piece, `fastest` if the budget allows."""
+        """Size of a piece in bytes: `fastest` if the budget allows."""
         return fastest if self.nbytes is None else max(1, min(fastest, self.nbytes // HELD))
 
     @property
     def staging(self) -> int:
-        """Bytes of what is read from a file and cannot go straight to its place."""
+        """Size in bytes of the buffer for data that cannot be read in place."""
         return self.piece(STAGING_BYTES)
 
     def check(self, specs: Iterable[TensorSpec]) -> None:
-        """Raise UserError if a single row of a tensor is more than a piece."""
+        """Raise UserError if one row of a tensor is larger than a piece."""
         if self.nbytes is None:
             return
         widest = max(specs, key=lambda spec: spec.shape[-1] if spec.shape else 1, default=None)

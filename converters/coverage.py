@@ -1,6 +1,6 @@
-"""Whether a checkpoint and a model fit: every HF tensor is used, every parameter is filled, shapes agree.
+"""Checks that a checkpoint and a model fit: each HF tensor is used, each parameter is filled, and shapes agree.
 
-Checked from names and shapes alone, before any weight is read.
+Only names and shapes are needed, so this is done before any weight is read.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -15,10 +15,10 @@ LISTED = 8
 
 
 def check_hf(table: RuleTable, shapes: Mapping[str, Shape], source: str) -> dict[str, Shape]:
-    """Shapes of the whole megatron-core tensors that an HF checkpoint makes, by key.
+    """Shapes of the whole megatron-core tensors that an HF checkpoint is converted to, by key.
 
-    shapes: of the HF tensors. source: names the checkpoint in messages.
-    Raises UserErrors with every tensor that is missing, not used, or of a wrong shape.
+    shapes: of the HF tensors. source: name of the checkpoint for messages.
+    Raises UserErrors with every tensor that is missing, not used, or has a wrong shape.
     """
     errors = []
     missing, unclaimed = table.missing_hf(shapes), table.unclaimed_hf(shapes)
@@ -50,7 +50,7 @@ def check_hf(table: RuleTable, shapes: Mapping[str, Shape], source: str) -> dict
 def check_model(
     table: RuleTable, expected: Mapping[str, Shape], model_shapes: Mapping[str, Shape], source: str
 ) -> None:
-    """Raise UserErrors unless the tensors `model_shapes` of a whole model are those that `expected` fills.
+    """Raise UserErrors unless a model with tensors `model_shapes` is filled exactly by tensors `expected`.
 
     Both map megatron-core keys to shapes of whole tensors; the model's vocabulary may be padded.
     """
@@ -76,9 +76,9 @@ def check_model(
 
 
 def check_mcore(table: RuleTable, shapes: Mapping[str, Shape], source: str) -> None:
-    """Raise UserErrors unless a megatron-core checkpoint holds what the table's HF tensors are made of.
+    """Raise UserErrors unless a megatron-core checkpoint holds exactly the tensors of the table.
 
-    shapes: of its tensors by key, optimizer state left out.
+    shapes: of its tensors by key, without optimizer state.
     """
     errors = []
     missing = [key for key in table.by_mcore if key not in shapes]

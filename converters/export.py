@@ -1,8 +1,8 @@
-"""A live model out to Hugging Face names: as an iterator of tensors, or into a folder that every rank writes to.
+"""Exporting a live model under Hugging Face names: as an iterator of tensors, or to a folder that all ranks write.
 
-Each HF tensor has one owner, which receives the parts that other ranks of its model copy hold, point to point
-and a bucket at a time. Nothing crosses pipeline stages, and no rank holds more than a bucket (or, where whole
-tensors are asked for, one tensor).
+Each HF tensor has an owner, to which the other ranks of its model replica send their parts point to point, one bucket
+at a time. Weights do not leave their pipeline stage, and no rank holds more than a bucket (or one tensor, if whole
+tensors are asked for).
 """
 
 from collections.abc import Iterator, Sequence
@@ -53,8 +53,8 @@ def hf_weights(
 ) -> Iterator[Bucket]:
     """The model's weights under their HF names, each exactly once over all ranks, on the model's device.
 
-    bucket_bytes: bound of what a rank gathers at a time; a tensor that is larger comes alone.
-    dtype: of the tensors given; None keeps the parameters'.
+    bucket_bytes: maximum that a rank gathers at a time; a larger tensor forms a bucket of its own.
+    dtype: of the returned tensors; None keeps the parameters'.
     Collective over `ranks` (the default process group): every rank must run the iterator to its end.
     """
     yield from hf_tensors(live_shards(model_chunks), table, bucket_bytes, dtype, ranks)
@@ -67,7 +67,7 @@ def hf_tensors(
     dtype: torch.dtype | None = None,
     ranks: Ranks | None = None,
 ) -> Iterator[Bucket]:
-    """The same of any shards that the rules of `table` name."""
+    """`hf_weights` for any shards that have a rule in `table`."""
     ranks = ranks or Ranks()
     plans = _plan(shards, table, bucket_bytes, dtype, ranks)
     for members in _gather(plans, shards, ranks):
@@ -87,7 +87,7 @@ def export_hf(
 ) -> None:
     """Write the model as a Hugging Face checkpoint that appears under `out_dir` only when it is complete.
 
-    source_dir: where config, tokenizer and chat template are copied from. budget: of the pieces gathered.
+    source_dir: where config, tokenizer and chat template are copied from. budget: memory for gathered pieces.
     Collective. Raises UserError on every rank if `out_dir` is not empty (unless exist_ok) or the disk is full.
     """
     ranks = ranks or Ranks()
@@ -124,7 +124,7 @@ def write_hf(
     ranks: Ranks | None = None,
     budget: Budget = UNBOUNDED,
 ) -> None:
-    """What `export_hf` does, straight into an existing folder: for a caller that makes the folder atomic itself."""
+    """`export_hf` into an existing folder, for a caller that makes the folder appear atomically."""
     shards = live_shards(model_chunks)
     write_shards_as_hf(shards, table, source_dir, folder, max_shard_bytes, dtype, ranks, budget)
 
@@ -139,7 +139,7 @@ def write_shards_as_hf(
     ranks: Ranks | None = None,
     budget: Budget = UNBOUNDED,
 ) -> None:
-    """The same for any engine: `shards` are what this rank holds of the tensors that the table names. Collective."""
+    """`write_hf` for the shards of any engine: this rank's parts of the tensors that the table names. Collective."""
     ranks, folder = ranks or Ranks(), Path(folder)
     bucket_bytes = budget.piece(BUCKET_BYTES)
     plans = _plan(shards, table, bucket_bytes, dtype, ranks, part_bytes=bucket_bytes)
@@ -165,7 +165,7 @@ def write_shards_as_hf(
 
 
 def _write_members(writer: HFWriter, members: Sequence[tuple[TensorPlan, torch.Tensor]]) -> Exception | None:
-    """A full disk on one rank must not leave the others waiting: it goes on sending, and tells at the end."""
+    """Return the error instead of raising it: after a full disk, a rank keeps sending so that others do not hang."""
     try:
         for plan, tensor in members:
             writer.write(plan.spec.name, tensor)
@@ -189,7 +189,9 @@ def _plan(
 def _specs_by_rank(plans: Sequence[TensorPlan], size: int) -> list[list]:
     specs: list[list] = [[] for _ in range(size)]
     for plan in plans:
-        if not specs[plan.owner] or specs[plan.owner][-1] != plan.spec:  # the next part of the same tensor
+        if (
+            not specs[plan.owner] or specs[plan.owner][-1] != plan.spec
+        ):  # else another part of the same tensor
             specs[plan.owner].append(plan.spec)
     return specs
 
@@ -202,7 +204,7 @@ def _common_dtype(plans: Sequence[TensorPlan]) -> torch.dtype | None:
 def _gather(
     plans: Sequence[TensorPlan], shards: Sequence[LiveShard], ranks: Ranks
 ) -> Iterator[list[tuple[TensorPlan, torch.Tensor]]]:
-    """Go through the rounds this rank takes part in; give the tensors, or parts, that it owns after each."""
+    """Run the rounds that this rank takes part in; yield the tensors, or parts, that it owns after each."""
     mine = [plan for plan in plans if ranks.rank in plan.participants]
     values = _Values(shards)
     for _, members in groupby(sorted(mine, key=lambda plan: plan.round), key=lambda plan: plan.round):
@@ -212,7 +214,7 @@ def _gather(
 
 
 class _Values:
-    """The values of this rank's shards. Weights with an adapter in them are made for a round and let go after it."""
+    """The values of this rank's shards. Merged weights are computed for a round and freed after it."""
 
     def __init__(self, shards: Sequence[LiveShard]) -> None:
         self._shards = shards
@@ -220,11 +222,11 @@ class _Values:
 
     @property
     def device(self) -> torch.device:
-        # A weight in 4 bits has no memory of its own: what `merged` makes of it is where the others are.
+        # a quantized weight is on the meta device; `merged` dequantizes it to the device of the others
         return next(shard.data.device for shard in self._shards if not shard.data.is_meta)
 
     def begin(self, plans: Sequence[TensorPlan], rank: int) -> None:
-        """Make what the plans of a round read of this rank, in an order that is the same on all ranks."""
+        """Compute the merged weights that a round reads on this rank, in the same order on all ranks."""
         read = [self._shards[piece.shard] for plan in plans for piece in plan.pieces if piece.source == rank]
         layers = dict.fromkeys(shard.layer for shard in read if isinstance(shard, MergedShard))
         self._merged = {layer: self._merged[layer] for layer in layers if layer in self._merged}
@@ -233,7 +235,7 @@ class _Values:
                 self._merged[layer] = layer.merged()
 
     def of(self, number: int) -> torch.Tensor:
-        """What shard `number` holds."""
+        """The values of shard `number`."""
         shard = self._shards[number]
         return shard.of(self._merged[shard.layer]) if isinstance(shard, MergedShard) else shard.data
 
@@ -241,7 +243,7 @@ class _Values:
 def _exchange(
     plans: Sequence[TensorPlan], values: _Values, ranks: Ranks
 ) -> list[tuple[TensorPlan, torch.Tensor]]:
-    """One round: one message from each rank to each owner, all pieces of the round in it in plan order."""
+    """One round: each rank sends one message to each owner, with all pieces of the round in the order of the plans."""
     outgoing: dict[int, list[tuple[TensorPlan, Piece]]] = {}
     incoming: dict[int, list[tuple[TensorPlan, Piece]]] = {}
     for plan in plans:
@@ -276,7 +278,7 @@ def _communicate(sent: dict[int, torch.Tensor], received: dict[int, torch.Tensor
 
 
 def _own_part(plan: TensorPlan, values: _Values, rank: int) -> torch.Tensor:
-    """The HF tensor with what this rank holds of it filled in; the parameter itself where that is all of it."""
+    """The HF tensor, filled with this rank's pieces; the parameter itself if it is the whole tensor."""
     local = [piece for piece in plan.pieces if piece.source == rank]
     if len(plan.pieces) == len(local) == 1 and local[0].block.stored is AS_IS:
         return _local(local[0], values).to(plan.spec.dtype)
@@ -287,7 +289,7 @@ def _own_part(plan: TensorPlan, values: _Values, rank: int) -> torch.Tensor:
 
 
 def _place(piece: Piece, plan: TensorPlan, whole: torch.Tensor) -> torch.Tensor:
-    """Where a piece lies in its plan's region of the HF tensor: a view."""
+    """A view of the piece's place in its plan's region of the HF tensor."""
     return piece.block.stored.view(whole, plan.region, piece.block.hf)
 
 
@@ -300,7 +302,7 @@ def _message(pieces: Sequence[tuple[TensorPlan, Piece]], device: torch.device) -
 
 
 def _parts(message: torch.Tensor, pieces: Sequence[tuple[TensorPlan, Piece]]) -> Iterator[torch.Tensor]:
-    """Views of a message, one for each piece. Plans come widest dtype first, so that every view is aligned."""
+    """Views of a message, one per piece. Plans are sorted by dtype, widest first, so that every view is aligned."""
     start = 0
     for plan, piece in pieces:
         stop = start + _nbytes(plan, piece)

@@ -1,8 +1,7 @@
-"""Who writes which HF tensor of a live model, and who sends what for it. Pure bookkeeping, equal on all ranks.
+"""The plan of an export: which rank writes which HF tensor, and who sends what. The same on all ranks.
 
-Every rank tells which shards it holds. From that alone each HF tensor gets an owner among the ranks that
-hold a part of it, so that weights never leave their pipeline stage, and bytes are spread over the
-tensor-parallel ranks and the data-parallel copies.
+Given which shards each rank holds, every HF tensor gets an owner among the ranks that hold a part of it. Weights do not
+leave their pipeline stage, and the bytes are spread over tensor-parallel ranks and data-parallel replicas.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +17,7 @@ from mcore_swift.models.rules import Block, Region, Rule, RuleTable, Shape, full
 
 @dataclass(frozen=True)
 class Holding:
-    """What a rank says of one of its shards."""
+    """The description of a shard that a rank holds."""
 
     key: str
     region: Region
@@ -64,7 +63,7 @@ def plan_export(
 ) -> list[TensorPlan]:
     """Plan for all HF tensors, in writing order. holdings: of each rank, in the order of its shards.
 
-    part_bytes: larger tensors are cut, into regions that follow one another in a file; None leaves them whole.
+    part_bytes: larger tensors are cut into regions that are consecutive in a file; None leaves them whole.
     Raises ValueError if the ranks together do not hold a tensor of the table.
     """
     holders: dict[str, dict[Region, list[tuple[int, int]]]] = {}
@@ -163,10 +162,10 @@ def _cost(rank: int, load: list[int], min_rank_bytes: int) -> tuple[int, int]:
 
 
 def _in_rounds(plans: list[TensorPlan], ranks: int, bucket_bytes: int) -> list[TensorPlan]:
-    """Number the rounds so that a rank takes part with at most `bucket_bytes` in each (or with one tensor).
+    """Assign rounds such that each rank takes part with at most `bucket_bytes` in a round (or with one tensor).
 
-    All participants of a tensor are in the same round, and every rank goes through rounds in ascending order:
-    whoever waits in a round waits for ranks that are on their way to it, so there is no deadlock.
+    All participants of a tensor are in the same round, and every rank runs its rounds in ascending order. A rank
+    waiting in a round thus waits only for ranks that will reach it, so there is no deadlock.
     """
     rounds, filled = [0] * ranks, [0] * ranks
     numbered = []

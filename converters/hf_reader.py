@@ -26,14 +26,13 @@ class HFReader:
         with HFReader("Qwen/Qwen3-0.6B") as reader:
             rows = reader.read("model.embed_tokens.weight", ((0, 16), (0, 1024)))
 
-    Weights that are quantized in FP8 blocks or MXFP4 appear under their plain names, and are dequantized as they are
-    read; their scales do not appear.
-    Raises UserError, or UserErrors with all that is wrong, if the folder is no complete checkpoint, or is quantized
-    in another way.
+    Weights quantized in FP8 blocks or MXFP4 appear under their plain names and are dequantized when they are read;
+    their scales do not appear. Raises UserError, or UserErrors with all problems, if the checkpoint is incomplete or
+    quantized in another way.
     """
 
     def __init__(self, model_dir: str | Path, staging_bytes: int | None = None) -> None:
-        """staging_bytes: what it holds at a time of data that cannot be read straight into its target."""
+        """staging_bytes: size of the buffer for data that cannot be read straight into its target."""
         self.model_dir = Path(model_dir)
         stored = _find_tensors(self.model_dir)
         config = _config(self.model_dir)
@@ -83,8 +82,7 @@ class HFReader:
     def copy_into(self, name: str, region: Region, out: torch.Tensor) -> None:
         """Fill `out`, of the region's shape, converting to its dtype and device.
 
-        A contiguous CPU tensor of the stored dtype is filled without a buffer between, any other through
-        one of a few megabytes.
+        A contiguous CPU tensor of the stored dtype is filled directly, any other through a buffer of a few megabytes.
         """
         self.tensors[name].copy(self._reader, region, out)
 
@@ -123,7 +121,7 @@ def copy_block(reader: CopiesRegions, block: Block, out: torch.Tensor) -> None:
 
 
 def _config(model_dir: Path) -> dict[str, Any] | None:
-    """config.json, or None where there is none: weights alone are read too, as they are."""
+    """config.json, or None if there is none: then the weights are read as they are stored."""
     path = model_dir / "config.json"
     if not path.is_file():
         return None

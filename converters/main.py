@@ -1,6 +1,6 @@
-"""`megatron export`: a Hugging Face checkpoint to megatron-core's, or back, and the proof that both agree.
+"""`megatron export`: converts a Hugging Face checkpoint to megatron-core's format or back, and compares the logits.
 
-An adapter may be given beside either: it is merged into the weights as they are read, or converted alone.
+An adapter given with either is merged while the weights are read, or converted alone.
 """
 
 import os
@@ -56,7 +56,7 @@ def export_main(args: Any) -> int:
 
 
 def export(args: Any, ranks: Ranks) -> None:
-    """What `export_main` does in processes that have met already. Collective."""
+    """`export_main` in processes that have already joined. Collective."""
     if args.adapter and not args.merge_lora:
         model = _read_plan(hf_source(args), args.mtp_num_layers)
         adapter = open_adapter(args.adapter, model.table)
@@ -69,9 +69,9 @@ def export(args: Any, ranks: Ranks) -> None:
 
 @dataclass(frozen=True)
 class Source:
-    """What a conversion reads: an open checkpoint, by megatron-core's keys, and the model it is of.
+    """The input of a conversion: an open checkpoint under megatron-core's keys, and its model.
 
-    description: where config.json is.
+    description: the folder with config.json.
     """
 
     folder: str
@@ -82,7 +82,7 @@ class Source:
 
 @contextmanager
 def open_source(args: Any) -> Iterator[Source]:
-    """--mcore_model, or --model where that is not given, with the adapter in it. Raises UserError if it is broken."""
+    """Open --mcore_model, else --model, with the adapter merged if one is given. Raises UserError if it is broken."""
     description = hf_source(args)
     model = _read_plan(description, args.mtp_num_layers)
     with _open_weights(args, model) as view:
@@ -107,7 +107,7 @@ def _open_weights(args: Any, model: "ModelPlan") -> Iterator[View]:
 
 
 def named_by_transformers(folder: str) -> bool:
-    """Whether a checkpoint is one of the engine for transformers' models."""
+    """Whether the engine for transformers models wrote the checkpoint."""
     return (Path(folder) / MANIFEST).is_file() and Manifest.read(folder).engine == "fsdp"
 
 
@@ -159,7 +159,7 @@ def _unfinished(
 ) -> Iterator[tuple[Path, Journal, Shown]]:
     """The folder that becomes --output_dir, this process's journal in it, and the progress. Collective.
 
-    What an attempt of the same conversion has left there is kept as far as it is sound.
+    Finished pieces of an earlier, interrupted attempt of the same conversion are kept if their checksums match.
     """
     what = f"{source.folder} ({size(source.view.nbytes)}) -> {args.output_dir}"
     attempt = identity(plan, source.view.files)

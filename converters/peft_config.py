@@ -1,4 +1,4 @@
-"""adapter_config.json: what peft reads of an adapter, from our settings and to them."""
+"""adapter_config.json: peft's settings of an adapter, converted from and to `LoraSettings`."""
 
 import math
 import re
@@ -14,7 +14,7 @@ from mcore_swift.tuners.settings import LoraSettings
 _ROUTERS = ("gate", "router")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 DOWN = ("down_proj", "w2")
-"""Ends of the names of experts' matrices that stand alone; the others are joined in pairs."""
+"""Names of the expert matrix that transformers does not fuse; the other two are fused as a pair."""
 
 _FIXED: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
@@ -23,23 +23,23 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "trainable_token_indices": (None,),
     "megatron_config": (None,),
     "layer_replication": (None,),
-    # other starts take a part out of the frozen weights, and the adapter fits what is left
+    # other initializations change the frozen weights, and the adapter fits only the changed ones
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
 }
-"""Options of peft's that would change what the matrices mean, with the values we know."""
+"""peft's options that change the meaning of the matrices, with the values that are supported."""
 
 _ALONE: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "modules_to_save": (None, []),
     "use_dora": (False,),
 }
-"""Options by which more belongs to an adapter than its matrices, with the values by which nothing does."""
+"""Options that add more tensors than A and B to an adapter, with the values that add nothing."""
 
 
 def refuse_other_kinds(config: Mapping[str, Any], path: Path, *, alone: bool = True) -> None:
     """Raise UserError for a kind of adapter, or an option of one, that is not supported on megatron-core's layers.
 
-    alone: nothing but matrices A and B is understood; else what trains whole beside them is too.
+    alone: only the matrices A and B are supported; else also weights trained in full beside them.
     """
     known = _FIXED | _ALONE if alone else _FIXED
     refused = [
@@ -53,9 +53,9 @@ def refuse_other_kinds(config: Mapping[str, Any], path: Path, *, alone: bool = T
 
 
 def settings_of(adapter: PeftFolder) -> LoraSettings:
-    """The settings of an adapter whose matrices are one a module; its targets are the modules that have them.
+    """The settings of an adapter with one A and one B per module; its targets are the modules that have them.
 
-    Without weights (a checkpoint that only describes its adapter) the targets are those the config names.
+    Without weights (a checkpoint that only describes its adapter), the targets are those of the config.
     Raises UserError for a kind of adapter, or an option of one, that is not supported.
     """
     config = adapter.config
@@ -86,9 +86,9 @@ def settings_of(adapter: PeftFolder) -> LoraSettings:
 def config_of(
     settings: LoraSettings, modules: Collection[str], linear: Iterable[str], base_model: str
 ) -> dict[str, Any]:
-    """What peft needs to build the adapter again.
+    """The adapter_config.json with which peft builds the same adapter.
 
-    modules: HF modules that have one. linear: all of the model that could.
+    modules: HF modules with an adapter. linear: all modules of the model that support one.
     """
     modules = set(modules)
     config: dict[str, Any] = {
@@ -112,23 +112,25 @@ def config_of(
     if settings.ensure_weight_tying:
         config["ensure_weight_tying"] = True
     if any(_end(module) in _ROUTERS for module in modules):
-        config["lora_dropout"] = 0.0  # peft has none where it adapts a parameter, as a router's weight is
+        config["lora_dropout"] = (
+            0.0  # peft supports no dropout for adapters on parameters, such as a router's weight
+        )
     experts = {module for module in modules if _EXPERT.search(module)}
     return config | _beside_experts(settings, experts, modules - experts) if experts else config
 
 
 def _targets(modules: set[str], linear: Iterable[str]) -> list[str]:
-    """Ends of names where they mean just these modules, else whole names."""
+    """Ends of module names where they match only these modules, else full names."""
     left_out = {_end(name) for name in linear if name not in modules}
     return sorted({name if _end(name) in left_out else _end(name) for name in modules})
 
 
 def _beside_experts(settings: LoraSettings, experts: set[str], others: set[str]) -> dict[str, Any]:
-    """What peft (0.19 and later) needs where transformers (5 and later) has all experts of a layer in one tensor.
+    """Settings for experts, which transformers (5 and later) stores in one tensor per layer, for peft 0.19 and later.
 
-    peft then takes every target that is named like an expert's matrix for the experts', so that layers of these names
-    that are no experts (dense layers, shared experts) have to be told as parameters. It has no dropout there. It joins
-    gate and up to one matrix of twice the rank, and with twice the alpha; rsLoRA divides by the root of the rank.
+    peft treats every target named like an expert matrix as the experts', so other layers of these names (dense layers,
+    shared experts) have to be listed as parameters. It supports no dropout there. It fuses gate and up into one matrix
+    with twice the rank and twice the alpha, while rsLoRA divides by the square root of the rank.
     """
     ends = {_end(name) for name in experts}
     changes: dict[str, Any] = {"lora_dropout": 0.0}
@@ -141,7 +143,7 @@ def _beside_experts(settings: LoraSettings, experts: set[str], others: set[str])
 
 
 def _joined_patterns(settings: LoraSettings, experts: set[str]) -> tuple[dict[str, int], dict[str, float]]:
-    """Ranks and alphas, by peft's names of the joined tensors, where they are not the usual ones."""
+    """Ranks and alphas of fused matrices that differ from the default, by peft's names of their tensors."""
     members: dict[tuple[str, int], set[str]] = {}
     for module in experts:
         layer = module.partition(".experts.")[0].rpartition(".")[0]
@@ -151,7 +153,7 @@ def _joined_patterns(settings: LoraSettings, experts: set[str]) -> tuple[dict[st
         rank = {settings.rank_of(module) for module in modules}
         alpha = {settings.alpha_pattern.get(module, settings.alpha) for module in modules}
         if len(rank) != 1 or len(alpha) != 1:
-            continue  # peft cannot join them
+            continue  # peft cannot fuse them
         name = f"{layer}.mlp.experts.{'down_proj' if parts == 1 else 'gate_up_proj'}"
         if rank != {settings.rank}:
             ranks[name] = parts * rank.pop()
@@ -162,19 +164,19 @@ def _joined_patterns(settings: LoraSettings, experts: set[str]) -> tuple[dict[st
 
 
 def unloadable(modules: Iterable[str], *, dora: bool = False) -> str | None:
-    """Why peft could not load an adapter on these modules beside transformers 5; None if nothing is in the way."""
+    """Why peft cannot load an adapter on these modules with transformers 5; None if it can."""
     experts = [module for module in modules if _EXPERT.search(module)]
     if experts and dora:
         return (
-            "experts have magnitudes (DoRA), which peft has not where transformers keeps all of a layer in one tensor: "
-            "it will not load this adapter (merged weights are not concerned)"
+            "experts have magnitudes (DoRA), which peft does not support where transformers stores all experts of a "
+            "layer in one tensor: peft will not load this adapter (merged weights are not affected)"
         )
     ends = {_end(module) for module in experts}.difference(DOWN)
     if len(ends) != 1:
         return None
     return (
-        f"experts have an adapter on {ends.pop()} and not on the matrix it is joined with in transformers: peft takes "
-        "both or none, and will not load this adapter (merged weights are not concerned)"
+        f"experts have an adapter on {ends.pop()} but not on the matrix that transformers fuses it with: peft needs "
+        "both or none, and will not load this adapter (merged weights are not affected)"
     )
 
 

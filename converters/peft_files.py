@@ -36,10 +36,9 @@ def write_adapter(
     ranks: Ranks | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write the adapter that all ranks hold together, with the weights that train whole beside it. Collective.
+    """Write the adapter that is distributed over the ranks, and the weights trained in full, as PEFT files. Collective.
 
-    table: of the base model.
-    Raises UserError on every rank if the disk refuses.
+    table: of the base model. Raises UserError on every rank if the disk is full or not writable.
     """
     ranks = ranks or Ranks()
     names: dict[str, None] = {}
@@ -62,7 +61,7 @@ def write_adapter(
 
 
 def _in_file(keys: Iterable[str], table: RuleTable, whole: Beside) -> RuleTable:
-    """Keys of adapters and of weights that train whole -> names in adapter_model.safetensors."""
+    """Rules from keys of adapters, and of weights trained in full, to names in adapter_model.safetensors."""
     rules = []
     for key in keys:
         if key.startswith(ADAPTER):
@@ -80,7 +79,7 @@ def save_peft(
     base_model: str,
     linear: Iterable[str],
 ) -> None:
-    """Write whole matrices, by their names in the file, and the config beside them."""
+    """Write a PEFT folder from whole tensors, by their names in the file."""
     with disk_errors(folder):
         save_file(dict(sorted(tensors.items())), folder / WEIGHTS, metadata={"format": "pt"})
     modules = [module_of(name) for name in tensors if ".lora_" in name]
@@ -90,27 +89,27 @@ def save_peft(
 def write_config(
     folder: Path, settings: LoraSettings, modules: Iterable[str], linear: Iterable[str], base_model: str
 ) -> None:
-    """Write adapter_config.json. modules: HF modules that have an adapter; linear: that could have one."""
+    """Write adapter_config.json. modules: HF modules with an adapter; linear: all that support one."""
     config = config_of(settings, set(modules), linear, base_model)
     with disk_errors(folder):
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def peft_name(key: str) -> str:
-    """Name in adapter_model.safetensors of an adapter's key."""
+    """The name in adapter_model.safetensors for the key of an adapter's tensor."""
     return PREFIX + key.removeprefix(ADAPTER)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a matrix lies in the file: the tensor, and its rows and columns there (None: all)."""
+    """Where a matrix is stored: the tensor in the file, and the rows and columns of it (None: all)."""
 
     name: str
     rows: slice | None = None
     columns: slice | None = None
 
     def extent(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Shape of the matrix in a tensor of the shape given."""
+        """Shape of the matrix, given the shape of the tensor."""
         parts = (self.rows, self.columns)
         return tuple(
             len(range(*parts[axis].indices(size))) if axis < 2 and parts[axis] is not None else size
@@ -121,14 +120,14 @@ class Place:
 class PeftAdapter:
     """The matrices of a PEFT folder, one A and one B for each HF module of the base.
 
-    Where peft keeps those of all experts of a layer in one tensor (`target_parameters`), each expert's are found in it:
-    A is `[experts * rank, in]`, B `[out, rank * experts]`, the expert counting fastest.
+    Where peft stores those of all experts of a layer in one tensor (`target_parameters`), each expert's are views of
+    it: A is `[experts * rank, in]`, and B `[out, rank * experts]` with the expert as the fastest index.
     """
 
     def __init__(self, folder: str | Path, table: RuleTable, *, alone: bool = True) -> None:
         """table: of the base model, with a name for each expert's matrices. alone: see `refuse_other_kinds`.
 
-        Raises UserError for a kind of adapter that is not supported, and for files that are broken or do not agree.
+        Raises UserError for a kind of adapter that is not supported, and for files that are broken or inconsistent.
         """
         held = read_peft_folder(folder)
         refuse_other_kinds(held.config, held.folder / CONFIG, alone=alone)
@@ -136,8 +135,8 @@ class PeftAdapter:
         strange = sorted(held.shapes.keys() - held.names) if alone else []
         if strange:
             raise UserError(
-                f"{held.weights}: holds {strange[0]}, which is no matrix of a linear layer",
-                "train it with `megatron sft --adapters`, whose --merge_lora joins it with its base",
+                f"{held.weights}: holds {strange[0]}, which is not a matrix of a linear layer",
+                "train it with `megatron sft --adapters`, whose --merge_lora merges it into its base",
             )
         self.folder = held.folder
         self.path = held.weights
@@ -156,7 +155,7 @@ class PeftAdapter:
         return self.read_named(peft_name(key), region)
 
     def read_named(self, name: str, region: Region) -> torch.Tensor:
-        """The same of any tensor, by its name in the file."""
+        """`read` for any tensor, by its name in the file."""
         place = self._places[name]
         try:
             if self._file is None:
@@ -179,7 +178,7 @@ class PeftAdapter:
                     self._places |= _experts_places(held, module, rule)
 
     def _config_of_experts(self, held: PeftFolder) -> None:
-        """Alpha of experts in one tensor, which peft looks up by the tensor's name."""
+        """Set the alphas of experts stored in one tensor, which peft looks up by the name of that tensor."""
         alphas = dict(self.settings.alpha_pattern)
         for name, place in self._places.items():
             if place.name == name:
@@ -193,7 +192,7 @@ class PeftAdapter:
 
 
 def _expert_layers(table: RuleTable) -> dict[str, list[Experts]]:
-    """Layer, as transformers calls it and as the files do -> rules of its experts: gate and up, down."""
+    """Layer, by its name in transformers and by that in the files -> rules of its experts: (gate and up, down)."""
     layers: dict[str, list[Experts]] = {}
     for rule in table.rules:
         if isinstance(rule, Experts):
@@ -204,7 +203,7 @@ def _expert_layers(table: RuleTable) -> dict[str, list[Experts]]:
 
 
 def _rule_of(held: PeftFolder, module: str, rules: Sequence[Experts]) -> Experts:
-    """Which of the two tensors of experts the matrices are of. peft wraps them one in the other."""
+    """The rule of the expert tensor that the matrices of `module` belong to. peft nests the two tensors' adapters."""
     gate_up, down = rules
     container = module.removesuffix(".base_layer")
     asked = [str(name).rpartition(".")[2] for name in held.config.get("target_parameters") or ()]
@@ -215,13 +214,16 @@ def _rule_of(held: PeftFolder, module: str, rules: Sequence[Experts]) -> Experts
 
 
 def _experts_places(held: PeftFolder, module: str, rule: Experts) -> dict[str, Place]:
-    """Name of each expert's matrices -> where they lie. Raises UserError if the shapes are not those of experts."""
+    """Name of each expert's matrices -> where they are stored.
+
+    Raises UserError if the shapes do not fit the experts.
+    """
     experts = len(rule.hf) // rule.parts
     (rows, _), (out, columns) = held.modules[module]["A"], held.modules[module]["B"]
     if rows != columns or rows % experts or out % rule.parts:
         raise UserError(
             f"{held.weights}: {module} has matrices {list(held.modules[module]['A'])} and "
-            f"{list(held.modules[module]['B'])}, which {experts} experts cannot share",
+            f"{list(held.modules[module]['B'])}, which cannot be divided among {experts} experts",
             "it is an adapter of another base model",
         )
     rank, height = rows // experts, out // rule.parts
@@ -248,15 +250,14 @@ def read_adapter(
     table: RuleTable,
     settings: LoraSettings,
 ) -> None:
-    """Fill this rank's shards of adapters and of weights that train whole beside them. Not collective.
+    """Fill this rank's shards of adapters and of weights trained in full beside them. Not collective.
 
-    names: keys of all adapter tensors of the model, this rank's and others', to find what the model does not take.
-    table: of the base model. Raises UserError for a matrix of another shape, one that is missing, and one that no
-    layer takes.
+    names: keys of all adapter tensors of the model, on any rank, to find tensors that the model has no place for.
+    table: of the base model. Raises UserError for a matrix that is missing, has another shape, or fits no layer.
     """
     whole = beside(table, settings)
     wanted, stored = {*map(peft_name, names), *whole.files.values()}, set(source.shapes)
-    # peft keeps the frozen weight of an embedding or output layer with an adapter, too
+    # peft also saves the frozen weight of an embedding or output layer with an adapter
     known = wanted | whole.copies.keys() | whole.buffers
     known |= {name for name in stored if name.endswith(".base_layer.weight")}
     _refuse(source.path, sorted(wanted - stored), "lacks")

@@ -23,13 +23,13 @@ IDENTITY = ".attempt.json"
 
 
 def pending_folder(final: str | Path) -> Path:
-    """Where `pending_directory` writes what becomes `final`."""
+    """The folder in which `pending_directory` writes what becomes `final`."""
     final = Path(os.path.abspath(final))
     return final.parent / f".{final.name}.writing"
 
 
 def can_continue(pending: Path, identity: dict[str, Any] | None) -> bool:
-    """Whether a pending folder holds a part of just what `identity` describes."""
+    """Whether a pending folder was written by an attempt with the same `identity`."""
     if identity is None:
         return False
     try:
@@ -43,15 +43,15 @@ def can_continue(pending: Path, identity: dict[str, Any] | None) -> bool:
 def pending_directory(
     final: str | Path, ranks: Ranks, exist_ok: bool = False, identity: dict[str, Any] | None = None
 ) -> Iterator[Path]:
-    """Gives all ranks a temporary folder beside `final`, and renames it to `final` at the end. Collective.
+    """Give all ranks a temporary folder beside `final`, and rename it to `final` at the end. Collective.
 
-    If any rank raises inside, the folder is removed and every rank raises. A kill leaves only a hidden
-    folder `.<name>.writing`, which the next attempt removes, unless it has the same `identity`: then it gets the
-    folder as it was left, and an interruption (Ctrl-C) leaves it too. With exist_ok, files that `final` already
-    holds and that are not weights move into the new folder unless it has its own.
+    If any rank raises inside, the folder is removed and every rank raises. A kill leaves a hidden folder
+    `.<name>.writing`, which the next attempt removes; but an attempt with the same `identity` continues in it, and then
+    Ctrl-C leaves it too. With exist_ok, files in `final` that are not weights are moved into the new folder unless it
+    has its own.
 
-    What is in the folder is on the disk, not only in memory, before it gets its name.
-    Raises UserError if `final` exists and holds something, unless exist_ok, or if another process writes it now.
+    The content is flushed to disk before the folder is renamed.
+    Raises UserError if `final` exists and is not empty, unless exist_ok, or if another process is writing it.
     """
     final = Path(os.path.abspath(final))
     pending = pending_folder(final)
@@ -98,7 +98,7 @@ def _create(
 
 
 def _locked(folder: Path) -> int:
-    """A descriptor that holds the folder as long as this process lives. Raises UserError if another one does."""
+    """A descriptor that locks the folder while this process lives. Raises UserError if another process has the lock."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -138,12 +138,12 @@ def _rename(final: Path, pending: Path) -> None:
 
 
 def _is_first_here(ranks: Ranks) -> bool:
-    """Whether this process speaks for its machine: what the others on it wrote passed through the same memory."""
+    """Whether this is the first process on its machine; it also flushes what the others there wrote."""
     return int(os.environ.get("LOCAL_RANK", "0")) == 0 if ranks.size > 1 else True
 
 
 def _sync_tree(folder: Path) -> None:
-    """Wait until all that is in a folder is on the disk: its name must not outlive its content in a power failure."""
+    """Flush a folder to disk, so that after a power failure its name never exists without its content."""
     found = [Path(place, name) for place, _, names in os.walk(folder) for name in ("", *names)]
     with (
         disk_errors(folder),

@@ -1,4 +1,4 @@
-"""What converters need of a process group: nothing at all when there is one process."""
+"""A process group as converters use it; with one process, torch.distributed is not needed."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """The processes that convert together: a process group (the default one), or this process alone."""
+    """The processes that work together: a process group (the default one), or this process alone."""
 
     def __init__(self, group: "dist.ProcessGroup | None" = None) -> None:
         self.group = group
@@ -60,9 +60,9 @@ class Ranks:
         return result
 
     def agree(self, error: Exception | None) -> None:
-        """Raise on every rank what went wrong on any of them. Collective, and so also a barrier.
+        """Raise on every rank the errors of all ranks, if there are any. Collective, and thus a barrier.
 
-        A rank that found a mistake waits here for the others, and none waits for ever for a rank that left.
+        A failed rank waits here for the others instead of leaving them in a collective that it will never join.
         """
         told = error if error is None or isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         failures = [(rank, failure) for rank, failure in enumerate(self.gather(told)) if failure is not None]

@@ -1,4 +1,4 @@
-"""Arithmetic on regions: half-open boxes `((start, stop), ...)`, an interval for each dimension."""
+"""Arithmetic on regions: boxes `((start, stop), ...)` with a half-open interval for each dimension."""
 
 import math
 from collections.abc import Iterator
@@ -7,13 +7,13 @@ from mcore_swift.models.rules import Block, Region, Shape
 
 
 def intersection(first: Region, second: Region) -> Region | None:
-    """The box that both cover, or None if they have no element in common."""
+    """The common box of both, or None if they do not overlap."""
     low_high = tuple((max(a[0], b[0]), min(a[1], b[1])) for a, b in zip(first, second, strict=True))
     return None if any(low >= high for low, high in low_high) else low_high
 
 
 def relative(region: Region, origin: Region) -> Region:
-    """`region` counted from the start of `origin`."""
+    """`region` in coordinates relative to the start of `origin`."""
     return tuple((start - base, stop - base) for (start, stop), (base, _) in zip(region, origin, strict=True))
 
 
@@ -28,7 +28,7 @@ def numel(region: Region) -> int:
 
 
 def clip(block: Block, region: Region) -> Block | None:
-    """The part of `block` whose HF side lies in `region` of its HF tensor."""
+    """The part of `block` that lies in `region` of its HF tensor."""
     hf = intersection(block.hf, region)
     if hf is None:
         return None
@@ -38,10 +38,10 @@ def clip(block: Block, region: Region) -> Block | None:
 
 
 def slabs(shape: Shape, itemsize: int, max_bytes: int) -> Iterator[Region]:
-    """Cut a tensor along its leading dimensions into boxes of at most `max_bytes` (one element at least).
+    """Cut a tensor along its leading dimensions into boxes of at most `max_bytes` (but at least one element).
 
-    The boxes come in row-major order and each is contiguous, so writing them one after another writes the
-    tensor. A tensor without elements gives none; a scalar gives `()`.
+    Each box is contiguous and they are in row-major order, so writing them one after another writes the tensor. A
+    tensor without elements yields none, a scalar yields `()`.
     """
     if 0 in shape:
         return

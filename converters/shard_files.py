@@ -1,9 +1,8 @@
-"""A torch_dist folder of what a running job holds: each rank writes its own shards, and reads any.
+"""Writing and reading the shards of a running job (weights and optimizer state) in torch_dist format.
 
-Weights and optimizer state alike. Writing needs no communication until the end, when one rank joins the tables
-of contents, so it can go on in the background; a rank that finds the disk full stops nobody else half-way.
-The folder is a PyTorch distributed checkpoint with megatron-core's metadata beside it, which megatron-core's own
-`dist_checkpointing.load` reads in any layout.
+Each rank writes its own shards and can read any. Writing needs no communication until one rank writes the metadata at
+the end, so it can run in the background, and a full disk on one rank does not block the others. The folder is a PyTorch
+distributed checkpoint with megatron-core's metadata, which `megatron.core.dist_checkpointing.load` reads in any layout.
 """
 
 import json
@@ -28,12 +27,12 @@ MEGATRON_METADATA = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-"""What megatron-core's `CheckpointingConfig` writes (its import takes seconds)."""
+"""Content of megatron-core's `CheckpointingConfig` (importing it takes seconds)."""
 
 
 @dataclass(frozen=True)
 class StoredShard:
-    """Table of contents of one chunk: which part of which tensor, and where its bytes are."""
+    """Metadata of one chunk: which part of which tensor, and where its bytes are."""
 
     key: str
     global_shape: Shape
@@ -46,21 +45,21 @@ class StoredShard:
 
 @dataclass
 class Contents:
-    """What one rank wrote."""
+    """The chunks that one rank wrote."""
 
     shards: list[StoredShard] = field(default_factory=list)
 
 
 def write_shards(folder: Path, rank: int, shards: Iterable[LiveShard]) -> Contents:
-    """Write this rank's shards to a file of its own and tell what is where. Not collective.
+    """Write this rank's shards to its own file; returns where each is. Not collective.
 
-    Raises UserError if the disk is full or refuses.
+    Raises UserError if the disk is full or not writable.
     """
     name = f"__{rank}_0.distcp"
     contents = Contents()
     with TensorFile(folder / name) as file:
         for shard in shards:
-            # A tensor that shares its storage is cloned: torch.save writes whole storages.
+            # cloned, because torch.save writes whole storages, of which a view may be a small part
             place = file.save(shard.data.cpu().clone(memory_format=torch.contiguous_format))
             contents.shards.append(
                 StoredShard(shard.key, shard.global_shape, shard.data.dtype, shard.region, name, *place)
@@ -69,7 +68,10 @@ def write_shards(folder: Path, rank: int, shards: Iterable[LiveShard]) -> Conten
 
 
 def write_contents(folder: Path, contents: Sequence[Contents], common: Mapping[str, Any]) -> None:
-    """Join what all ranks wrote into a checkpoint. On one rank. common: small values for `common.pt`."""
+    """Write the metadata that makes the files of all ranks a checkpoint. On one rank.
+
+    common: small values for `common.pt`.
+    """
     from torch.distributed.checkpoint import FileSystemWriter
     from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.metadata import MetadataIndex
@@ -112,11 +114,11 @@ def _metadata(stored: Iterable[StoredShard]) -> Any:
 def read_shards(
     folder: Path, shards: Iterable[LiveShard], names: Callable[[str], Sequence[str]] = lambda key: (key,)
 ) -> list[str]:
-    """Fill shards from a checkpoint that any layout wrote. Not collective.
+    """Fill shards from a checkpoint written in any layout. Not collective.
 
-    names: where to look for the values of a key; the first name that the checkpoint holds counts. A vocabulary
-    that is padded further than when it was saved stays zero beyond. Returns the keys that the checkpoint does not
-    hold at all. Raises UserError if it holds only a part of a tensor.
+    names: for a key, the names to look for, of which the first that exists is used. Vocabulary padding beyond the
+    saved size is filled with zeros. Returns the keys that the checkpoint does not have. Raises UserError if it has
+    only a part of a tensor, or one of another shape.
     """
     missing: dict[str, None] = {}
     shards = list(shards)
@@ -138,7 +140,7 @@ def read_shards(
 
 
 def _check_shape(folder: Path, name: str, stored: Shape, shard: LiveShard) -> None:
-    """Only a vocabulary, the first dimension, may have another size than when it was saved."""
+    """Only the first dimension, the padded vocabulary, may differ from the saved size."""
     free = 0 if ADAPTER in name else 1
     if tuple(stored)[free:] != shard.global_shape[free:] or len(stored) != len(shard.global_shape):
         raise UserError(

@@ -1,4 +1,4 @@
-"""What an exported folder needs besides weights: configs, tokenizer, chat template, code."""
+"""The files of a Hugging Face checkpoint besides its weights: configs, tokenizer, chat template, code."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ PATTERNS = (
     "processor_config.json",
     "*.py",
 )
-"""Names in a checkpoint folder that belong to the model and not to one copy of its weights."""
+"""Files of a checkpoint folder that do not describe its weight files."""
 
 
 def copy_side_files(
@@ -38,8 +38,8 @@ def copy_side_files(
 ) -> list[str]:
     """Copy the side files of a checkpoint folder; returns their names.
 
-    dtype: of the weights beside them, told in config.json; None leaves what is there. changes: what else it says now.
-    Raises UserError if the disk refuses.
+    dtype: of the weights, to be entered in config.json; None leaves what is there. changes: other new entries.
+    Raises UserError if the disk is full or not writable.
     """
     source, target = Path(source), Path(target)
     names = sorted(

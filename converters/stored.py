@@ -1,7 +1,7 @@
-"""Reading any region of a tensor that lies row-major in a file, and nothing else of the file.
+"""Reading regions of tensors that are stored row-major in files, without reading the rest.
 
-Files are read with pread into memory that is reused or that is the target itself. Nothing is memory-mapped,
-so the pages of a file never count as memory of the process, however large the checkpoint.
+Files are read with pread, into the target itself or a reused buffer. Nothing is memory-mapped, so that file pages do
+not count as memory of the process, however large the checkpoint is.
 """
 
 import math
@@ -16,17 +16,17 @@ from mcore_swift.errors import UserError
 from mcore_swift.models.rules import Region, Shape, region_shape
 
 STAGING_BYTES = 8 << 20
-"""Size of the one buffer through which data goes that cannot be read straight into its target."""
+"""Size of the buffer for data that cannot be read straight into its target."""
 
 DIRECT_RUN_BYTES = 4 << 10
-"""Columns narrower than this, a page of the disk, are cut out of whole rows in memory."""
+"""Columns narrower than this (a disk page) are cut out of whole rows in memory."""
 
 MAX_OPEN_FILES = 64
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: `shape` values of `dtype`, row-major, from byte `offset` of the file `path`."""
+    """Where a tensor is stored: row-major from byte `offset` of the file `path`."""
 
     path: Path
     offset: int
@@ -39,7 +39,7 @@ class StoredTensor:
 
     @property
     def parts(self) -> "tuple[StoredTensor, ...]":
-        """What of files is read for it."""
+        """The stored tensors that are read for it."""
         return (self,)
 
     def copy(self, reader: "RegionReader", region: Region, out: torch.Tensor) -> None:
@@ -50,7 +50,7 @@ class StoredTensor:
 class RegionReader:
     """Copies regions of stored tensors into tensors. Not safe for use by several threads at once.
 
-    staging_bytes: what it may hold at a time of data that cannot be read straight into its target.
+    staging_bytes: size of the buffer for data that cannot be read straight into its target.
     """
 
     def __init__(self, staging_bytes: int | None = None) -> None:

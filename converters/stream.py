@@ -1,7 +1,7 @@
-"""Hugging Face <-> megatron-core checkpoint, straight from file to file.
+"""Converting checkpoints between Hugging Face and megatron-core, straight from file to file.
 
-No model is built and no process group is needed; a process holds one bounded piece of one tensor at a time.
-With several processes, each converts a share of the bytes.
+No model is built and no process group is needed; a process holds one bounded piece of a tensor at a time. With several
+processes, each converts a share of the bytes.
 """
 
 import itertools
@@ -39,12 +39,12 @@ from mcore_swift.models.rules import (
 )
 
 PART_BYTES = 8 << 20
-"""How much of an HF tensor is put together in memory before it is written: fits a processor's cache."""
+"""Size of the part of an HF tensor that is assembled in memory before it is written; fits into a CPU cache."""
 
 
 @dataclass(frozen=True)
 class MCorePlan:
-    """What a Hugging Face checkpoint becomes in torch_dist format: tensors, and the chunks that each process writes."""
+    """The plan of a torch_dist checkpoint: its tensors, and the chunks that each process writes."""
 
     table: RuleTable
     specs: list[TensorSpec]
@@ -57,7 +57,7 @@ class MCorePlan:
 
 @dataclass(frozen=True)
 class HFPlan:
-    """What a torch_dist checkpoint becomes in Hugging Face's format: tensors, files, and who writes which."""
+    """The plan of a Hugging Face checkpoint: its tensors and files, and which process writes which."""
 
     table: RuleTable
     specs: list[TensorSpec]
@@ -190,7 +190,7 @@ def _write_files(
 
 @dataclass(frozen=True)
 class _Part:
-    """A part of an HF tensor that is put together in memory, and the blocks it may meet."""
+    """A part of an HF tensor that is assembled in memory, and the blocks that may overlap it."""
 
     spec: TensorSpec
     region: Region

@@ -1,4 +1,4 @@
-"""A file of tensors, each in torch.save's format, one after the other: what a torch_dist folder is made of."""
+"""The files of a torch_dist folder: tensors in torch.save's format, one after the other."""
 
 import io
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from converters.pending import disk_errors
 
 @contextmanager
 def _no_checksums() -> Iterator[None]:
-    """Checksums take as long as all the rest, and torch.load looks at none."""
+    """Turn off torch.save's checksums, which take half of the time and which torch.load does not verify."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -25,12 +25,12 @@ def _no_checksums() -> Iterator[None]:
 
 
 class TensorFile(io.RawIOBase):
-    """Open for writing; a full disk raises UserError, where torch.save alone hides it behind an error of its own.
+    """A file opened for writing. A full disk raises UserError, which torch.save would hide behind its own error.
 
     with TensorFile(folder / "__0_0.distcp") as file:
         start, length = file.save(tensor)
 
-    journal: is told of each tensor, and how much of the file an earlier attempt has left.
+    journal: records each tensor, and knows how much of the file an earlier attempt has written.
     """
 
     def __init__(self, path: Path, journal: Journal | None = None) -> None:
@@ -43,7 +43,7 @@ class TensorFile(io.RawIOBase):
             self._raw = open_at(path, self._at)
 
     def save(self, tensor: torch.Tensor) -> tuple[int, int]:
-        """Append a tensor, with its whole storage; returns at which byte it starts and how many bytes it took."""
+        """Append a tensor with its whole storage; returns its first byte and its number of bytes."""
         start = self._at
         self._checksum = Checksum() if self._journal else None
         with disk_errors(self._path), _no_checksums():

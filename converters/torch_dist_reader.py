@@ -1,8 +1,8 @@
 """Reading the weights of a megatron-core checkpoint (torch_dist format) by regions.
 
-A torch_dist folder is a PyTorch distributed checkpoint: `.metadata` (a pickle) tells where each chunk of each
-tensor lies in the `*.distcp` files, and each chunk is what `torch.save` makes of a tensor, a zip container.
-The raw values are found inside that container, so that a region is read without the rest.
+A torch_dist folder is a PyTorch distributed checkpoint: `.metadata` (a pickle) says where each chunk of each tensor is
+in the `*.distcp` files, and each chunk is a zip container written by `torch.save`. The raw values are located inside
+that container, so that a region can be read without the rest.
 """
 
 import io
@@ -30,7 +30,7 @@ MODEL_ROOTS = frozenset({"embedding", "encoder", "decoder", "output_layer", "mtp
 
 @dataclass(frozen=True)
 class Chunk:
-    """A part of a tensor: what it covers, and the bytes of the file that hold its zip container."""
+    """A stored part of a tensor: its region, and the bytes of its zip container in the file."""
 
     region: Region
     path: Path
@@ -39,7 +39,7 @@ class Chunk:
 
 
 class _Order:
-    """The chunks of a tensor by where they lie along its first dimension: a large tensor has thousands."""
+    """The chunks of a tensor, sorted along its first dimension; a large tensor has thousands."""
 
     def __init__(self, chunks: Sequence[Chunk]) -> None:
         self._chunks = sorted(chunks, key=lambda chunk: chunk.region[:1])
@@ -48,15 +48,15 @@ class _Order:
         self._furthest = list(itertools.accumulate((stop for _, stop in spans), max))
 
     def near(self, region: Region) -> Sequence[Chunk]:
-        """All chunks that a region may meet, and few others."""
+        """All chunks that may overlap a region, and few others."""
         start, stop = region[0] if region else (0, 1)
         return self._chunks[bisect_right(self._furthest, start) : bisect_left(self._starts, stop)]
 
 
 class MCoreReader:
-    """The weights of a torch_dist folder, by megatron-core key. Opening reads the metadata only.
+    """The weights of a torch_dist folder, by megatron-core key. Opening reads only the metadata.
 
-    Raises UserError if the folder is no complete torch_dist checkpoint.
+    Raises UserError if the folder is not a complete torch_dist checkpoint.
     """
 
     def __init__(
@@ -65,9 +65,9 @@ class MCoreReader:
         roots: frozenset[str] = MODEL_ROOTS,
         staging_bytes: int | None = None,
     ) -> None:
-        """roots: first names of the tensors to know of; a training checkpoint holds the optimizer's too.
+        """roots: the first names of keys to include; a training checkpoint also holds optimizer state.
 
-        staging_bytes: what it holds at a time of data that cannot be read straight into its target.
+        staging_bytes: size of the buffer for data that cannot be read straight into its target.
         """
         self.folder = find_torch_dist(folder)
         metadata = _read_metadata(self.folder)
@@ -98,7 +98,7 @@ class MCoreReader:
 
     @property
     def files(self) -> set[Path]:
-        """What is read."""
+        """All files that are read."""
         chunks = {chunk.path for chunks in self._chunks.values() for chunk in chunks}
         return chunks | {self.folder / ".metadata"}
 
@@ -166,9 +166,9 @@ class MCoreReader:
 
 
 def find_torch_dist(folder: str | Path) -> Path:
-    """The torch_dist folder that `folder` is or, as checkpoints of a training run do, has in `mcore/`.
+    """`folder/mcore`, as in checkpoints of a training run, or `folder` itself, whichever is in torch_dist format.
 
-    Raises UserError if there is none.
+    Raises UserError if neither is.
     """
     folder = Path(folder)
     for place in (folder / "mcore", folder):
@@ -201,9 +201,9 @@ def _find_chunk(chunks: Sequence[Any], offset: tuple[int, ...]) -> Region:
 
 
 def locate_values(chunk: Chunk, dtype: torch.dtype) -> StoredTensor | torch.Tensor:
-    """Where the raw values of a saved tensor lie in its file.
+    """Where the raw values of a saved tensor are in its file.
 
-    A tensor that was saved with other than row-major strides is loaded and given whole instead.
+    A tensor that was not saved row-major is loaded and returned instead.
     """
     with chunk.path.open("rb") as file:
         file.seek(chunk.offset)
@@ -228,14 +228,14 @@ def locate_values(chunk: Chunk, dtype: torch.dtype) -> StoredTensor | torch.Tens
 
 
 def _values_start(archive: io.RawIOBase, entry: zipfile.ZipInfo) -> int:
-    """Where the bytes of an uncompressed entry start. (zipfile reads them too, but insists on checksums.)"""
+    """Position of the bytes of an uncompressed entry. (zipfile could read them, but verifies checksums.)"""
     archive.seek(entry.header_offset)
     name_length, extra_length = struct.unpack("<26x2H", archive.read(30))
     return entry.header_offset + 30 + name_length + extra_length
 
 
 class _FileView(io.RawIOBase):
-    """A part of a file as a file of its own."""
+    """A section of a file as a file object."""
 
     def __init__(self, file: Any, start: int, length: int) -> None:
         self._file, self._start, self._length, self._at = file, start, length, 0
@@ -261,7 +261,7 @@ class _FileView(io.RawIOBase):
 
 
 class _LayoutUnpickler(pickle.Unpickler):
-    """Reads offset, size and strides out of the pickle of one saved tensor, and calls nothing in it."""
+    """Reads offset, size and strides from the pickle of a saved tensor, without calling anything in it."""
 
     def find_class(self, module: str, name: str) -> Callable[..., Any]:
         if (module, name) in (("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_tensor_v3")):

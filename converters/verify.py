@@ -1,4 +1,4 @@
-"""Whether a live model computes what transformers computes from the same checkpoint."""
+"""Comparing the logits of a live model with those of transformers on the same checkpoint."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,18 +13,21 @@ from mcore_swift.errors import UserError
 
 ROW_LENGTH = 48
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-"""Largest difference of a logit allowed, relative to the largest logit (or to 1, if that is larger).
+"""Largest allowed difference of a logit, relative to the largest logit (or to 1, if that is larger).
 
-fp32: the order of summation differs between layouts and implementations; a few 1e-6 are seen on small models and
-it grows with depth, while a wrong or swapped weight gives differences of the order of the logits. bf16: has 8
-bits of mantissa (4e-3), of which a deep model loses some.
+fp32: the order of summation differs between layouts and implementations; this gives a few 1e-6 on small models and
+grows with depth, while a wrong or swapped weight changes logits by their own magnitude. bf16 has 8 bits of mantissa
+(4e-3), of which a deep model loses some.
 """
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Logits of a live model against transformers'. max, mean: absolute differences; same_best: share of
-    positions where both have the same most likely token; largest: the largest logit of transformers' model."""
+    """Difference between the logits of a live model and transformers'.
+
+    max, mean: absolute differences. same_best: fraction of positions where both have the same most likely token.
+    largest: the largest absolute logit of transformers. dtype: in which both were computed.
+    """
 
     max: float
     mean: float
@@ -49,7 +52,7 @@ class Comparison:
 
 
 def fixed_rows(vocab_size: int, rows: int, length: int = ROW_LENGTH, seed: int = 42) -> Tensor:
-    """Token ids `[rows, length]`, the same everywhere for the same arguments."""
+    """Random token ids `[rows, length]`, reproducible from the arguments."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, vocab_size, (rows, length), generator=generator)
 
@@ -88,17 +91,17 @@ def mcore_logits(chunks: Sequence[Any], token_rows: Tensor, vocab_size: int) -> 
 
 
 def hf_model(hf_dir: str, dtype: torch.dtype, stored: torch.dtype | None = None) -> Any:
-    """transformers' model of a checkpoint in `dtype`, on CPU, for evaluation; a quantized one dequantized.
+    """The transformers model of a checkpoint in `dtype`, on CPU, in evaluation mode; dequantized if quantized.
 
-    stored: dtype that the weights went through when they were converted; None: each its own.
-    Raises UserError if a package is missing that transformers needs for that.
+    stored: dtype to which the weights were rounded when they were converted; None: each its own.
+    Raises UserError if transformers needs a package that is missing.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(hf_dir)
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
-        # Otherwise it stays as it is where there is a GPU, whose kernels then meet a model on the CPU.
+        # otherwise, on a machine with a GPU, transformers would keep it quantized for GPU kernels
         config.quantization_config = dict(quantization) | {"dequantize": True}
         stored = stored or DEQUANTIZED
     try:
@@ -151,7 +154,7 @@ def compare_logits(
 
 
 def require_equal(comparison: Comparison, what: str, where: str = "") -> None:
-    """Raise UserError if the models differ by more than arithmetic explains. where: they part, if that is known."""
+    """Raise UserError if the models differ by more than rounding explains. where: the first difference, if known."""
     if not comparison.passes:
         raise UserError(
             f"{what} does not compute what transformers computes: {comparison}{where and f'; {where}'}",

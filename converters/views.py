@@ -48,7 +48,7 @@ class View(Protocol):
 
 
 class HFView(View):
-    """A Hugging Face checkpoint. Raises UserErrors if it and the table do not fit."""
+    """A Hugging Face checkpoint under megatron-core's keys. Raises UserErrors if it does not fit the table."""
 
     def __init__(self, reader: "HFReader | NamedWeights", table: RuleTable) -> None:
         self.reader, self.table = reader, table
@@ -76,7 +76,7 @@ class HFView(View):
             copy_block(self.reader, block, block.of(out))
 
     def _widest(self, rule: Rule) -> torch.dtype:
-        """The dtype that holds all parts of a megatron-core tensor without loss."""
+        """The dtype that can represent all parts of a megatron-core tensor exactly."""
         widest, *others = (self.reader.dtype(name) for name in rule.hf)
         for other in others:
             widest = torch.promote_types(widest, other)
@@ -84,7 +84,7 @@ class HFView(View):
 
 
 class MergedView(View):
-    """Another view with an adapter in its weights: summed in float32, rounded once to what is filled."""
+    """A view of a base model with an adapter merged, computed in float32 and rounded once."""
 
     def __init__(self, base: View, table: RuleTable, adapter: AdapterSource) -> None:
         """Raises UserError if the base lacks a layer of the adapter, or has one of another shape."""
@@ -110,7 +110,7 @@ class MergedView(View):
             self.base.copy_into(key, region, out)
             return
         read = region
-        if self.adapter.settings.use_dora:  # the norm of a row takes all of it
+        if self.adapter.settings.use_dora:  # the norm of a row needs the whole row
             read = (*region[:-1], (0, self.specs[key].shape[-1]))
         total = torch.empty(region_shape(read), dtype=torch.float32)
         self.base.copy_into(key, read, total)
@@ -128,7 +128,7 @@ class MergedView(View):
         return name in self._whole or module in self.adapter.modules or module in self.adapter.embeddings
 
     def _merge(self, block: Block, values: torch.Tensor) -> None:
-        """Make the base's values the merged ones."""
+        """Merge the adapter into the values of a block, in place."""
         if block.name in self._whole:
             values.copy_(self.adapter.read_named(self._whole[block.name], block.hf))
             return
@@ -161,9 +161,9 @@ class MergedView(View):
         for name, fits in wanted.items():
             shape = shapes.get(name)
             if shape != fits:
-                found = "has no such weight" if shape is None else f"has {list(shape)} there"
+                found = "has no such weight" if shape is None else f"has shape {list(shape)}"
                 raise UserError(
-                    f"{self.adapter.folder}: its part of {name} is for {list(fits)}, and {self.folder} {found}",
+                    f"{self.adapter.folder}: its {name} is for shape {list(fits)}, and {self.folder} {found}",
                     "it is an adapter of another base model",
                 )
 
