@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 
 from converters.manifest import Manifest, versions
-from converters.peft_config import refuse_other_kinds, settings_of
+from converters.peft_config import settings_of
 from converters.peft_files import PeftAdapter, save_peft, write_config
 from converters.pending import disk_errors, pending_directory
 from converters.ranks import Ranks
@@ -53,7 +53,6 @@ class CheckpointAdapter:
         named_by_peft = Manifest.read(folder).engine == _PEFT_ENGINE
         root = PREFIX.partition(".")[0] if named_by_peft else ADAPTER.rstrip(".")
         config = read_config(self.folder)
-        refuse_other_kinds(config, self.folder / CONFIG, alone=False)
         refuse_whole_weights(config, self.folder)
         self._reader = MCoreReader(self.folder / MCORE, frozenset({root}))
         self._stored = {_peft_name(key): key for key in self._reader.specs}
@@ -95,7 +94,7 @@ def open_adapter(folder: str | Path, table: RuleTable) -> AdapterSource:
     """
     folder = Path(folder)
     if (folder / WEIGHTS).is_file() or not (folder / MCORE).is_dir():
-        return PeftAdapter(folder, table.matrices, alone=False)
+        return PeftAdapter(folder, table.matrices)
     return CheckpointAdapter(folder)
 
 

@@ -2,54 +2,18 @@
 
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Collection, Iterable
 from typing import Any
 
-from mcore_swift.errors import UserError
+from mcore_swift.errors import raise_together
 from mcore_swift.models.shards import ADAPTER
-from mcore_swift.plan.adapter import CONFIG, PREFIX, PeftFolder
+from mcore_swift.plan.adapter import CONFIG, PREFIX, PeftFolder, option_problems
 from mcore_swift.tuners.settings import LoraSettings
 
 _ROUTERS = ("gate", "router")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 DOWN = ("down_proj", "w2")
 """Names of the expert matrix that transformers does not fuse; the other two are fused as a pair."""
-
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "fan_in_fan_out": (False,),
-    "lora_bias": (False,),
-    "trainable_token_indices": (None,),
-    "megatron_config": (None,),
-    "layer_replication": (None,),
-    # other initializations change the frozen weights, and the adapter fits only the changed ones
-    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
-}
-"""peft's options that change the meaning of the matrices, with the values that are supported."""
-
-_ALONE: dict[str, tuple[Any, ...]] = {
-    "bias": ("none",),
-    "modules_to_save": (None, []),
-    "use_dora": (False,),
-}
-"""Options that add more tensors than A and B to an adapter, with the values that add nothing."""
-
-
-def refuse_other_kinds(config: Mapping[str, Any], path: Path, *, alone: bool = True) -> None:
-    """Raise UserError for a kind of adapter, or an option of one, that is not supported on megatron-core's layers.
-
-    alone: only the matrices A and B are supported; else also weights trained in full beside them.
-    """
-    known = _FIXED | _ALONE if alone else _FIXED
-    refused = [
-        f"{name} {config[name]!r}" for name, fine in known.items() if config.get(name, fine[0]) not in fine
-    ]
-    if refused:
-        raise UserError(
-            f"{path} asks for what is not supported on megatron-core's layers: {', '.join(refused)}",
-            "train it with `swift sft --backend fsdp`, or merge it with `swift export --merge_lora true`",
-        )
 
 
 def settings_of(adapter: PeftFolder) -> LoraSettings:
@@ -59,7 +23,7 @@ def settings_of(adapter: PeftFolder) -> LoraSettings:
     Raises UserError for a kind of adapter, or an option of one, that is not supported.
     """
     config = adapter.config
-    refuse_other_kinds(config, adapter.folder / CONFIG, alone=False)
+    raise_together(option_problems(config, adapter.folder / CONFIG))
     rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)
     held = {**adapter.modules, **adapter.embeddings}
     modules = list(held)

@@ -15,13 +15,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from converters.export import hf_tensors
-from converters.peft_config import DOWN, config_of, module_of, refuse_other_kinds, settings_of
+from converters.peft_config import DOWN, config_of, module_of, settings_of
 from converters.pending import disk_errors
 from converters.ranks import Ranks
 from mcore_swift.errors import UserError, raise_together
-from mcore_swift.models.rules import Experts, Region, RuleTable, Same, as_slices
+from mcore_swift.models.rules import Experts, Region, RuleTable, Same, TurnedExperts, as_slices
 from mcore_swift.models.shards import ADAPTER, LiveShard
-from mcore_swift.plan.adapter import CONFIG, PREFIX, WEIGHTS, PeftFolder, matrix_problems, read_peft_folder
+from mcore_swift.plan.adapter import (
+    CONFIG,
+    PREFIX,
+    WEIGHTS,
+    PeftFolder,
+    matrix_problems,
+    option_problems,
+    read_peft_folder,
+)
 from mcore_swift.tuners.beside import Beside, beside
 from mcore_swift.tuners.settings import LoraSettings
 from mcore_swift.tuners.targets import adaptable_modules
@@ -124,20 +132,13 @@ class PeftAdapter:
     it: A is `[experts * rank, in]`, and B `[out, rank * experts]` with the expert as the fastest index.
     """
 
-    def __init__(self, folder: str | Path, table: RuleTable, *, alone: bool = True) -> None:
-        """table: of the base model, with a name for each expert's matrices. alone: see `refuse_other_kinds`.
+    def __init__(self, folder: str | Path, table: RuleTable) -> None:
+        """table: of the base model, with a name for each expert's matrices.
 
         Raises UserError for a kind of adapter that is not supported, and for files that are broken or inconsistent.
         """
         held = read_peft_folder(folder)
-        refuse_other_kinds(held.config, held.folder / CONFIG, alone=alone)
-        raise_together(matrix_problems(held))
-        strange = sorted(held.shapes.keys() - held.names) if alone else []
-        if strange:
-            raise UserError(
-                f"{held.weights}: holds {strange[0]}, which is not a matrix of a linear layer",
-                "train it with `megatron sft --adapters`, whose --merge_lora merges it into its base",
-            )
+        raise_together(option_problems(held.config, held.folder / CONFIG) or matrix_problems(held))
         self.folder = held.folder
         self.path = held.weights
         self._places = {name: Place(name) for name in held.shapes}
@@ -169,6 +170,7 @@ class PeftAdapter:
             raise UserError(f"{self.path}: cannot be read ({error})", "copy the file again") from None
 
     def _split_experts(self, held: PeftFolder, table: RuleTable) -> None:
+        _refuse_turned(held, table)
         for layer, rules in _expert_layers(table).items():
             for module in (f"{layer}.experts.base_layer", f"{layer}.experts"):
                 if module in held.modules:
@@ -200,6 +202,18 @@ def _expert_layers(table: RuleTable) -> dict[str, list[Experts]]:
             for name in dict.fromkeys((layer, layer.rpartition(".")[0] + ".mlp")):
                 layers.setdefault(name, []).append(rule)
     return layers
+
+
+def _refuse_turned(held: PeftFolder, table: RuleTable) -> None:
+    """Experts in one tensor of which no matrix is a linear layer here, as those of gpt-oss."""
+    turned = {rule.hf[0].rpartition(".")[0] for rule in table.rules if isinstance(rule, TurnedExperts)}
+    found = sorted(turned & {module.removesuffix(".base_layer") for module in held.modules})
+    if found:
+        raise UserError(
+            f"{held.weights}: holds matrices of {found[0]}, and no adapter is supported on experts that a checkpoint "
+            "keeps in one tensor, turned",
+            "train it with `swift sft --backend fsdp`, or merge it with `swift export --merge_lora true`",
+        )
 
 
 def _rule_of(held: PeftFolder, module: str, rules: Sequence[Experts]) -> Experts:

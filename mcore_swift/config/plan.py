@@ -35,10 +35,12 @@ class WorkloadArguments(Arguments):
     command: str = arg("sft", "command the answer is written for", choices=("sft", "pt"))
     tuner_type: str = arg(
         "full",
-        "which parameters train",
-        choices=("full",),
-        refused=dict.fromkeys(("lora", "lora_llm"), "plans of LoRA are not supported yet"),
+        "which parameters train: all, or low-rank adapters on every linear layer",
+        choices=("full", "lora"),
+        refused={"lora_llm": "it is for models with a vision part, which are not supported yet"},
     )
+    lora_rank: int = arg(8, "with lora: rows of A and columns of B", at_least=1)
+    load_in_4bit: bool = arg(False, "with lora: keep the frozen weights of linear layers in 4 bits")
     max_length: int = arg(4096, "tokens of a row; rows are taken to be full, as with packing", above=1)
     global_batch_size: int = arg(256, "rows of one step, over all GPUs", at_least=1)
     micro_batch_size: int | None = arg(None, "rows one GPU takes at a time", at_least=1, default_text=_FREE)
@@ -90,7 +92,22 @@ class PlanArguments(MachineArguments, WorkloadArguments, FixedSizeArguments):
     top: int = arg(5, "layouts to show", at_least=1)
     json: bool = arg(False, "print JSON for programs")
 
+    @property
+    def quant_method(self) -> str | None:
+        """As the training commands name it."""
+        return "bnb" if self.load_in_4bit else None
+
+    @property
+    def bnb_4bit_use_double_quant(self) -> bool:
+        """Their default."""
+        return True
+
     def check(self) -> Iterator[UserError]:
+        if self.load_in_4bit and self.tuner_type == "full":
+            yield UserError(
+                "--load_in_4bit: quantized weights cannot be trained, and --tuner_type full trains all of them",
+                "add --tuner_type lora, or drop it",
+            )
         if self.optimizer == "sgd" and self.use_distributed_optimizer:
             yield UserError(
                 "--optimizer sgd cannot be spread over data-parallel processes",

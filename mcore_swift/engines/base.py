@@ -69,6 +69,10 @@ class Backend(Protocol):
         """Read the model's description without building it; its `hf` is the transformers config. Raises UserError."""
         ...
 
+    def check(self, plan: Any, args: Any, start: Path | None = None) -> None:
+        """Told before the data is looked at. Raises UserError for what `build` could not do with this model."""
+        ...
+
     def build(
         self, plan: Any, layout: "Layout", args: Any, dtype: "torch.dtype", start: Path | None = None
     ) -> "Engine":

@@ -18,6 +18,7 @@ from mcore_swift.models.decoder_layer import set_attention_factor
 from mcore_swift.models.expert_groups import GroupChoice
 from mcore_swift.models.latent_attention import LatentAttention
 from mcore_swift.models.layer import OuterTraits
+from mcore_swift.models.multi_token import ToldByTheBlock
 from mcore_swift.models.reading import ModelPlan
 from mcore_swift.models.rope import Rotary
 from mcore_swift.models.shards import is_expert
@@ -137,6 +138,8 @@ class Model(GPTModel):
         super().__init__(*args, **kwargs)
         self.real_vocab_size = real_vocab_size
         self.traits = traits
+        if self.mtp_process:
+            self.mtp.layers = ToldByTheBlock(self.mtp.layers)
         if self.pre_process or self.mtp_process:  # megatron-core drops embeddings as it drops what layers add
             self.embedding.embedding_dropout.p = traits.embedding_dropout
         if (self.pre_process or self.mtp_process) and traits.embedding_scale != 1.0:

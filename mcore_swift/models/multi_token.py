@@ -25,7 +25,7 @@ from megatron.core.transformer.multi_token_prediction import (
 )
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-from torch import Tensor
+from torch import Tensor, nn
 
 from mcore_swift.models.norm import RMSNorm
 
@@ -90,6 +90,16 @@ class MultiTokenLayer(MegatronModule):
         with get_cuda_rng_tracker().fork() if self.config.sequence_parallel else nullcontext():
             hidden, _ = self.transformer_layer(hidden_states=hidden, **attention)
         return self.final_layernorm(hidden)
+
+
+class ToldByTheBlock(nn.ModuleList):
+    """The block's layers. megatron-core's block tells what each of them holds, but first asks its list of them, which
+    tells all parameters by their names in memory: beside an adapter these are others than in a checkpoint.
+    """
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Nothing: the block tells it."""
+        return {}
 
 
 def multi_token_spec(layers: list[ModuleSpec]) -> ModuleSpec:

@@ -22,6 +22,23 @@ _MATRIX = re.compile(r"(.+)\.lora_([AB])\.weight")
 _EMBEDDING = re.compile(r"(.+)\.lora_embedding_([AB])")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
+_KNOWN: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "fan_in_fan_out": (False,),
+    "lora_bias": (False,),
+    "trainable_token_indices": (None,),
+    "alora_invocation_tokens": (None,),
+    "use_qalora": (False,),
+    "use_bdlora": (None,),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "megatron_config": (None,),
+    "layer_replication": (None,),
+    # other starts take a part out of the frozen weights, and the adapter fits what is left
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
+}
+"""Options of peft's that would change what the matrices mean, with the values that megatron-core's layers know."""
+
 Shape = tuple[int, ...]
 
 
@@ -132,7 +149,8 @@ def read_peft_folder(folder: str | Path) -> PeftFolder:
 def folder_problems(folder: str | Path, base: Path | None, *, only_lora: bool = False) -> list[UserError]:
     """What shows in the files of an adapter that is to be used beside the model in the folder `base`.
 
-    Of kinds other than LoRA only whether the files are whole, or with `only_lora` that they are of another kind.
+    only_lora: what megatron-core's layers do not take is refused; else of kinds other than LoRA is told only whether
+    the files are whole.
     """
     try:
         adapter = read_peft_folder(folder)
@@ -146,7 +164,27 @@ def folder_problems(folder: str | Path, base: Path | None, *, only_lora: bool = 
             "go on with it by `swift sft --backend fsdp`, or merge it with `swift export --merge_lora true`"
         )
         return [UserError(told, remedy)] if only_lora else []
+    if only_lora and (problems := option_problems(adapter.config, adapter.folder / CONFIG)):
+        return problems
     return matrix_problems(adapter) or (base_problems(adapter, base) if base else [])
+
+
+def option_problems(config: Mapping[str, Any], path: Path) -> list[UserError]:
+    """Whether an adapter is of a kind, or has an option, that is not supported on megatron-core's layers.
+
+    path: of the file that `config` is from.
+    """
+    refused = [
+        f"{name} {config[name]!r}" for name, fine in _KNOWN.items() if config.get(name, fine[0]) not in fine
+    ]
+    if not refused:
+        return []
+    return [
+        UserError(
+            f"{path} asks for what is not supported on megatron-core's layers: {', '.join(refused)}",
+            "train it with `swift sft --backend fsdp`, or merge it with `swift export --merge_lora true`",
+        )
+    ]
 
 
 def matrix_problems(adapter: PeftFolder) -> list[UserError]:

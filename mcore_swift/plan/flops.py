@@ -61,12 +61,14 @@ def training_flops_of_sums(shape: ModelShape, tokens: float, squares: float) -> 
     return (1 + BACKWARD_TO_FORWARD) * forward_flops_of_sums(shape, tokens, squares)
 
 
-def flops_per_token(shape: ModelShape, sequence_length: float) -> float:
+def flops_per_token(shape: ModelShape, sequence_length: float, *, trains: bool = True) -> float:
     """Training FLOPs of one token where all sequences have `sequence_length` tokens.
+
+    trains: else all weights are frozen, whose gradients are a third of the work, as the log of a run counts it.
 
     For sequences of several lengths give sum(s_i^2) / sum(s_i), the length that the average token sees.
     """
-    return training_flops_of_sums(shape, 1, sequence_length)
+    return training_flops_of_sums(shape, 1, sequence_length) * (1 if trains else 2 / 3)
 
 
 def attention_flops(shape: ModelShape, length: int) -> int:

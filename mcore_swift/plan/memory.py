@@ -10,6 +10,9 @@ An estimate, computed from the layout alone. What each part counts, in bytes:
 * activations: what the backward pass needs, after Korthikanti et al., arXiv:2205.05198, section 4, adapted to
   grouped queries, SwiGLU, no dropout, attention kernels that keep queries, keys, values, output and one number a
   row (arXiv:2205.14135), latent attention and experts: `layer_bytes`.
+* adapters beside frozen weights: gradients and optimizer are of the adapters alone; frozen matrices in 4 bits take
+  their packed bytes, and one of them at a time is there in full precision. Activations are taken to be as many: A keeps
+  what the weight it is beside would keep.
 * microbatches in flight: pp - p under 1F1B on stage p, and interleaved 2 (pp - p - 1) + (vpp - 1) pp + 1 chunks of
   1 / vpp stage (same paper, section 4.2.3; Narayanan et al., arXiv:2104.04473, section 2.2).
 * logits: of our fused output layer and loss at their widest, `logit_bytes`.
@@ -22,8 +25,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from .count import Sizes, embedding_parameters, layer_sizes, mtp_sizes
+from .count import Sizes, layer_sizes, mtp_sizes
 from .layout import Layout
+from .low_rank import LowRank, matrices
 from .shape import ModelShape, padded_vocab_size
 
 GIB = 1024**3
@@ -70,6 +74,7 @@ class Run:
 
     sequence_length: tokens of a row; num_microbatches: of each data-parallel rank in a step.
     weight_bytes: 2 (bf16) or 4 (fp32). optimizer_states: fp32 numbers that the optimizer keeps for a parameter.
+    adapters: what trains beside frozen weights; None: all weights train.
     """
 
     micro_batch_size: int = 1
@@ -82,6 +87,7 @@ class Run:
     recompute: Recompute = field(default_factory=Recompute)
     overhead_bytes: int = OVERHEAD_BYTES
     fused: bool = True
+    adapters: LowRank | None = None
 
     def tokens(self, layout: Layout) -> float:
         """Tokens of a microbatch on one rank: a context-parallel rank has its share of each row."""
@@ -150,18 +156,54 @@ def stage_memory(
     shape: ModelShape, layout: Layout, run: Run, stage: Stage, cache: Cache | None = None
 ) -> Memory:
     """Memory of each rank of one pipeline stage."""
-    dense, experts = held_parameters(shape, layout, stage, cache)
+    dense, experts = trained_parameters(shape, layout, run, stage, cache)
     shards = (layout.dp * layout.cp, layout.edp) if run.distributed_optimizer else (1, 1)
     states = 4 * (run.optimizer_states + (run.weight_bytes < 4))
     return Memory(
         stage=stage.rank,
-        weights=run.weight_bytes * (dense + experts),
+        weights=run.weight_bytes * (dense + experts) + frozen_bytes(shape, layout, run, stage, cache),
         gradients=run.gradient_bytes * (dense + experts),
         optimizer=states * (dense / shards[0] + experts / shards[1]),
         activations=activation_bytes(shape, layout, run, stage, cache),
         logits=logit_bytes(shape, layout, run) if stage.has_loss else 0,
         overhead=run.overhead_bytes,
     )
+
+
+def trained_parameters(
+    shape: ModelShape, layout: Layout, run: Run, stage: Stage, cache: Cache | None = None
+) -> tuple[float, float]:
+    """(dense, expert) parameters of a rank that train: all of them, or those of adapters."""
+    if run.adapters is None:
+        return held_parameters(shape, layout, stage, cache)
+    dense, experts = 0.0, 0.0
+    for kind, count in _with_ahead(shape, stage):
+        for matrix in matrices(shape, kind):
+            held = count * matrix.adapters(layout, run.adapters.rank)
+            dense, experts = (dense, experts + held) if matrix.expert else (dense + held, experts)
+    return dense, experts
+
+
+def frozen_bytes(
+    shape: ModelShape, layout: Layout, run: Run, stage: Stage, cache: Cache | None = None
+) -> float:
+    """Bytes of the weights of a rank that stay as they are beside adapters; 0 where all train."""
+    if run.adapters is None:
+        return 0
+    total = run.weight_bytes * sum(held_parameters(shape, layout, stage, cache))
+    if run.adapters.matrix_bytes is None:
+        return total
+    held = [(matrix, count) for kind, count in _with_ahead(shape, stage) for matrix in matrices(shape, kind)]
+    saved = (run.weight_bytes - run.adapters.matrix_bytes) * sum(
+        matrix.held(layout) * count for matrix, count in held
+    )
+    in_full = max((matrix.held(layout) / matrix.count for matrix, _ in held if not matrix.expert), default=0)
+    return total - saved + run.weight_bytes * in_full
+
+
+def _with_ahead(shape: ModelShape, stage: Stage) -> list[tuple[int, int]]:
+    """A stage's layers by kind, with those that predict tokens further ahead."""
+    return [*stage.kinds, (shape.num_layers, shape.num_mtp_layers if stage.has_loss else 0)]
 
 
 def held_parameters(
@@ -300,12 +342,3 @@ def _expert_bytes(shape: ModelShape, layout: Layout, run: Run) -> float:
     router = 12 * shape.num_experts / _split(layout)
     shared = parts * shape.shared_ffn_hidden_size / layout.tp
     return router + run.weight_bytes * (copies * (shape.hidden_size + width) + shared)
-
-
-def model_states_bytes(shape: ModelShape, run: Run) -> float:
-    """Weights, gradients and optimizer of the whole model: what all ranks together must hold at least."""
-    parameters = sum(layer_sizes(shape, index).total for index in range(shape.num_layers))
-    parameters += embedding_parameters(shape) * (1 if shape.tied else 2)
-    return parameters * (
-        run.weight_bytes + run.gradient_bytes + 4 * (run.optimizer_states + (run.weight_bytes < 4))
-    )

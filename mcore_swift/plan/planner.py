@@ -9,6 +9,7 @@ from ..errors import UserError
 from .axes import FLAGS
 from .gpus import GPUS, Gpu, gpu_of
 from .layout import Layout
+from .low_rank import LowRank, four_bit_bytes
 from .memory import GIB, Memory, Recompute, Run, peak_memory, stages_of
 from .peaks import peak_tflops
 from .preflight import as_held, model_folder, read_config
@@ -91,6 +92,16 @@ def run_of(args: Any, sequence_length: int, dtype: str | None = None) -> Run:
         gradient_bytes=4 if wide else 2,
         optimizer_states=2 if args.optimizer == "adam" else 1,
         distributed_optimizer=args.use_distributed_optimizer,
+        adapters=adapters_of(args),
+    )
+
+
+def adapters_of(args: Any) -> LowRank | None:
+    """What trains beside frozen weights, if that is what the flags ask for."""
+    if args.tuner_type != "lora":
+        return None
+    return LowRank(
+        args.lora_rank, four_bit_bytes(args.bnb_4bit_use_double_quant) if args.quant_method else None
     )
 
 
@@ -100,11 +111,11 @@ def memory_notice(
     """A line for a training run whose estimated memory is clearly more than the GPU has, else None.
 
     args: of a training command that the checks have nothing against. An estimate is no reason to refuse a run:
-    it is told, with the nearest thing that is estimated to fit. Nothing is said of training adapters only.
+    it is told, with the nearest thing that is estimated to fit.
     dtype: the checkpoint's own precision, for where the flags give none.
     """
     length = getattr(args, "packing_length", None) or getattr(args, "max_length", None)
-    if not length or not getattr(args, "global_batch_size", None) or args.tuner_type != "full":
+    if not length or not getattr(args, "global_batch_size", None):
         return None
     layout = Layout.from_args(args, world_size)
     run = dataclasses.replace(

@@ -44,7 +44,9 @@ def as_json(plan: Plan, args: Any) -> dict[str, Any]:
         "family": plan.shape.family,
         "parameters": parameters(plan.shape),
         "active_parameters": active_parameters(plan.shape),
-        "training_flops_per_token": flops_per_token(plan.shape, args.max_length),
+        "training_flops_per_token": flops_per_token(
+            plan.shape, args.max_length, trains=args.tuner_type == "full"
+        ),
         "gpu": plan.cluster.gpu.name,
         "num_gpus": args.num_gpus,
         "capacity_bytes": plan.capacity_bytes,
@@ -83,6 +85,10 @@ def flags_of(shape: ModelShape, option: Option, args: Any) -> list[tuple[str, An
         ("num_train_epochs", 1), ("packing", "true"), ("max_length", args.max_length),
         ("micro_batch_size", run.micro_batch_size), ("global_batch_size", args.global_batch_size),
     ]  # fmt: skip
+    if args.tuner_type == "lora":
+        flags += [("tuner_type", "lora"), ("lora_rank", args.lora_rank)]
+    if args.quant_method:
+        flags.append(("load_in_4bit", "true"))
     for axis, flag in FLAGS.items():
         if (getattr(layout, axis) or 1) > 1:
             flags.append((flag, getattr(layout, axis)))
@@ -116,7 +122,7 @@ def _about(plan: Plan, args: Any) -> list[str]:
         sizes += f", {active:.2f} of them active for a token"
     if shape.num_mtp_layers:
         sizes += f" (and {shape.num_mtp_layers * mtp_sizes(shape).total / 1e9:.2f} of multi-token prediction)"
-    flops = flops_per_token(shape, args.max_length) / 1e9
+    flops = flops_per_token(shape, args.max_length, trains=args.tuner_type == "full") / 1e9
     return [
         f"{args.model}: {shape.family}, {sizes}; {flops:.1f} GFLOP to train a token of {args.max_length}",
         f"{args.num_gpus} x {gpu.name}, {plan.capacity_bytes / GIB:.1f} GiB to plan with and "

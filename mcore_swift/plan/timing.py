@@ -16,6 +16,8 @@ layout and GPU; benchmarks/README.md compares it with published figures and says
 * Expert parallelism exchanges every copy of a token twice forward and twice backward, all-to-all.
 * Gradients (fp32) are scattered and weights gathered once a step; what one microbatch's arithmetic covers is
   hidden (overlap_grad_reduce, overlap_param_gather).
+* Beside adapters no gradient of a weight is computed, and adapters themselves take no time; weights in 4 bits are
+  brought to full precision through memory, forward and backward.
 * The pipeline fills and drains in (pp - 1) / vpp microbatches (Narayanan et al., arXiv:2104.04473, section 2.2);
   stages wait for the slowest one.
 * Transfers reach LINK_EFFICIENCY of a link; a group that leaves the node goes through the adapters of its
@@ -28,7 +30,8 @@ from .count import layer_matmuls, layer_sizes
 from .flops import attention_flops_of_layer, flops_per_token
 from .gpus import Gpu
 from .layout import Layout
-from .memory import Cache, Run, Stage, held_parameters, remembered
+from .low_rank import matrices
+from .memory import Cache, Run, Stage, remembered, trained_parameters
 from .shape import ModelShape, padded_vocab_size
 
 GEMM_EFFICIENCY = 0.65
@@ -192,7 +195,9 @@ def step_time(
     dp, optimizer = _data_parallel(shape, layout, run, stages, cluster, slowest.total, cache)
     total = mean.total + pp + bubble + dp + optimizer
     tokens = run.micro_batch_size * count * layout.dp * run.sequence_length / total / layout.world_size
-    flops = remembered(cache, "flops", lambda: flops_per_token(shape, run.sequence_length))
+    flops = remembered(
+        cache, "flops", lambda: flops_per_token(shape, run.sequence_length, trains=not run.adapters)
+    )
     share = fill / (count + fill)
     return StepTime(*mean.parts(), pp, bubble, dp, optimizer, share, tokens, tokens * flops)
 
@@ -210,9 +215,9 @@ def layer_time(shape: ModelShape, layout: Layout, run: Run, index: int, cluster:
     around = cluster.traffic_s(tokens * w * (10 * h / split + 2 * width / layout.tp) + copies * w * 8 * h)
     dispatch = DISPATCH_S if is_moe else 0.0
     forward = attention + scores + mlp + around + dispatch
-    backward = (
-        2 * (attention + mlp + around) + 2.5 * scores + dispatch + _weights_s(shape, layout, index, cluster)
-    )
+    linear = (1 if run.adapters else 2) * (attention + mlp)
+    weights = _weights_s(shape, layout, run, index, cluster)
+    backward = linear + 2 * around + 2.5 * scores + dispatch + weights
     gathers = tokens * h * w
     tp_once = cluster.gather_s(gathers, layout.tp, 1) * (1 - cluster.overlap.tp)
     cp = _context_s(shape, layout, run, cluster)
@@ -261,8 +266,12 @@ def _mlp_s(
     return seconds, copies
 
 
-def _weights_s(shape: ModelShape, layout: Layout, index: int, cluster: Cluster) -> float:
-    """Reading and adding to the fp32 gradients of a layer."""
+def _weights_s(shape: ModelShape, layout: Layout, run: Run, index: int, cluster: Cluster) -> float:
+    """Reading and adding to the fp32 gradients of a layer; or making frozen weights of 4 bits whole, twice."""
+    if run.adapters:
+        stored = run.adapters.matrix_bytes
+        held = 0 if stored is None else sum(matrix.held(layout) for matrix in matrices(shape, index))
+        return 2 * cluster.traffic_s(((stored or 0) + 2 * run.weight_bytes) * held)
     sizes = layer_sizes(shape, index)
     held = sizes.split / layout.tp + sizes.whole + sizes.experts / (layout.ep * layout.etp)
     return cluster.traffic_s(8 * held)
@@ -290,7 +299,8 @@ def _loss_s(shape: ModelShape, layout: Layout, run: Run, cluster: Cluster) -> fl
     """Output layer and loss, forward and backward; so too of predicted tokens."""
     rows = padded_vocab_size(shape.vocab_size, 1, layout.tp) / layout.tp
     tokens = run.tokens(layout)
-    once = 3 * cluster.gemm_s(tokens, rows, shape.hidden_size) + cluster.traffic_s(tokens * rows * 30)
+    passes = 2 if run.adapters else 3
+    once = passes * cluster.gemm_s(tokens, rows, shape.hidden_size) + cluster.traffic_s(tokens * rows * 30)
     return once * (1 + shape.num_mtp_layers)
 
 
@@ -307,7 +317,7 @@ def _data_parallel(
     worst = (0.0, 0.0)
     per_rank = run.gradient_bytes + run.weight_bytes
     for stage in {stages[0], stages[-1]}:
-        dense, experts = held_parameters(shape, layout, stage, cache)
+        dense, experts = trained_parameters(shape, layout, run, stage, cache)
         seconds = cluster.gather_s(dense * per_rank, layout.dp * layout.cp, layout.tp)
         seconds += cluster.gather_s(experts * per_rank, layout.edp, layout.etp * layout.ep)
         exposed = max(0.0, seconds - microbatch_s) if cluster.overlap.dp else seconds

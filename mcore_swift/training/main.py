@@ -69,8 +69,9 @@ def build_run(args: Any, layout: Layout, ranks: Ranks) -> Run:
 def _build_run(args: Any, layout: Layout, ranks: Ranks, resume: Path | None, run_dir: Path) -> Run:
     backend = backend_of(args)
     plan = backend.read(args)
-    data = _prepare_data(args, layout, plan, run_dir, ranks)
     start = resume or _starts_from(args)
+    backend.check(plan, args, start)
+    data = _prepare_data(args, layout, plan, run_dir, ranks)
     engine = backend.build(plan, layout, args, model_dtype(args, plan), start)
     state = _fill(engine, args, data, resume, start, ranks)
     engine.begin(data.train.total_steps)

@@ -5,20 +5,12 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from mcore_swift.errors import UserError
-from mcore_swift.models.rules import RuleTable
+from mcore_swift.models.rules import Rule, RuleTable
 from mcore_swift.tuners.settings import LoraSettings
 
 ALL_LINEAR, ALL_ROUTER, ALL_EMBEDDING = "all-linear", "all-router", "all-embedding"
 ROUTER, EMBEDDING, OUTPUT = "mlp.router.weight", "embedding.word_embeddings.weight", "output_layer.weight"
 """Keys of megatron-core's state dict, or their ends."""
-
-# megatron-core's fused layers, with the HF modules they consist of
-MEGATRON_NAMES = {
-    "linear_qkv": ("q_proj", "k_proj", "v_proj", "qkv_proj"),
-    "linear_proj": ("o_proj",),
-    "linear_fc1": ("gate_proj", "up_proj", "gate_up_proj"),
-    "linear_fc2": ("down_proj",),
-}
 
 
 def choose(
@@ -29,13 +21,14 @@ def choose(
 ) -> set[str]:
     """The modules that the targets match, by peft's rules, as full HF names ('model.layers.0.self_attn.q_proj').
 
-    A target is one of the `kinds` ('all-linear'), the end of a module name, or a megatron-core name. `regex` must match
-    the full name and replaces the targets. Raises UserError for a target that matches nothing.
+    A target is the name of one of the `kinds` ('all-linear', a layer of megatron-core's), or the end of a module's
+    name. With `regex`, it must match the whole name, and targets are not looked at. Raises UserError for a target
+    that matches nothing.
     """
     modules = list(modules)
     kinds = {ALL_LINEAR: modules} | dict(kinds or {})
     if regex is not None:
-        return _by_regex(modules, regex)
+        return _by_regex(modules, regex, kinds)
     chosen: set[str] = set()
     for target in targets:
         if target in kinds:
@@ -43,10 +36,9 @@ def choose(
                 raise UserError(f"--target_modules {target}: this model has none", f"drop {target}")
             chosen |= members
             continue
-        ends = MEGATRON_NAMES.get(target, (target,))
-        matched = {name for name in modules if any(name == end or name.endswith(f".{end}") for end in ends)}
+        matched = {name for name in modules if name == target or name.endswith(f".{target}")}
         if not matched:
-            raise _nothing_matches(f"--target_modules {target}", target, modules)
+            raise _nothing_matches(f"--target_modules {target}", target, modules, kinds)
         chosen |= matched
     return chosen
 
@@ -62,7 +54,7 @@ def chosen_modules(table: RuleTable, settings: LoraSettings) -> set[str]:
             f"--target_modules {output.removesuffix('.weight')}: the output layer of this model is its embedding",
             f"train it whole: --modules_to_save {embedding_module(table).rpartition('.')[2]}",
         )
-    kinds = {
+    kinds = fused_layers(table) | {
         ALL_LINEAR: linear_modules(table),
         ALL_ROUTER: router_modules(table),
         ALL_EMBEDDING: _module_names(table, EMBEDDING),
@@ -138,23 +130,32 @@ def is_in(module: str, ends: Collection[str]) -> bool:
     return any(".".join(parts[:depth]).endswith(tuple(ends)) for depth in range(1, len(parts) + 1))
 
 
-def _by_regex(modules: Sequence[str], regex: str) -> set[str]:
+def _by_regex(modules: Sequence[str], regex: str, kinds: Iterable[str]) -> set[str]:
     try:
         pattern = re.compile(regex)
     except re.error as error:
         raise UserError(f"--target_regex {regex}: is no regular expression ({error})") from None
     chosen = {name for name in modules if pattern.fullmatch(name)}
     if not chosen:
-        raise _nothing_matches(f"--target_regex {regex}", regex, modules)
+        raise _nothing_matches(f"--target_regex {regex}", regex, modules, kinds)
     return chosen
 
 
-def _nothing_matches(flag: str, target: str, modules: Sequence[str]) -> UserError:
-    ends = sorted({name.rpartition(".")[2] for name in modules} | set(MEGATRON_NAMES))
+def _nothing_matches(flag: str, target: str, modules: Sequence[str], kinds: Iterable[str]) -> UserError:
+    ends = sorted({name.rpartition(".")[2] for name in modules} | set(kinds))
     near = difflib.get_close_matches(target, ends, n=3, cutoff=0.4) or ends
     return UserError(
         f"{flag} matches no module of this model that supports adapters", f"nearest names: {', '.join(near)}"
     )
+
+
+def fused_layers(table: RuleTable) -> dict[str, list[str]]:
+    """megatron-core's name of a linear layer, such as 'linear_qkv' -> the HF modules that such layers are made of."""
+    layers: dict[str, list[str]] = {}
+    for rule in table.matrices.rules:
+        if _is_linear(rule.mcore):
+            layers.setdefault(rule.mcore.split(".")[-2], []).extend(_linear_names(rule))
+    return layers
 
 
 def linear_modules(table: RuleTable) -> list[str]:
@@ -162,13 +163,12 @@ def linear_modules(table: RuleTable) -> list[str]:
 
     As in peft's 'all-linear', the output layer is not included.
     """
-    return [
-        name.removesuffix(".weight")
-        for rule in table.matrices.rules
-        if _is_linear(rule.mcore)
-        for name in rule.hf
-        if name.endswith(".weight")  # else several matrices in one tensor
-    ]
+    return [name for names in fused_layers(table).values() for name in names]
+
+
+def _linear_names(rule: Rule) -> list[str]:
+    """HF modules whose weights a linear layer is made of; none of several matrices in one tensor."""
+    return [name.removesuffix(".weight") for name in rule.hf if name.endswith(".weight")]
 
 
 def _is_linear(key: str) -> bool:

@@ -94,7 +94,7 @@ def plain_sgd(packed: bool, **flags: Any) -> MegatronSftArguments:
 def engine_with(folder: Path, adapter: Path, layout: Layout, packed: bool, **flags: Any) -> MegatronEngine:
     args = plain_sgd(packed, **flags)
     plan = read_model(str(folder / "model"))
-    source = PeftAdapter(adapter, plan.table.matrices, alone=False)
+    source = PeftAdapter(adapter, plan.table.matrices)
     engine = MegatronEngine(plan, layout, args, torch.float32, adapter=source.settings)
     with HFReader(folder / "model") as reader:
         load_hf(engine.chunks, reader, engine.plan.table)

@@ -51,6 +51,17 @@ def plan(capsys: pytest.CaptureFixture, *argv: object, expect: int = 0) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
+def test_adapters_fit_where_the_whole_model_does_not(dense: str, capsys: pytest.CaptureFixture) -> None:
+    asked = ("--model", dense, "--gpu", "a100-40g", "--num_gpus", 1, "--global_batch_size", 8)
+    plan(capsys, *asked, expect=2)
+    lora = plan(capsys, *asked, "--tuner_type", "lora")["layouts"][0]
+    assert "--tuner_type lora --lora_rank 8" in lora["command"]
+    asked += ("--tuner_type", "lora", "--load_in_4bit", "true")
+    four = plan(capsys, *asked, "--micro_batch_size", 1)["layouts"][0]
+    assert "--load_in_4bit true" in four["command"]
+    assert four["memory_bytes"]["weights"] < 0.5 * lora["memory_bytes"]["weights"]
+
+
 def test_a_dense_model(dense: str, capsys: pytest.CaptureFixture) -> None:
     answer = plan(
         capsys, "--model", dense, "--gpu", "h100", "--num_gpus", 16, "--max_length", 8192, "--top", 4

@@ -6,6 +6,7 @@ import pytest
 
 from mcore_swift.plan import Layout, ModelShape, active_parameters, parameters
 from mcore_swift.plan.gpus import GPUS
+from mcore_swift.plan.low_rank import LowRank, four_bit_bytes
 from mcore_swift.plan.memory import (
     Recompute,
     Run,
@@ -80,6 +81,26 @@ def test_experts_and_their_share_by_hand() -> None:
     inside = 12 * 8 / 2 + 2 * (2 / 2) * (64 + 3 * 48)
     attention = (2 * (64 + 2 * 32 + 64 + 32 + 64) + 4 * 8) / 2
     assert layer_bytes(MOE, layout, RUN, True)[0] == attention + 2 * 4 * 64 / 2 + inside
+
+
+def test_adapters_beside_frozen_weights_by_hand() -> None:
+    layout = Layout(tp=2, ep=4, dp=4, sequence_parallel=True)
+    stage, full = stages_of(MOE, layout, [8])[0], peak(MOE, layout)
+    run = dataclasses.replace(RUN, adapters=LowRank(4))
+    memory = stage_memory(MOE, layout, run, stage)
+    # of q, k, v A is whole and B divided, of the output projection the other way round; two experts on a rank
+    dense = 8 * 4 * (3 * 64 + (64 + 2 * 32) / 2 + 64 / 2 + 64)
+    experts = 8 * 4 * 2 * 3 * (64 + 48)
+    assert memory.weights == full.weights + 2 * (dense + experts)
+    assert memory.gradients == 4 * (dense + experts)
+    assert memory.optimizer == 12 * (dense / 4 + experts / 2)
+    assert memory.activations == full.activations
+    halved = stage_memory(
+        MOE, layout, dataclasses.replace(run, adapters=LowRank(4, four_bit_bytes(True))), stage
+    )
+    quantized = 8 * (64 * (64 + 2 * 32 + 64) / 2 + 2 * 3 * 64 * 48)
+    saved = (2 - 0.5 - (1 + 4 / 256) / 64) * quantized - 2 * 64 * 64 / 2
+    assert memory.weights - halved.weights == pytest.approx(saved)
 
 
 def test_full_recomputation_keeps_the_inputs_of_layers() -> None:

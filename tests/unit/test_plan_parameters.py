@@ -9,8 +9,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))
 
 from parity_models import SIZES, VARIANTS, config_class  # noqa: E402
 
-from mcore_swift.plan import ModelShape, active_parameters, parameters  # noqa: E402
+from mcore_swift.plan import Layout, ModelShape, active_parameters, parameters  # noqa: E402
 from mcore_swift.plan.count import mtp_sizes  # noqa: E402
+from mcore_swift.plan.low_rank import matrices  # noqa: E402
 
 SMALL = {
     "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 4, "num_attention_heads": 6,
@@ -95,6 +96,16 @@ def test_parameters_are_counted_as_transformers_counts(family: str, sizes: dict)
     multiplied |= {id(value): value.numel() for value in gates}
     multiplied |= {id(value): value.numel() // len(value) * seen for value in routed if value.dim() == 3}
     assert shape.matmul_parameters == sum(multiplied.values())
+    adapted = [
+        module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and ".layers." in name
+        and not name.endswith(("gate", "router"))
+    ]
+    adapted += [value for value in routed if value.dim() == 3 and not shape.expert_bias]
+    found = [matrix.held(Layout()) for index in range(shape.num_layers) for matrix in matrices(shape, index)]
+    assert sum(found) == sum(weight.numel() for weight in adapted)
 
 
 # config.json of published checkpoints, as far as sizes go, with the totals that their authors state, in 10^9

@@ -4,11 +4,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from transformers import LlamaConfig, Qwen2Config, Qwen3MoeConfig
+from transformers import DeepseekV3Config, GPTNeoXConfig, LlamaConfig, Qwen2Config, Qwen3MoeConfig
 
-from converters.peft_config import refuse_other_kinds
 from mcore_swift.errors import UserError
 from mcore_swift.models.family import family_of
+from mcore_swift.plan.adapter import option_problems
 from mcore_swift.tuners.attach import adapter_names
 from mcore_swift.tuners.beside import beside, settled
 from mcore_swift.tuners.freezing import frozen_names
@@ -31,6 +31,10 @@ CONFIGS = {
     "experts": Qwen3MoeConfig(
         **SIZES, num_experts=2, architectures=["Qwen3MoeForCausalLM"], tie_word_embeddings=False
     ),
+    "latent": DeepseekV3Config(
+        **SIZES, n_routed_experts=2, first_k_dense_replace=1, architectures=["DeepseekV3ForCausalLM"]
+    ),
+    "neox": GPTNeoXConfig(**SIZES, architectures=["GPTNeoXForCausalLM"]),
 }
 
 
@@ -72,6 +76,20 @@ def test_what_cannot_train_is_said_with_what_can(model, settings, words):
     assert all(word in str(told.value) for word in words), str(told.value)
 
 
+@pytest.mark.parametrize(
+    ("model", "layer", "ends"),
+    [
+        ("llama", "linear_qkv", {"q_proj", "k_proj", "v_proj"}),
+        ("experts", "linear_fc2", {"down_proj"}),
+        ("latent", "linear_kv_up_proj", {"kv_b_proj"}),
+        ("neox", "linear_fc1", {"dense_h_to_4h"}),
+    ],
+)
+def test_a_layer_of_megatrons_means_the_modules_it_is_made_of(model, layer, ends):
+    chosen = chosen_modules(table(model), LoraSettings(target_modules=(layer,)))
+    assert {name.rpartition(".")[2] for name in chosen} == ends
+
+
 def test_all_linear_is_neither_output_layer_nor_router():
     every = chosen_modules(table("experts"), LoraSettings())
     assert {name.rpartition(".")[2] for name in every} == {
@@ -101,15 +119,13 @@ def test_a_module_that_trains_whole_has_no_adapter():
 
 
 @pytest.mark.parametrize(
-    ("option", "alone"),
-    [({"init_lora_weights": "pissa"}, False), ({"use_dora": True}, True), ({"bias": "all"}, True)],
+    "option", [{"init_lora_weights": "pissa"}, {"alora_invocation_tokens": [7]}, {"use_qalora": True}]
 )
-def test_an_adapter_that_would_be_read_wrong_is_refused(option, alone):
-    """PiSSA's frozen weights are other ones; where matrices alone are read, what comes beside them would be lost."""
-    config = {"peft_type": "LORA"} | option
-    with pytest.raises(UserError, match=next(iter(option))):
-        refuse_other_kinds(config, Path("adapter_config.json"), alone=alone)
-    refuse_other_kinds({"peft_type": "LORA", "init_lora_weights": "gaussian"}, Path("x"))
+def test_an_adapter_that_would_be_read_wrong_is_refused(option):
+    """PiSSA's frozen weights are other ones; an activated LoRA is no part of the tokens before its invocation."""
+    (problem,) = option_problems({"peft_type": "LORA"} | option, Path("adapter_config.json"))
+    assert next(iter(option)) in str(problem)
+    assert option_problems({"peft_type": "LORA", "init_lora_weights": "gaussian"}, Path("x")) == []
 
 
 @pytest.mark.parametrize("init", ["true", "gaussian", "orthogonal"])

@@ -39,6 +39,10 @@ def read(args: Any) -> TransformersPlan:
     return plan
 
 
+def check(plan: TransformersPlan, args: Any, start: Path | None = None) -> None:
+    """Nothing: which modules there are is known when the model is built."""
+
+
 def build(
     plan: TransformersPlan, layout: Layout, args: Any, dtype: torch.dtype, start: Path | None = None
 ) -> TransformersEngine:

@@ -20,6 +20,7 @@ from mcore_swift.plan.adapter import CONFIG, PeftFolder, read_config
 from mcore_swift.plan.axes import length_multiple
 from mcore_swift.plan.layout import Layout
 from mcore_swift.plan.stages import prediction_rank
+from mcore_swift.tuners.beside import beside
 from mcore_swift.tuners.settings import LoraSettings
 from mcore_swift.tuners.targets import adaptable_modules, chosen_modules
 
@@ -52,6 +53,13 @@ def read(args: Any) -> ModelPlan:
     return read_model(args.model, args.mtp_num_layers)
 
 
+def check(plan: ModelPlan, args: Any, start: Path | None = None) -> None:
+    """Raises UserError for adapters, and modules that train whole beside them, that the model cannot have."""
+    if (adapter := _adapter(args, plan, start)) is not None:
+        chosen_modules(plan.table, adapter)
+        beside(plan.table, adapter)
+
+
 def build(
     plan: ModelPlan, layout: Layout, args: Any, dtype: torch.dtype, start: Path | None = None
 ) -> MegatronEngine:
@@ -77,7 +85,7 @@ def _adapter(args: Any, plan: ModelPlan, start: Path | None) -> LoraSettings | N
         saved = settings_of(PeftFolder(start, read_config(start)))
         return replace(saved, dropout=args.lora_dropout, seed=args.seed)
     if start is None and args.adapters:
-        return _fitting(PeftAdapter(args.adapters[0], plan.table.matrices, alone=False), plan)
+        return _fitting(PeftAdapter(args.adapters[0], plan.table.matrices), plan)
     return LoraSettings.from_args(args)
 
 

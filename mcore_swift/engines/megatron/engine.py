@@ -211,7 +211,7 @@ class MegatronEngine:
         if not self.args.adapters:
             return "a new adapter, which initially changes nothing"
         table = self.plan.table
-        source = PeftAdapter(self.args.adapters[0], table.matrices, alone=False)
+        source = PeftAdapter(self.args.adapters[0], table.matrices)
         names = adapter_names(table, self.adapter)
         read_adapter(source, self._trained_shards(), names, table, self.adapter)
         return f"adapter from {source.folder}"
