@@ -70,6 +70,8 @@ SOME = (
 """Adapters other than the thorough ones go by turns through one half of the layouts or the other."""
 ONE = {"all-dora": [Layout(tp=2, sequence_parallel=True, etp=2)]}
 """Where all that it has is divided; its parts are in other adapters too."""
+FEW = {"deepseek-v3-mtp": [Layout(tp=2, sequence_parallel=True, etp=2), Layout(pp=2, vpp=2)]}
+"""The same for whole variants."""
 FROZEN = {
     "half": {"freeze_parameters_ratio": 0.5, "trainable_parameters": ["model.norm"]},
     "names": {"freeze_parameters": ["model.embed_tokens"], "freeze_parameters_regex": r"layers\.[01]\.|norm"},
@@ -162,7 +164,9 @@ def frozen_shards(engine: MegatronEngine) -> list[LiveShard]:
     ]
 
 
-def layouts_of(adapter: str, number: int) -> list[Layout]:
+def layouts_of(variant: str, adapter: str, number: int) -> list[Layout]:
+    if variant in FEW:
+        return FEW[variant]
     if adapter in THOROUGH:
         return LAYOUTS[2]
     return ONE.get(adapter, SOME[number % 2])
@@ -242,7 +246,7 @@ def main() -> None:
             if not possible(layout, folder / variant):
                 continue
             for number, name in enumerate(names):
-                if world_size > 1 and layout not in layouts_of(name, number):
+                if world_size > 1 and layout not in layouts_of(variant, name, number):
                     continue
                 packed = bool(number % 2)
                 cases[f"{variant} {name} {layout}"] = partial(

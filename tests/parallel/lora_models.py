@@ -1,17 +1,21 @@
 """What peft says of adapters on the tiny checkpoints: the reference of the adapters' grid."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from parity_models import LENGTHS, PROMPT
-from safetensors.torch import load_file
+from parity_models import LEARNING_RATE as REFERENCE_RATE
+from parity_models import LENGTHS, PROMPT, Reference, reference_of
+from parity_multi_token import multi_token_layers, names_of
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 LEARNING_RATE = 1.0
 RANK, ALPHA = 3, 5.0
+PREFIX = "base_model.model."
 
 
 @dataclass
@@ -25,66 +29,73 @@ class AdapterReference:
     after: dict[str, Tensor]
 
 
-def make_expert_adapter(model: Path, folder: Path, *, dora: bool = False) -> None:
-    """The same on every linear layer of a model with experts, which transformers keeps fused, so that peft has no
-    layers to adapt: the reference is transformers' forward pass with W + scaling * B A in place of each W.
-    """
-    import transformers
-    from safetensors.torch import save_file
+def make_whole_adapter(model: Path, folder: Path, *, dora: bool = False) -> None:
+    """The same on every linear layer of a model, also where transformers has no layers that peft could adapt: experts,
+    which it keeps fused, and multi-token layers, which it leaves out.
 
+    The reference is transformers' model with W' = W + s B A in place of each W (DoRA: times m / |W'|, the norm no part
+    of the gradient), and the chain rule from the gradients of W'.
+    """
     torch.manual_seed(7)
-    base = (
-        transformers.AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager").float().eval()
-    )
     weights = load_file(model / "model.safetensors")
-    adapted = [name for name in weights if "_proj." in name]
-    matrices = {}
+    matrices: dict[str, Tensor] = {}
+    merged, adapted = dict(weights), [name for name in weights if _is_linear(name)]
     for name in adapted:
         rows, columns = weights[name].shape
-        module = f"base_model.model.{name.removesuffix('.weight')}"
-        matrices[f"{module}.lora_A.weight"] = torch.randn(RANK, columns) * 0.1
-        matrices[f"{module}.lora_B.weight"] = torch.randn(rows, RANK) * 0.1
+        module = PREFIX + name.removesuffix(".weight")
+        down, up = torch.randn(RANK, columns) * 0.1, torch.randn(rows, RANK) * 0.1
+        matrices |= {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}
+        merged[name] = weights[name] + ALPHA / RANK * up @ down
         if dora:
-            matrices[f"{module}.lora_magnitude_vector"] = torch.randn(rows) * 0.1 + 1
+            matrices[f"{module}.lora_magnitude_vector"] = magnitude = torch.randn(rows) * 0.1 + 1
+            merged[name] *= (magnitude / merged[name].norm(dim=1))[:, None]
     (folder / "adapter").mkdir()
     save_file(matrices, folder / "adapter/adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": "all-linear"}
-    config["use_dora"] = dora
-    (folder / "adapter/adapter_config.json").write_text(json.dumps(config))
+    (folder / "adapter/adapter_config.json").write_text(json.dumps(config | {"use_dora": dora}))
 
-    leaves = {name: matrix.clone().requires_grad_() for name, matrix in matrices.items()}
-
-    def effective(name: str) -> Tensor:
-        module = f"base_model.model.{name.removesuffix('.weight')}"
-        delta = leaves[f"{module}.lora_B.weight"] @ leaves[f"{module}.lora_A.weight"]
-        turned = weights[name] + ALPHA / RANK * delta
+    reference = _reference_of(model, folder / "merged", merged)
+    after, squares = {}, torch.zeros(())
+    for name in adapted:
+        module = PREFIX + name.removesuffix(".weight")
+        gradient = (merged[name] - reference.weights[name]) / REFERENCE_RATE
+        down, up = matrices[f"{module}.lora_A.weight"], matrices[f"{module}.lora_B.weight"]
+        of_each = {}
         if dora:
-            turned = (leaves[f"{module}.lora_magnitude_vector"] / turned.norm(dim=1).detach())[
-                :, None
-            ] * turned
-        return turned
+            magnitude = matrices[f"{module}.lora_magnitude_vector"]
+            direction = merged[name] / magnitude[:, None]
+            of_each[f"{module}.lora_magnitude_vector"] = (gradient * direction).sum(dim=1)
+            turned = (weights[name] + ALPHA / RANK * up @ down).norm(dim=1)
+            gradient = gradient * (magnitude / turned)[:, None]
+        of_each[f"{module}.lora_A.weight"] = ALPHA / RANK * up.t() @ gradient
+        of_each[f"{module}.lora_B.weight"] = ALPHA / RANK * gradient @ down.t()
+        after |= {key: matrices[key] - LEARNING_RATE * value for key, value in of_each.items()}
+        squares += sum(value.square().sum() for value in of_each.values())
+    found = AdapterReference(
+        reference.samples, reference.logits, reference.loss, squares.sqrt().item(), after
+    )
+    torch.save(found, folder / "reference.pt")
 
-    def parameters() -> dict[str, Tensor]:
-        state = {name: effective(name) for name in adapted if ".experts." not in name}
-        experts = base.config.num_experts
-        for name in base.state_dict():
-            prefix = name.rpartition(".experts.")[0]
-            if name.endswith(".experts.gate_up_proj"):
-                pairs = [
-                    [effective(f"{prefix}.experts.{n}.{part}_proj.weight") for part in ("gate", "up")]
-                    for n in range(experts)
-                ]
-                state[name] = torch.stack([torch.cat(pair) for pair in pairs])
-            elif name.endswith(".experts.down_proj"):
-                state[name] = torch.stack(
-                    [effective(f"{prefix}.experts.{n}.down_proj.weight") for n in range(experts)]
-                )
-        return state
 
-    def forward(sample: Tensor) -> Tensor:
-        return torch.func.functional_call(base, parameters(), kwargs={"input_ids": sample[None]}).logits[0]
+def _is_linear(name: str) -> bool:
+    """Of a weight of attention, an MLP or an expert; not of a router, nor of what multi-token layers have besides."""
+    *_, module, kind = name.split(".")
+    return kind == "weight" and module.endswith(("_proj", "_proj_with_mqa")) and module != "eh_proj"
 
-    _finish(model, folder, forward, leaves)
+
+def _reference_of(model: Path, folder: Path, weights: dict[str, Tensor]) -> Reference:
+    """transformers' answers with other weights."""
+    import transformers
+
+    shutil.copytree(model, folder)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    whole = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").float()
+    depths = multi_token_layers(whole)
+    with torch.no_grad():
+        for name, tensor in names_of(whole, depths).items():
+            tensor.copy_(weights[name])
+    samples = torch.load(model.parent / "reference.pt", weights_only=False).samples
+    return reference_of(whole.eval(), depths, samples, folder.with_name("stepped"))
 
 
 def make_adapter(model: Path, folder: Path, **settings: object) -> None:

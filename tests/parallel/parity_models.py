@@ -314,6 +314,11 @@ def make_reference(variant: str, folder: Path, *, attention: str = "eager", **si
             tensor.copy_(torch.randn(tensor.shape) * 0.1 + norm)
     add_to_checkpoint(folder / "model", model, depths)
     samples = [torch.randint(0, SIZES["vocab_size"], (length,)) for length in LENGTHS]
+    torch.save(reference_of(model, depths, samples, folder / "stepped"), folder / "reference.pt")
+
+
+def reference_of(model: Any, depths: torch.nn.ModuleList, samples: list[Tensor], stepped: Path) -> Reference:
+    """What a model and its multi-token layers say of the samples. Takes the step, and writes it to `stepped`."""
     outputs = [model(input_ids=sample[None], output_hidden_states=True) for sample in samples]
     logits = [output.logits[0] for output in outputs]
     terms = [
@@ -341,17 +346,16 @@ def make_reference(variant: str, folder: Path, *, attention: str = "eager", **si
     with torch.no_grad():
         for parameter in parameters:
             parameter -= LEARNING_RATE * parameter.grad
-    model.save_pretrained(folder / "stepped")  # a checkpoint's names: in memory experts are fused
-    reference = Reference(
+    model.save_pretrained(stepped)  # a checkpoint's names: in memory experts are fused
+    return Reference(
         samples,
         [rows.detach() for rows in logits],
         loss.item(),
         norm.item(),
-        load_file(folder / "stepped" / "model.safetensors")
+        load_file(stepped / "model.safetensors")
         | {
             name: tensor.detach()
             for name, tensor in (names_of(model, depths) | copies_of(model, depths)).items()
         },
         means.tolist(),
     )
-    torch.save(reference, folder / "reference.pt")

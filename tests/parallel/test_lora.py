@@ -9,10 +9,12 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from jobs import assert_all_passed, run_job  # noqa: E402
-from lora_models import make_adapter, make_expert_adapter  # noqa: E402
+from lora_models import make_adapter, make_whole_adapter  # noqa: E402
 from parity_models import make_reference  # noqa: E402
 
 EXPERTS = "qwen3-moe"
+OTHERS = ("deepseek-v3-mtp",)
+"""Families with linear layers that the others have not: latent attention, shared experts, multi-token layers."""
 ADAPTERS = {
     "qwen3": {
         "all": {},
@@ -56,11 +58,16 @@ def references(tmp_path_factory):
             (folder / variant / name).mkdir()
             make_adapter(folder / variant / "model", folder / variant / name, **settings)
     (folder / EXPERTS / "all").mkdir()
-    make_expert_adapter(folder / EXPERTS / "model", folder / EXPERTS / "all")
+    make_whole_adapter(folder / EXPERTS / "model", folder / EXPERTS / "all")
     names = {name: list(kinds) for name, kinds in ADAPTERS.items()}
     (folder / EXPERTS / "all-dora").mkdir()
-    make_expert_adapter(folder / EXPERTS / "model", folder / EXPERTS / "all-dora", dora=True)
+    make_whole_adapter(folder / EXPERTS / "model", folder / EXPERTS / "all-dora", dora=True)
     names[EXPERTS] += ["all", "all-dora"]
+    for variant in OTHERS:
+        (folder / variant / "all").mkdir(parents=True)
+        make_reference(variant, folder / variant)
+        make_whole_adapter(folder / variant / "model", folder / variant / "all")
+        names[variant] = ["all"]
     (folder / "adapters.json").write_text(json.dumps(names))
     return folder
 
