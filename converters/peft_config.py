@@ -3,12 +3,16 @@
 import math
 import re
 from collections.abc import Collection, Iterable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from mcore_swift.errors import raise_together
+from mcore_swift.models.rules import RuleTable
 from mcore_swift.models.shards import ADAPTER
-from mcore_swift.plan.adapter import CONFIG, PREFIX, PeftFolder, option_problems
+from mcore_swift.plan.adapter import CONFIG, PREFIX, PeftFolder, option_problems, read_config
 from mcore_swift.tuners.settings import LoraSettings
+from mcore_swift.tuners.targets import chosen_modules
 
 _ROUTERS = ("gate", "router")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -19,7 +23,7 @@ DOWN = ("down_proj", "w2")
 def settings_of(adapter: PeftFolder) -> LoraSettings:
     """The settings of an adapter with one A and one B per module; its targets are the modules that have them.
 
-    Without weights (a checkpoint that only describes its adapter), the targets are those of the config.
+    Without weights (see `settings_of_checkpoint`) the targets are those the config names, of the usual rank and alpha.
     Raises UserError for a kind of adapter, or an option of one, that is not supported.
     """
     config = adapter.config
@@ -44,6 +48,21 @@ def settings_of(adapter: PeftFolder) -> LoraSettings:
         target_regex=targets if is_regex and not modules else None,
         rank_pattern={name: own for name in modules if (own := held[name]["A"][0]) != rank},
         alpha_pattern={name: told for name in modules if (told := adapter.alpha_of(name)) != alpha},
+    )
+
+
+def settings_of_checkpoint(folder: Path, table: RuleTable) -> LoraSettings:
+    """The settings of the adapter that a checkpoint of a run on megatron-core describes, for a model of this table.
+
+    Raises UserError for a config that is broken, and for targets that the model lacks.
+    """
+    described = PeftFolder(folder, read_config(folder))
+    settings = settings_of(described)
+    modules = chosen_modules(table, settings)
+    return replace(
+        settings,
+        rank_pattern={name: own for name in modules if (own := described.rank_of(name)) != settings.rank},
+        alpha_pattern={name: own for name in modules if (own := described.alpha_of(name)) != settings.alpha},
     )
 
 

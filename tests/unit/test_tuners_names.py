@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import pytest
 from transformers import DeepseekV3Config, GPTNeoXConfig, LlamaConfig, Qwen2Config, Qwen3MoeConfig
 
+from converters.peft_config import settings_of_checkpoint
+from converters.peft_files import write_config
 from mcore_swift.errors import UserError
 from mcore_swift.models.family import family_of
 from mcore_swift.plan.adapter import option_problems
@@ -15,7 +17,7 @@ from mcore_swift.tuners.freezing import frozen_names
 from mcore_swift.tuners.parts import Part
 from mcore_swift.tuners.settings import LoraSettings
 from mcore_swift.tuners.starts import draw
-from mcore_swift.tuners.targets import chosen_modules
+from mcore_swift.tuners.targets import adaptable_modules, chosen_modules
 
 SIZES = {
     "hidden_size": 8,
@@ -126,6 +128,21 @@ def test_an_adapter_that_would_be_read_wrong_is_refused(option):
     (problem,) = option_problems({"peft_type": "LORA"} | option, Path("adapter_config.json"))
     assert next(iter(option)) in str(problem)
     assert option_problems({"peft_type": "LORA", "init_lora_weights": "gaussian"}, Path("x")) == []
+
+
+@pytest.mark.parametrize("model", ["llama", "experts"])
+def test_a_checkpoint_describes_ranks_and_alphas_of_single_modules(tmp_path, model):
+    every = sorted(chosen_modules(table(model), LoraSettings()))
+    asked = LoraSettings(
+        rank=4,
+        rank_pattern={every[0]: 6, every[-1]: 2},
+        alpha_pattern={every[1]: 5.0},
+        target_modules=tuple(every),
+    )
+    write_config(tmp_path, asked, every, adaptable_modules(table(model)), "base")
+    found = settings_of_checkpoint(tmp_path, table(model))
+    assert (found.rank_pattern, found.alpha_pattern) == (asked.rank_pattern, asked.alpha_pattern)
+    assert chosen_modules(table(model), found) == set(every)
 
 
 @pytest.mark.parametrize("init", ["true", "gaussian", "orthogonal"])

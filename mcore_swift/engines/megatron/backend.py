@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from converters.budget import Budget
-from converters.peft_config import settings_of, unloadable
+from converters.peft_config import settings_of_checkpoint, unloadable
 from converters.peft_files import PeftAdapter
 from converters.ranks import Ranks
 from mcore_swift.engines.megatron import process_groups
 from mcore_swift.engines.megatron.engine import MegatronEngine
 from mcore_swift.errors import UserError
 from mcore_swift.models.reading import ModelPlan, read_model
-from mcore_swift.plan.adapter import CONFIG, PeftFolder, read_config
+from mcore_swift.plan.adapter import CONFIG
 from mcore_swift.plan.axes import length_multiple
 from mcore_swift.plan.layout import Layout
 from mcore_swift.plan.stages import prediction_rank
@@ -82,7 +82,7 @@ def _adapter(args: Any, plan: ModelPlan, start: Path | None) -> LoraSettings | N
     if args.tuner_type != "lora":
         return None
     if start is not None and (start / CONFIG).is_file():
-        saved = settings_of(PeftFolder(start, read_config(start)))
+        saved = settings_of_checkpoint(start, plan.table)
         return replace(saved, dropout=args.lora_dropout, seed=args.seed)
     if start is None and args.adapters:
         return _fitting(PeftAdapter(args.adapters[0], plan.table.matrices), plan)
