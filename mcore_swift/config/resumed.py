@@ -22,7 +22,9 @@ _QUANTIZED = (
     *("bnb_4bit_use_double_quant", "bnb_4bit_quant_storage"),
 )
 _START = ("adapters", "mcore_adapter")
-_MAY_CHANGE = ("lora_dropout", "boft_dropout", "vera_dropout", "lorap_lr_ratio", "merge_lora")
+_FREE = ("lora_dropout", "boft_dropout", "vera_dropout", "lorap_lr_ratio")
+"""Settings of training that a resumed run keeps, unless the command gives them."""
+_MAY_CHANGE = (*_FREE, "merge_lora")
 
 
 def checkpoint_of(cls: type[Arguments], typed: Mapping[str, Any]) -> Path | None:
@@ -99,8 +101,9 @@ def taken_over(cls: type[Arguments], given: Mapping[str, Any], saved: Mapping[st
     if issubclass(cls, TrainedParametersArguments):  # a run continues to train the same parameters
         taken += [
             name
-            for name in _tuner_flags(cls)
-            if name not in given
+            for name in (*_tuner_flags(cls), *_FREE)
+            if name in flags
+            and name not in given
             and name not in taken
             and saved.get(name, flags[name].default) != flags[name].default
         ]

@@ -98,7 +98,9 @@ def test_auto_resumes_with_the_adapter_of_the_newest_checkpoint(tmp_path):
         folder.mkdir()
         (folder / "manifest.json").write_text(json.dumps({"written": 100 - number}))
         given = ("--lora_rank", str(rank), "--target_modules", "q_proj", "v_proj", "--use_rslora", "true")
-        arguments(*given).save(folder)
+        arguments(*given, "--lora_dropout", "0.3", "--lorap_lr_ratio", "4").save(folder)
+    silent = arguments(*auto)
+    assert (silent.lora_dropout, silent.lorap_lr_ratio) == (0.3, 4), "as it was, unless the command says else"
     args = arguments(*auto, "--lora_dropout", "0")
     assert (args.lora_rank, args.use_rslora, args.target_modules) == (4, True, ["q_proj", "v_proj"])
     assert args.lora_dropout == 0 and args.add_version is False

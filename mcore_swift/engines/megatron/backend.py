@@ -69,6 +69,10 @@ def build(
     (--adapters) of a kind that is not supported, or of another base model.
     """
     adapter = _adapter(args, plan, start)
+    if adapter and start is None and args.adapters:  # for args.json, from which a resumed run takes them
+        args.lora_rank, args.lora_alpha, args.lora_dropout = adapter.rank, adapter.alpha, adapter.dropout
+        args.use_rslora, args.use_dora = adapter.use_rslora, adapter.use_dora
+        args.modules_to_save, args.lora_bias = list(adapter.modules_to_save), adapter.bias
     engine = MegatronEngine(plan, layout, args, dtype, adapter=adapter)
     if adapter is not None:
         if reason := unloadable(chosen_modules(plan.table, adapter), dora=adapter.use_dora):
