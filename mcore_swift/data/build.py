@@ -220,7 +220,7 @@ class BlocksEncoder:
                 worker.terminate()  # it may hang, and has nothing left to do
         if isinstance(error, BrokenProcessPool):
             raise UserError(
-                "a process that tokenizes ended without a word, most likely for want of memory",
+                "a process that tokenizes was killed, most likely because memory ran out",
                 f"use a --dataset_num_proc lower than {self._made_of[1].dataset_num_proc}",
             ) from None
 

@@ -244,6 +244,6 @@ def test_a_process_that_is_killed_is_told_of(tokenizer, tmp_path, rows):
     steps = data(tokenizer, tmp_path, rows, shuffle_buffer_size=5, dataloader_num_workers=1)
     steps.step(0)
     steps._source._process.kill()
-    with pytest.raises(UserError, match="ended without a word .exit code -9."):
+    with pytest.raises(UserError, match="was killed .exit code -9."):
         steps.step(20)
     steps.close()

@@ -1,7 +1,7 @@
-"""`--streaming true`: rows are read and tokenized while training goes on, a chunk at a time.
+"""`--streaming true`: rows are read and tokenized during training, one chunk at a time.
 
-One process a machine (`producer`) reads rows (`rows`), tokenizes a few thousand of them (`chunks`) into a token
-cache of their own, and goes on when it is wanted. All processes of the machine map the chunks and deal out their
-samples (`steps`), as they do with a data set that is tokenized before training. A chunk is shuffled and packed by
-itself, and deleted when every process has gone past it.
+One process per machine (`producer`) reads rows (`rows`) and tokenizes a few thousand of them into a chunk (`chunks`),
+a token cache of its own; it stays a few chunks ahead of training. All processes of the machine memory-map the chunks
+(`source`) and take their samples from them (`steps`), as with a dataset that is tokenized before training. Each chunk
+is shuffled and packed separately, and deleted when no step needs it any more.
 """

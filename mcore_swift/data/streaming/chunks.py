@@ -1,4 +1,4 @@
-"""Rows of a stream tokenized into chunks: small token caches one after the other, each with its place in the stream."""
+"""Chunks of a stream: small token caches, each with its position in the stream."""
 
 import json
 import shutil
@@ -20,14 +20,14 @@ from .rows import RowStream
 LONGEST_CHUNK = 64 << 20
 """Bytes of rows at which a chunk ends, however many rows there are."""
 _PACKS, _BYTES_PER_TOKEN = 128, 4
-"""Packed rows a chunk should fill, so that its last ones, which are not full, are few; and what that is in bytes."""
+"""Minimum number of packed rows per chunk, so that few of them are not full; approximate bytes of text per token."""
 _MOST_EMPTY = 100
 _BLOCK_ROWS, _BLOCK_BYTES = 256, 1 << 20
 
 
 @dataclass(frozen=True)
 class Made:
-    """What chunks are made of. sources, tokenizer, settings as of the run; max_length: None keeps every length."""
+    """What chunks are made from: sources, tokenizer and settings of the run. max_length: None keeps every length."""
 
     sources: list[Source]
     tokenizer: Any
@@ -44,7 +44,7 @@ class Made:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A chunk on disk. start, end: places in the stream, and progress in passes there."""
+    """A chunk on disk. start, end: positions in the stream; progress: passes completed at both."""
 
     number: int
     store: TokenStore
@@ -58,7 +58,7 @@ def chunk_path(folder: Path, number: int) -> Path:
 
 
 def read_chunk(folder: Path, number: int) -> Chunk | None:
-    """Chunk `number`, or None if it is not there yet."""
+    """Chunk `number`, or None if it does not exist yet."""
     store = open_store(chunk_path(folder, number))
     if store is None:
         return None
@@ -67,22 +67,22 @@ def read_chunk(folder: Path, number: int) -> Chunk | None:
 
 
 class ChunkWriter:
-    """Writes the chunks of a stream into a folder, from a place on."""
+    """Writes the chunks of a stream into a folder, beginning at a position in the stream."""
 
     def __init__(
         self, made: Made, folder: Path, number: int = 0, place: dict[str, Any] | None = None
     ) -> None:
-        """number: of the next chunk. place: where in the stream it starts, None: at the beginning."""
+        """number: of the next chunk. place: its position in the stream; None: the beginning."""
         self._made, self._folder, self.number = made, folder, number
         self._stream = made.rows()
         if place is not None:
             self._stream.seek(place)
         self._empty = 0  # chunks in a row without a sample
-        self._pass_is_empty = place is None  # so far; of a pass that was begun before, nobody knows
+        self._pass_is_empty = place is None  # so far; a resumed pass may have had samples before
 
     def __enter__(self) -> "ChunkWriter":
         made = self._made
-        # Processes of its own pay at once here: what is tokenized is as much as training lasts.
+        # a size that makes the encoder start its processes at once: a stream is long
         self._encoder = BlocksEncoder(1 << 62, made.tokenizer, made.settings, made.max_length)
         self._submit = self._encoder.__enter__()
         return self
@@ -91,10 +91,10 @@ class ChunkWriter:
         self._encoder.__exit__(*error)
 
     def write(self) -> None:
-        """Write the next chunk; it is there under its name when it is complete.
+        """Write the next chunk, which appears under its name when it is complete.
 
-        Raises UserError(s): a row that cannot be used where --strict is true, no usable row in a whole pass, a file
-        that cannot be read, a full disk.
+        Raises UserError(s) for a row that cannot be used if --strict is true, a whole pass without a usable row, a file
+        that cannot be read, and a full disk.
         """
         path = chunk_path(self._folder, self.number)
         temporary = path.with_name(f".{path.name}.writing")
@@ -111,7 +111,7 @@ class ChunkWriter:
         self.number += 1
 
     def _fill(self, writer: TokenWriter, report: PartReport) -> bool:
-        """Tokenize the rows of a chunk; whether a pass ends with it."""
+        """Tokenize the rows of a chunk; returns whether a pass over the data ends with it."""
         waiting: deque[tuple[Path, Any]] = deque()
         problems = Tally()
         at_once = 3 * self._made.settings.dataset_num_proc
@@ -160,12 +160,12 @@ class ChunkWriter:
         bad = [problem for problem in problems.first if problem.kind not in DROPPED]
         if self._made.settings.strict and bad:
             errors = [UserError(str(problem)) for problem in bad]
-            remedy = "mend or remove such rows, or drop --strict true: they are then left out and counted"
+            remedy = "fix or remove such rows, or drop --strict true: they are then dropped and counted"
             errors[-1] = UserError(errors[-1].message, remedy)
             raise UserErrors(errors) if len(errors) > 1 else errors[0]
 
     def _refuse_nothing(self, report: PartReport, ends_pass: bool) -> None:
-        """Raise UserError where a whole pass, or a hundred chunks, had no sample."""
+        """Raise UserError if a whole pass, or a hundred chunks in a row, had no sample."""
         self._empty = 0 if report.samples else self._empty + 1
         self._pass_is_empty &= not report.samples
         ends_empty = ends_pass and self._pass_is_empty
@@ -183,7 +183,7 @@ class ChunkWriter:
 
 
 class _Block:
-    """Rows that are tokenized together. size: their bytes, about."""
+    """Rows that are tokenized together. size: approximate number of bytes."""
 
     def __init__(self) -> None:
         self.rows: list[RawRow] = []
@@ -191,7 +191,7 @@ class _Block:
         self.file = Path()
 
     def add(self, file: Path, row: RawRow) -> int:
-        """Add a row; returns its bytes, about."""
+        """Add a row; returns its approximate number of bytes."""
         self.file = file
         self.rows.append(row)
         size = len(row.data) if isinstance(row.data, bytes) else len(str(row.data))

@@ -17,7 +17,7 @@ from .steps import StreamedSteps
 
 
 class Stream:
-    """The training data of a run, about to be read. The builder of each machine starts reading for all of it."""
+    """The streamed training data of a run, before it is opened. The builder of each machine reads for its machine."""
 
     def __init__(
         self,
@@ -28,7 +28,7 @@ class Stream:
         is_builder: bool,
         limit: float,
     ) -> None:
-        """limit: seconds to wait for rows. Raises UserError(s): sources that are missing, nowhere to put chunks."""
+        """limit: seconds to wait for rows. Raises UserError(s) for missing sources and an unusable cache folder."""
         self._settings, self._layout, self._limit = settings, layout, limit
         if settings.train_iters is None:
             raise UserError(
@@ -48,7 +48,7 @@ class Stream:
             self._made, self._folder = made, new_folder(settings.cache_root)
 
     def open(self, gather: Callable[[Any], list[Any]], report: DataReport) -> StreamedSteps:
-        """The steps; called in every process. gather: what each has, on all of them."""
+        """The steps. Collective. gather: collects a value from all processes."""
         report.stream = self._about
         host = socket.gethostname()
         found = [
@@ -57,7 +57,7 @@ class Stream:
         if not found:
             raise UserError(
                 f"no process on {host} reads the training data",
-                "start one process a machine with LOCAL_RANK 0",
+                "start one process with LOCAL_RANK 0 on each machine",
             )
         folder: Path = found[0]
         made = self._made if folder == self._folder else None
@@ -68,7 +68,7 @@ class Stream:
 
 
 def _fingerprint(made: Made) -> str:
-    """Hash of what order and tokens depend on; of files, which are many and large, their names and sizes."""
+    """Hash of everything that order and tokens depend on; of files, which may be large, only names and sizes."""
     s = made.settings
     return digest(
         {

@@ -1,8 +1,10 @@
-"""The process that writes the chunks of a stream, a few ahead of what is wanted.
+"""The process that writes the chunks of a stream, a few in advance.
 
-python -m mcore_swift.data.streaming.producer FOLDER PARENT. It reads `FOLDER/made.pickle`, waits for
-`FOLDER/start.json` (number and place of the first chunk), and writes chunk after chunk until `AHEAD` more are there
-than `FOLDER/wanted` names. It ends with its parent, or leaves `FOLDER/error.json` and ends; the folder goes with it.
+    python -m mcore_swift.data.streaming.producer FOLDER PARENT
+
+It reads `FOLDER/made.pickle`, waits for `FOLDER/start.json` (number and position of the first chunk), and keeps writing
+chunks up to `AHEAD` beyond the number in `FOLDER/wanted`. On an error it writes `FOLDER/error.json` and ends. It also
+ends when its parent has ended, and then removes the folder.
 """
 
 import json
@@ -19,7 +21,7 @@ from ..cache import disk_error
 from .chunks import ChunkWriter
 
 AHEAD = 2
-"""Chunks kept ready beyond the last that was asked for."""
+"""Number of chunks to prepare beyond the last one that was requested."""
 _POLL_SECONDS = 0.02
 
 
@@ -31,7 +33,7 @@ def main(folder: Path, parent: int) -> int:
         tell_error(folder, error)
         return 1
     finally:
-        if os.getppid() != parent:  # nobody is left to do it
+        if os.getppid() != parent:  # the parent, which would remove the folder, is gone
             shutil.rmtree(folder, ignore_errors=True)
     return 0
 
@@ -55,7 +57,7 @@ def _produce(folder: Path, parent: int) -> None:
 
 
 def wanted(folder: Path) -> int:
-    """The last chunk that was asked for; -1 if none was."""
+    """The number of the last requested chunk; -1 if there is none."""
     try:
         return int((folder / "wanted").read_text())
     except (FileNotFoundError, ValueError):
@@ -63,12 +65,12 @@ def wanted(folder: Path) -> int:
 
 
 def want(folder: Path, number: int) -> None:
-    """Ask for the chunks up to `number`."""
+    """Request the chunks up to `number`."""
     write_whole(folder / "wanted", str(number))
 
 
 def tell_error(folder: Path, error: Exception) -> None:
-    """Write down why no more chunks come."""
+    """Record why there will be no more chunks."""
     errors = error.errors if isinstance(error, UserErrors) else [error]
     if all(isinstance(one, UserError) for one in errors):
         told: dict = {"mistakes": [[one.message, one.remedy] for one in errors]}
@@ -78,7 +80,7 @@ def tell_error(folder: Path, error: Exception) -> None:
 
 
 def raise_told(folder: Path) -> None:
-    """Raise what `tell_error` wrote down, if it did."""
+    """Raise the error that `tell_error` recorded, if any."""
     try:
         told = json.loads((folder / "error.json").read_text())
     except FileNotFoundError:
@@ -90,7 +92,7 @@ def raise_told(folder: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that appears with all its text."""
+    """Write a file atomically."""
     temporary = path.with_name(f".{path.name}.new")
     temporary.write_text(text)
     temporary.replace(path)

@@ -1,4 +1,4 @@
-"""An endless stream of rows from the sources of a run, and the place in it, as plain JSON."""
+"""An endless stream of rows from the sources of a run, with its position as JSON."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,10 +10,10 @@ from ..sources import Source
 
 
 class Track:
-    """The rows of some sources, one pass over them after the other.
+    """The rows of some sources, pass after pass.
 
-    seed: the files of each pass come in an order of their own; None keeps theirs. number: which track of several, so
-    that they are not shuffled alike. `path#N` is the first N rows of its files, which stay together.
+    seed: shuffles the order of files in each pass; None keeps it. number: index among several tracks, so that each is
+    shuffled differently. `path#N` means the first N rows of its files, which are kept together.
     """
 
     def __init__(self, sources: Sequence[Source], seed: int | None, number: int = 0) -> None:
@@ -29,14 +29,14 @@ class Track:
         self.seek({"pass": 0, "item": 0, "file": 0, "taken": 0, "place": [0, 0, 0]})
 
     def seek(self, state: dict[str, Any]) -> None:
-        """Go to where `state()` was taken."""
+        """Go to the position that `state()` returned."""
         self._pass, self._item = state["pass"], state["item"]
         self._file, self._taken, self._place = state["file"], state["taken"], Place(*state["place"])
         self._reader: Iterator[tuple[Row, Place]] | None = None
         self._shuffle()
 
     def state(self) -> dict[str, Any]:
-        """The place of the next row."""
+        """The position of the next row."""
         return {
             "pass": self._pass,
             "item": self._item,
@@ -46,7 +46,10 @@ class Track:
         }
 
     def progress(self) -> float:
-        """Passes so far; a pass is as far as its share of bytes, which is told within files of lines only."""
+        """Number of passes, with the fraction of the current one by bytes.
+
+        Within a file, the fraction is known for line-based formats only.
+        """
         done = sum(sum(self._bytes[i]) for i in self._order[: self._item])
         done += sum(self._bytes[self._order[self._item]][: self._file]) + self._place.offset
         return self._pass + done / self._all_bytes
@@ -71,7 +74,7 @@ class Track:
             return files[self._file], row
 
     def _next_item(self) -> bool:
-        """Go to the first file of the next item; False if that is of the next pass."""
+        """Go to the first file of the next item; False if that begins the next pass."""
         self._item, self._file, self._taken, self._place, self._reader = self._item + 1, 0, 0, Place(), None
         if self._item < len(self._items):
             return True
@@ -88,16 +91,16 @@ class Track:
 
 
 class RowStream:
-    """Rows of all sources: joined, or in the proportions of weights, at each place as near to them as can be.
+    """The rows of all sources: concatenated, or interleaved by weights, as close to the proportions as possible.
 
-    weights: one for each source; empty: they are joined, and `next` says where a pass ends. With weights a source that
-    is used up begins again by itself. Rows are drawn as `blend.Blended` draws samples: by when they are due.
+    weights: one per source; empty: the sources are concatenated, and `next` signals the end of a pass. With weights, an
+    exhausted source starts again by itself. Rows are interleaved as `blend.Blended` does with samples.
     """
 
     def __init__(
         self, sources: Sequence[Source], weights: Sequence[float], seed: int | None, *, longest: bool = False
     ) -> None:
-        """longest: a pass of several sources ends with the last of them that is used up, not with the first."""
+        """longest: a pass over several sources ends when the last of them is exhausted, not the first."""
         groups = [[source] for source in sources] if weights else [list(sources)]
         self._tracks = [Track(group, seed, number) for number, group in enumerate(groups)]
         self._weights = list(weights) or [1.0]
@@ -110,14 +113,14 @@ class RowStream:
             track.seek(place)
 
     def state(self) -> dict[str, Any]:
-        """The place of the next row, as plain JSON."""
+        """The position of the next row, as JSON."""
         return {"drawn": list(self._drawn), "tracks": [track.state() for track in self._tracks]}
 
     def progress(self) -> float:
         return self._ends(track.progress() for track in self._tracks)
 
     def next(self) -> tuple[Path, Row] | None:
-        """The next row and its file; None once where a pass over joined sources ends."""
+        """The next row and its file; None once at the end of a pass over concatenated sources."""
         due = [(drawn + 0.5) / weight for drawn, weight in zip(self._drawn, self._weights, strict=True)]
         number = due.index(min(due))
         found = self._tracks[number].next()

@@ -1,4 +1,4 @@
-"""The chunks of a stream as a process of the run sees them: asked for, waited for, mapped, deleted when done with."""
+"""The chunks of a stream in a process of the run: requesting, awaiting, mapping and deleting them."""
 
 import json
 import logging
@@ -26,14 +26,14 @@ _POLL_SECONDS = 0.01
 
 
 class ChunkSource:
-    """Chunks by number, of a folder that the process which owns it has filled.
+    """Gives access to chunks by number, in a folder that one process per machine owns.
 
-    One process a machine owns the folder: it starts the producer, asks it for chunks and deletes those that are done
-    with. in_step: it writes chunks itself, when they are asked for. limit: seconds a chunk is waited for.
+    The owner starts the producer, requests chunks and deletes those that are no longer needed. in_step: the owner
+    writes chunks itself when they are requested. limit: seconds to wait for a chunk.
     """
 
     def __init__(self, folder: Path, made: Made | None, *, in_step: bool, limit: float) -> None:
-        """made: what the owner's chunks are made of; None in other processes."""
+        """made: what the owner makes chunks from; None in other processes."""
         self.folder, self.limit = folder, limit
         self._made, self._in_step = made, in_step
         self._writer: ChunkWriter | None = None
@@ -51,7 +51,7 @@ class ChunkSource:
         return self._made is not None
 
     def start(self, number: int, place: dict[str, Any] | None) -> None:
-        """Begin with chunk `number`, which starts at `place` in the stream (None: its beginning)."""
+        """Begin with chunk `number` at position `place` of the stream (None: its beginning)."""
         if self._first >= 0:
             return
         self._first = number
@@ -64,7 +64,7 @@ class ChunkSource:
             write_whole(self.folder / "start.json", json.dumps({"number": number, "place": place}))
 
     def chunk(self, number: int) -> Chunk:
-        """Chunk `number`, waited for. Raises what kept it from being made, TimeoutError after `limit` seconds."""
+        """Wait for chunk `number`. Raises the error that prevented it, or TimeoutError after `limit` seconds."""
         if self.is_owner and number > self._wanted:
             self._wanted = number
             self._ask(number)
@@ -76,7 +76,7 @@ class ChunkSource:
                 tell_error(self.folder, _died(self._process))
                 continue
             if self._is_closed:
-                raise RuntimeError("the run has ended while rows were waited for")
+                raise RuntimeError("the run ended while it waited for rows")
             if time.monotonic() - started > self.limit:
                 raise TimeoutError(
                     f"rows of the training data were not read and tokenized within {self.limit:.0f} s "
@@ -88,12 +88,12 @@ class ChunkSource:
         return found
 
     def done_with(self, chunk: Chunk) -> None:
-        """No process of the run needs the chunk any more."""
+        """Delete a chunk that no process needs any more."""
         if self.is_owner:
             shutil.rmtree(chunk_path(self.folder, chunk.number), ignore_errors=True)
 
     def close(self) -> None:
-        """End the producer and remove the folder. Who still waits for a chunk raises RuntimeError."""
+        """End the producer and remove the folder. Threads that still wait for a chunk raise RuntimeError."""
         self._is_closed = True
         if self._writer is not None:
             self._writer.__exit__(None, None, None)
@@ -119,14 +119,14 @@ class ChunkSource:
     def _start_process(self, made: Made) -> None:
         (self.folder / "made.pickle").write_bytes(pickle.dumps(made))
         command = [sys.executable, "-m", f"{__package__}.producer", str(self.folder), str(os.getpid())]
-        # It must find this very package, however this process has found it.
+        # it must import the same package as this process
         root = str(Path(__file__).resolve().parents[3])
         paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         self._process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": paths})
         weakref.finalize(self, _stop, self._process)
 
     def _tell_dropped(self, chunk: Chunk) -> None:
-        """Say what rows have been left out: the first time, and whenever they have become twice as many."""
+        """Log how many rows were dropped, the first time and whenever the number has doubled."""
         report = PartReport(**chunk.store.meta["report"])
         if not report.dropped:
             return
@@ -144,9 +144,9 @@ class ChunkSource:
 
 
 def new_folder(root: Path) -> Path:
-    """A folder for the chunks of this run; those that runs on this machine which were killed have left are removed.
+    """Create a folder for the chunks of this run, and remove those of killed runs on this machine.
 
-    Raises UserError if it cannot be made.
+    Raises UserError if it cannot be created.
     """
     host = socket.gethostname()
     try:
@@ -164,8 +164,7 @@ def new_folder(root: Path) -> Path:
 
 def _died(process: subprocess.Popen) -> UserError:
     return UserError(
-        f"the process that tokenizes ended without a word (exit code {process.returncode}), most likely for want of "
-        "memory",
+        f"the process that tokenizes was killed (exit code {process.returncode}), most likely because memory ran out",
         "lower --dataset_num_proc or --shuffle_buffer_size",
     )
 

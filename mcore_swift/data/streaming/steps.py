@@ -1,4 +1,4 @@
-"""Steps over the chunks of a stream: the interface of `steps.Steps`, for data whose end nobody knows."""
+"""Steps over the chunks of a stream: the interface of `steps.Steps`, for data of unknown length."""
 
 import threading
 from typing import Any
@@ -14,15 +14,15 @@ from ..steps import Batches, Layout, StepInfo
 from .chunks import Chunk
 from .source import ChunkSource
 
-_KEPT = 4  # windows kept, of steps that are looked at more than once
+_KEPT = 4  # number of cached windows, because steps are accessed more than once
 
 
 class StreamedSteps:
     """Training steps over a stream.
 
-    Unit number g of the run is in the chunk that holds it: chunk after chunk, the units of each in an order of its own.
-    So, as with `Steps`, neither the number of ranks nor micro_batch_size changes which samples a step holds. Steps may
-    be asked for by several threads at once, at most as far ahead as memory for their chunks is meant to go.
+    The units of the run are numbered chunk after chunk, and each chunk has its own order. As with `Steps`, the samples
+    of a step therefore depend neither on the number of ranks nor on micro_batch_size. Several threads may request
+    steps at the same time; the chunks of all steps between the oldest and the newest are kept.
     """
 
     def __init__(
@@ -33,13 +33,17 @@ class StreamedSteps:
         packing: str | None,
         fingerprint: str,
     ) -> None:
-        """packing: strategy of --packing_strategy, None: samples are not packed."""
+        """packing: value of --packing_strategy; None: samples are not packed."""
         self._source, self._settings, self._layout, self._packing = source, settings, layout, packing
         self.fingerprint = fingerprint
         self.total_steps = int(settings.train_iters)
         self._base = (0, 0)  # (step, units consumed before it)
-        self._chunks: list[_Units] = []  # neighbours, from the first that is needed still
-        self._next: tuple[int, int, dict[str, Any] | None] = (0, 0, None)  # chunk, its first unit, its place
+        self._chunks: list[_Units] = []  # consecutive, from the first that is still needed
+        self._next: tuple[int, int, dict[str, Any] | None] = (
+            0,
+            0,
+            None,
+        )  # chunk, its first unit, its position
         self._windows: dict[tuple[int, int], _Window] = {}
         self._lock, self._growing = threading.Lock(), threading.Lock()
 
@@ -47,14 +51,14 @@ class StreamedSteps:
         return self.total_steps
 
     def step(self, k: int, dp_rank: int = 0, dp_size: int = 1) -> list[Batch]:
-        """The microbatches of data-parallel rank `dp_rank` of `dp_size` in step `k`; waits for rows if need be.
+        """The microbatches of data-parallel rank `dp_rank` of `dp_size` in step `k`; waits for rows if necessary.
 
-        Raises UserError where rows or files cannot be used, TimeoutError where they do not come.
+        Raises UserError if rows or files cannot be used, TimeoutError if no rows arrive.
         """
         return self._window(k).step(k, dp_rank, dp_size)
 
     def info(self, k: int) -> StepInfo:
-        """Counts of step `k` over all ranks. To be called after each step: chunks before it are let go."""
+        """Counts of step `k` over all ranks. Must be called after each step, because it releases earlier chunks."""
         info = self._window(k).info(k)
         with self._lock:
             while self._chunks and self._chunks[0].stop <= self.consumed(k):
@@ -66,14 +70,14 @@ class StreamedSteps:
         _Window([], self._settings, self._layout, self.consumed).check_divides(dp_size)
 
     def consumed(self, k: int) -> int:
-        """Units that are used up before step `k`."""
+        """Number of units used before step `k`."""
         step, consumed = self._base
         if k < step:
             raise ValueError(f"step {k} is before step {step}, from which this run was resumed")
         return consumed + (k - step) * self._settings.global_batch_size
 
     def epoch(self, k: int) -> float:
-        """Passes over the data before step `k`, as far as it has been read by bytes."""
+        """Passes over the data before step `k`, estimated by bytes."""
         if k == 0:
             return 0.0
         unit = self.consumed(k)
@@ -86,7 +90,7 @@ class StreamedSteps:
         return 0.0
 
     def state_dict(self, k: int) -> dict[str, Any]:
-        """The position before step `k`, as plain JSON values."""
+        """The position before step `k`, as JSON."""
         return {
             "step": k,
             "consumed_samples": self.consumed(k),
@@ -97,36 +101,36 @@ class StreamedSteps:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> list[str]:
-        """Continue where `state` was taken, at the very row; returns warnings for what has changed since."""
+        """Continue at the exact row of `state`; returns warnings for what has changed since."""
         warnings = []
         self._base = (int(state["step"]), int(state["consumed_samples"]))
         stream = state.get("stream")
         if stream is None:
             warnings.append(
-                "the checkpoint was trained on data that was not streamed: the stream starts at its beginning, so that "
-                "some samples may come twice"
+                "the checkpoint was trained on data that was not streamed: the stream starts at its beginning, so "
+                "samples may be repeated"
             )
             self._next = (0, self._base[1], None)
         else:
             self._next = (int(stream["chunk"]), int(stream["first"]), stream["place"])
         if stream is not None and state["fingerprint"] != self.fingerprint:
             warnings.append(
-                "the training data or how it is tokenized and packed has changed since the checkpoint: some samples "
-                "may come twice or not at all in this pass"
+                "the training data, or how it is tokenized and packed, has changed since the checkpoint: samples may "
+                "be repeated or skipped in this pass"
             )
         if state["seed"] != self._settings.data_seed:
             warnings.append(
-                f"--data_seed {self._settings.data_seed} is not the checkpoint's {state['seed']}: samples come in "
-                "another order"
+                f"--data_seed {self._settings.data_seed} is not the checkpoint's {state['seed']}: the order of samples "
+                "changes"
             )
         return warnings
 
     def close(self) -> None:
-        """End the process that reads; its files go away."""
+        """End the process that reads, and remove its files."""
         self._source.close()
 
     def _place(self, unit: int) -> dict[str, Any]:
-        """The chunk that `unit` is in, its first unit, and where in the stream it starts."""
+        """The number of the chunk with `unit`, its first unit, and its position in the stream."""
         with self._lock:
             for units in self._chunks:
                 if unit < units.stop:
@@ -135,7 +139,7 @@ class StreamedSteps:
             return {"chunk": number, "first": first, "place": place}
 
     def _window(self, k: int) -> "_Window":
-        """The chunks of step `k` as one store."""
+        """The chunks of step `k` as one window."""
         first = self.consumed(k)
         stop = first + self._settings.global_batch_size
         self._reach(stop)
@@ -149,7 +153,7 @@ class StreamedSteps:
             return self._windows[key]
 
     def _reach(self, stop: int) -> None:
-        """Have all units before number `stop`. While one thread waits for a chunk, others use those that are there."""
+        """Wait for all units before `stop`. While one thread waits for a chunk, others can use the existing ones."""
         while not self._has(stop):
             with self._growing:
                 if self._has(stop):
@@ -168,13 +172,13 @@ class StreamedSteps:
 
 
 class _Units:
-    """The units of a chunk, which are number `first` to before `stop` of the run, and their order."""
+    """The units of a chunk and their order. first, stop: their range in the numbering of the run."""
 
     def __init__(
         self, chunk: Chunk, first: int, settings: DataSettings, layout: Layout, packing: str | None
     ) -> None:
         self.chunk, self.first = chunk, first
-        # A seed of its own for each chunk, far from those that users give.
+        # a different seed for each chunk, outside the range of seeds that users give
         seed = settings.data_seed + ((chunk.number + 1) << 32) if settings.is_shuffled else None
         self.store: Store = chunk.store
         if packing == "concat" and len(chunk.store.lengths):
@@ -189,7 +193,7 @@ class _Units:
 
 
 class _Window(Batches):
-    """Neighbouring chunks as one store, and the steps that lie in them."""
+    """Consecutive chunks as one store, and the steps that they contain."""
 
     def __init__(self, chunks: list[_Units], settings: DataSettings, layout: Layout, consumed: Any) -> None:
         chunks = [chunk for chunk in chunks if len(chunk.units)]
