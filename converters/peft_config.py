@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mcore_swift.config.base import found_from_anywhere
 from mcore_swift.errors import raise_together
 from mcore_swift.models.rules import RuleTable
 from mcore_swift.models.shards import ADAPTER
@@ -77,7 +78,7 @@ def config_of(
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
+        "base_model_name_or_path": found_from_anywhere(base_model) if base_model else base_model,
         "r": settings.rank,
         "lora_alpha": settings.alpha,
         "lora_dropout": settings.dropout,

@@ -7,6 +7,6 @@ MASTER_PORT), or joins those that torchrun or srun has started, or runs here alo
 """
 
 from .environment import Place, read_place, world_size_from_env
-from .run import run
+from .run import in_this_process, run
 
-__all__ = ["Place", "read_place", "run", "world_size_from_env"]
+__all__ = ["Place", "in_this_process", "read_place", "run", "world_size_from_env"]

@@ -128,8 +128,8 @@ def _killed_line(one: Exit) -> str:
     )
     if number == signal.SIGKILL:
         line += (
-            "\n  remedy: if nobody did it, memory ran out (see dmesg): lower --micro_batch_size or "
-            "--max_length, use more recomputation or more model parallelism"
+            "\n  remedy: if nobody did it, memory ran out (see dmesg): lower --micro_batch_size "
+            "(`swift`: --per_device_train_batch_size) or --max_length, use more recomputation or more model parallelism"
         )
     return line
 

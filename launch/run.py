@@ -132,6 +132,25 @@ def _write_torchelastic_file(error: Exception) -> None:
 
 
 @contextmanager
+def in_this_process() -> Iterator[Place]:
+    """Work that Python calls, and no command: the environment of one process of the run, while the context lasts.
+
+    Raises UserError where the environment asks for processes to be started, which only a command does.
+    """
+    place = read_place()
+    if place.mode == "start":
+        count = place.world_size // place.nodes
+        raise UserError(
+            f"NPROC_PER_NODE={count}: a call from Python works in its own process, and starts no others",
+            f"start the script with `torchrun --nproc_per_node {count} script.py`, or unset NPROC_PER_NODE and NNODES",
+        )
+    with _restored_environment():
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        os.environ.update(place.as_environment())
+        yield place
+
+
+@contextmanager
 def _restored_environment() -> Iterator[None]:
     before = dict(os.environ)
     try:

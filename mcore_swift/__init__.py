@@ -4,7 +4,12 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_LAZY = {"TrainArguments": "train_arguments", "sft_main": "sft_main", "pt_main": "pt_main"}
+_LAZY = {
+    "TrainArguments": "train_arguments",
+    "PretrainArguments": "pretrain_arguments",
+    "sft_main": "sft_main",
+    "pt_main": "pt_main",
+}
 
 
 def __getattr__(name: str) -> Any:

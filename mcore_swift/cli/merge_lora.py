@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from launch import read_place
+
+from ..config import named_flags
 from ..config.swift import SwiftExportArguments
 from ..errors import UserError, raise_together
 from ..plan.adapter import WEIGHTS
@@ -16,9 +19,14 @@ swift export --adapters out/v0-20260101-120000/checkpoint-100 --to_peft_format t
 
 
 def run(argv: Sequence[str]) -> int:
-    """The command; returns its exit code."""
-    asked = any(word.partition("=")[0].replace("-", "_") in _ASKED for word in argv)
-    argv = list(argv) if asked or not argv else [*argv, "--merge_lora", "true"]
+    """`swift merge-lora`; returns its exit code."""
+    if argv and not named_flags(argv) & {"merge_lora", "to_peft_format", "help"}:
+        argv = [*argv, "--merge_lora", "true"]
+    return run_export(argv)
+
+
+def run_export(argv: Sequence[str]) -> int:
+    """`swift export` of an adapter; returns its exit code."""
     return start("swift-export", argv, f"{__name__}:merge", EXAMPLES)
 
 
@@ -30,6 +38,8 @@ def merge(argv: Sequence[str]) -> int | None:
         if args.model is None:
             raise UserError(f"--adapters {folder}: nothing names its base model", "give it with --model")
         return _on_megatron(args)
+    if read_place().rank:
+        return 0  # peft merges a whole model in one process, whatever NPROC_PER_NODE says
     import torch
 
     from ..tuners.merge import merge_adapter
@@ -54,6 +64,3 @@ def _on_megatron(args: SwiftExportArguments) -> int:
     code = export_main(args.as_megatron())
     print(f"{'merged into' if args.merge_lora else 'PEFT adapter in'} {args.output_dir}")
     return code
-
-
-_ASKED = ("__merge_lora", "__to_peft_format")

@@ -9,7 +9,7 @@ Importing this package imports neither torch nor megatron.
 from .arguments import COMMANDS, MegatronExportArguments, MegatronPretrainArguments, MegatronSftArguments
 from .base import ARGS_FILE, Arguments
 from .checkpoint import size_bytes
-from .parser import Reading, parse, parse_command, print_notice, read
+from .parser import Reading, from_values, named_flags, parse, parse_command, print_notice, read
 from .swift import SWIFT_COMMANDS, SwiftPretrainArguments, SwiftSftArguments
 
 __all__ = [
@@ -23,6 +23,8 @@ __all__ = [
     "Reading",
     "SwiftPretrainArguments",
     "SwiftSftArguments",
+    "from_values",
+    "named_flags",
     "parse",
     "parse_command",
     "print_notice",

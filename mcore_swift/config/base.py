@@ -63,9 +63,12 @@ class Arguments:
         return cls(**known)
 
     def save(self, folder: str | Path) -> Path:
-        """Write `folder`/args.json; returns its path."""
+        """Write `folder`/args.json; returns its path. Folders in it are found from wherever it is read."""
         path = Path(folder) / ARGS_FILE
-        path.write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        values = self.to_dict()
+        if values.get("model"):
+            values["model"] = found_from_anywhere(values["model"])
+        path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         return path
 
     @classmethod
@@ -85,6 +88,12 @@ _EXAMPLES = {
     "dataset": "<file.jsonl> [more files]",
     "gpu": "h100",
 }
+
+
+def found_from_anywhere(model: str) -> str:
+    """The absolute path of a folder; other names as they are."""
+    path = Path(model).expanduser()
+    return str(path.resolve()) if path.is_dir() else model
 
 
 def read_args_file(path: str | Path) -> dict[str, Any]:

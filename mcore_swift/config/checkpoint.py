@@ -64,6 +64,10 @@ class SaveArguments(HFSaveArguments):
         True, "at each save, also write the weights as a Hugging Face checkpoint (of adapters: a PEFT folder)"
     )
     async_save: bool = arg(False, "write checkpoints in the background while training continues")
+    create_checkpoint_symlink: bool = arg(
+        False,
+        "link the newest checkpoint as last (beside latest, which is always there) and the best one as best",
+    )
 
 
 @dataclasses.dataclass(kw_only=True)

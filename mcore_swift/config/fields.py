@@ -21,6 +21,7 @@ class Flag:
     refused: choices of ms-swift that are not supported yet, with the reason.
     at_least, above, at_most, below: bounds of a number (closed, open, closed, open).
     nested: a list in a YAML file is the value too, as the JSON text of it.
+    is_regex: the value is a regular expression.
     group: title under which `--help` lists it.
     """
 
@@ -39,6 +40,7 @@ class Flag:
     at_most: float | None = None
     below: float | None = None
     nested: bool = False
+    is_regex: bool = False
 
 
 def arg(
@@ -53,6 +55,7 @@ def arg(
     at_most: float | None = None,
     below: float | None = None,
     nested: bool = False,
+    is_regex: bool = False,
 ) -> Any:
     """Declare a dataclass field that is a flag; the arguments are those of `Flag`."""
     metadata = {
@@ -65,6 +68,7 @@ def arg(
         "at_most": at_most,
         "below": below,
         "nested": nested,
+        "is_regex": is_regex,
     }
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)

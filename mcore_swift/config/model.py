@@ -22,7 +22,8 @@ class HFModelArguments(Arguments):
     )
     model_type: str | None = arg(
         None,
-        "family that the model must belong to, as named by `mcore-swift list-models`",
+        "family that the model must belong to, as named by `mcore-swift list-models` or config.json; a name that only "
+        "ms-swift has is noted, and has no effect",
         default_text="any, by the architecture in config.json",
     )
     torch_dtype: str | None = arg(
@@ -40,7 +41,8 @@ class HFModelArguments(Arguments):
     load_args: bool = arg(
         True,
         "take flags that describe the model and its text (model, torch_dtype, system, max_length ...) from the "
-        "args.json of --resume or --mcore_model unless the command gives them",
+        "args.json of the checkpoint that is resumed or started from, or beside --adapters, unless the command gives "
+        "them",
     )
 
 
@@ -61,6 +63,17 @@ class ModelArguments(HFModelArguments):
         at_least=0,
         default_text="as many as the checkpoint has",
     )
+
+
+def _loss_weights() -> dict[str, str]:
+    """ms-swift's weights of single tokens, alone and behind a '+', and why each is refused."""
+    why = dict.fromkeys(
+        ("react", "hermes", "qwen", "agentflan", "alpha_umi", "ignore_think_prefix"),
+        "weights of single tokens are not supported yet",
+    )
+    why["ignore_empty_think"] = "empty thoughts that the template writes are not learnt in any case; drop it"
+    bases = ("default", "last_round", "all")
+    return why | {f"{base}+{name}": reason for base in bases for name, reason in why.items()}
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -89,10 +102,7 @@ class TemplateArguments(Arguments):
         "tokens with a loss: every assistant turn (default), the last assistant turn (last_round), or every token "
         "(all)",
         choices=("default", "last_round", "all"),
-        refused=dict.fromkeys(
-            ("ignore_empty_think", "react", "hermes", "qwen", "agentflan", "alpha_umi"),
-            "per-token loss weights are not supported yet",
-        ),
+        refused=_loss_weights(),
     )
     use_chat_template: bool = arg(
         True,

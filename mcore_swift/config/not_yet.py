@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from .known import ANY, NotYet, refused, settings, table
 from .not_yet_swift import HF_TRAINER, REMOVED, RLHF, SHARED_WITH_SWIFT
 
-_NO_ADAPTERS = "LoRA is not supported yet"
 _NO_MULTIMODAL = "only text models are supported yet"
 _NO_LOW_PRECISION = "FP8 and FP4 training are not supported yet"
 
@@ -204,26 +203,3 @@ _MEGATRON = table(
 )
 
 NOT_YET: Mapping[str, NotYet] = HF_TRAINER | REMOVED | SHARED_WITH_SWIFT | RLHF | _MEGATRON
-
-# what users repeat from training or from ms-swift's notes when they export, and what export does anyway
-EXPORT_HARMLESS: Mapping[str, NotYet] = table(
-    settings(
-        "export saves no state of training and runs no backward pass",
-        no_save_optim=True,
-        no_save_rng=True,
-        no_load_optim=True,
-        no_load_rng=True,
-        finetune=True,
-        recompute_granularity="none",
-    ),
-    settings("export compares plain rows", padding_free=False, packing=False),
-    settings(
-        "attention takes the fastest kernel it finds; naming one is not supported yet",
-        attention_backend=("unfused", "flash", "auto"),
-    ),
-    settings(
-        "what is converted is told by --adapters and --mcore_adapter",
-        tuner_type=("full", "lora"),
-    ),
-    settings("export to Hugging Face always writes safetensors", save_safetensors=True),
-)

@@ -2,7 +2,6 @@
 
 from .known import ANY, NotYet, refused, settings, table
 
-_NO_ADAPTERS = "LoRA is not supported yet"
 _NO_RL = "preference learning and RL are not supported yet"
 
 RLHF = table(
@@ -42,7 +41,7 @@ RLHF = table(
 )
 
 SHARED_WITH_SWIFT = table(
-    settings(_NO_ADAPTERS, tuner_backend="peft"),
+    settings("adapters are peft's, or this project's own on megatron-core's layers", tuner_backend="peft"),
     settings("the data settings of a checkpoint are not taken over yet", load_data_args=False),
     settings(
         "not supported yet; give the rows as files to --dataset",
@@ -65,17 +64,32 @@ SHARED_WITH_SWIFT = table(
         max_memory=None,
     ),
     settings(
-        "the chat template is that of the tokenizer; choosing another is not supported yet",
-        "put the template into a copy of the checkpoint",
+        "the chat template is that of the tokenizer; others are not chosen by name",
+        "drop it where it names the model's own, which is used in any case; another goes into chat_template.jinja of "
+        "a copy of the checkpoint",
         template=None,
         template_backend=("jinja", "swift"),
-        agent_template=None,
-        response_prefix=None,
-        preserve_thinking=None,
-        add_non_thinking_prefix=True,
-        is_binary_loss_scale=None,
-        padding_side="right",
     ),
+    settings(
+        "tools and calls are written as the tokenizer's chat template writes them; other ways are not supported yet",
+        "drop it where it names the model's own way, which is used in any case",
+        agent_template=None,
+    ),
+    settings(
+        "the chat template says what an answer begins with",
+        "write it into the answers of the rows, or into the template of a copy of the checkpoint",
+        response_prefix=None,
+        add_non_thinking_prefix=True,
+    ),
+    settings(
+        "which thoughts of earlier turns stay is left to the chat template",
+        "change it in a copy of the checkpoint",
+        preserve_thinking=None,
+    ),
+    settings(
+        "tokens count wholly or not at all; weights are not supported yet", is_binary_loss_scale=(None, True)
+    ),
+    settings("in training, rows are padded on the right", padding_side="right"),
 )
 
 # flags of `swift sft` (the HF trainer) that people carry over, with the flag of `megatron sft` that does it
@@ -104,6 +118,23 @@ _HF_TRAINER = {
 HF_TRAINER = {
     name: NotYet((), "a flag of the HF trainer", f"use --{flag}") for name, flag in _HF_TRAINER.items()
 }
+
+SWIFT_NAMES = {
+    "micro_batch_size": "per_device_train_batch_size",
+    "global_batch_size": "gradient_accumulation_steps",
+    "lr": "learning_rate",
+    "lr_warmup_fraction": "warmup_ratio",
+    "lr_warmup_iters": "warmup_steps",
+    "lr_decay_style": "lr_scheduler_type",
+    "train_iters": "max_steps",
+    "clip_grad": "max_grad_norm",
+    "adam_eps": "adam_epsilon",
+    "recompute_granularity": "gradient_checkpointing",
+    "resume": "resume_from_checkpoint",
+    "no_save_optim": "save_only_model",
+    "context_parallel_size": "sequence_parallel_size",
+}
+"""A flag of `megatron sft` -> the flag of `swift sft` that does it."""
 
 # what v4 took out of v3
 REMOVED = table(

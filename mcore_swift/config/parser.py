@@ -4,7 +4,7 @@ import dataclasses
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -15,12 +15,29 @@ from .base import Arguments, read_args_file
 from .fields import Flag, flags_of
 from .files import SUFFIXES, apply_env, read_config
 from .known import NotYet
-from .not_yet import EXPORT_HARMLESS, NOT_YET
+from .not_yet import NOT_YET
+from .not_yet_export import EXPORT_HARMLESS, MERGE_HARMLESS
+from .not_yet_swift import SWIFT_NAMES
 from .not_yet_trainer import NOT_YET_TRAINER
-from .resumed import checkpoint_of, contradictions, named_base, resumed_from, taken_over
+from .resumed import (
+    checkpoint_of,
+    contradictions,
+    named_base,
+    of_today,
+    overruled,
+    resumed_from,
+    starts_of,
+    taken_over,
+)
+from .tuner import without_effect
 from .values import BadValue, convert, same_value
 
 _FLAG = re.compile(r"--([A-Za-z0-9_]+)")
+_DASHES = re.compile(
+    r"[-\u2010-\u2015]+([A-Za-z]\w*)(=.*)?"
+)  # one dash, or those that word processors make of two
+
+_NO_FLAG = ""
 
 T = TypeVar("T", bound=Arguments)
 
@@ -77,11 +94,21 @@ def parse(cls: type[T], argv: Sequence[str], *, notify: Callable[[str], None] | 
     over the file. notify: gets each notice; the default writes to stderr, on the first process only.
     Raises UserError, with all mistakes in one.
     """
-    reading = read(cls, argv)
+    return _told(read(cls, argv), notify)
+
+
+def _told(reading: "Reading[T]", notify: Callable[[str], None] | None) -> T:
     for notice in reading.notices:
         (notify or print_notice)(notice)
     raise_together(reading.errors)
     return reading.args
+
+
+def from_values(cls: type[T], values: Mapping[str, Any], *, notify: Callable[[str], None] | None = None) -> T:
+    """`parse` of flags that Python gives: names without dashes, values of any type that says the same."""
+    reader = _Reader(cls)
+    reader.take_values(values)
+    return _told(reader.reading(), notify)
 
 
 def parse_command(command: str, argv: Sequence[str]) -> Arguments:
@@ -102,6 +129,13 @@ def read(cls: type[T], argv: Sequence[str]) -> Reading[T]:
     return reader.reading()
 
 
+def named_flags(argv: Sequence[str]) -> set[str]:
+    """Names of the flags that a command line gives, itself or by its file, whatever command they are for."""
+    reader = _Reader(Arguments)
+    reader.collect(argv, with_env=False)
+    return set(reader.given)
+
+
 class _Reader:
     """Gathers flags from all sources, then types them, then checks them together."""
 
@@ -117,18 +151,26 @@ class _Reader:
 
     # -- gathering
 
-    def collect(self, argv: Sequence[str]) -> None:
-        """Fill `given` from the file and the command line, the latter winning."""
+    def collect(self, argv: Sequence[str], *, with_env: bool = True) -> None:
+        """Fill `given` from the file and the command line, the latter winning.
+
+        with_env: set the variables of the file's ENV section.
+        """
         config, pairs = self._split(list(argv))
         if config is not None:
             try:
                 values, env = read_config(config)
             except UserError as error:
                 self.errors.append(error)
+                self.bad |= set(self.cls.REQUIRED)  # they may be in there
             else:
-                self.notices += apply_env(env, config)
+                self.notices += apply_env(env, config) if with_env else []
                 self._take([(f"{config}: {name}", name, [value]) for name, value in values.items()])
         self._take([(f"--{name}", name, values) for name, values in pairs])
+
+    def take_values(self, values: Mapping[str, Any]) -> None:
+        """Fill `given` from Python's values."""
+        self._take([(f"--{name}", name, [_plain_value(value)]) for name, value in values.items()])
 
     def _split(self, argv: list[str]) -> tuple[str | None, list[tuple[str, list[str]]]]:
         """(configuration file, flags with the values that follow each)."""
@@ -140,6 +182,12 @@ class _Reader:
             if token.startswith("--") and len(token) > 2:
                 name, has_value, value = token[2:].partition("=")
                 pairs.append((name.replace("-", "_"), [value] if has_value else []))
+            elif (flag := self._misspelt(token)) is not None:
+                self.errors.append(
+                    UserError(f"'{token}' is no flag", f"write --{flag}, with two plain dashes")
+                )
+                self.bad.add(flag)
+                pairs.append((_NO_FLAG, []))  # takes the values that follow
             elif pairs:
                 pairs[-1][1].append(token)
             else:
@@ -149,7 +197,13 @@ class _Reader:
                 files += values or [""]
         if len(files) > 1:
             self.errors.append(UserError(f"several configuration files: {', '.join(files)}", "give one"))
-        return (files[0] if files else None), [pair for pair in pairs if pair[0] != "config"]
+        return (files[0] if files else None), [pair for pair in pairs if pair[0] not in ("config", _NO_FLAG)]
+
+    def _misspelt(self, token: str) -> str | None:
+        """The flag that a word with the wrong dashes means; None if it may be a value."""
+        match = _DASHES.fullmatch(token)
+        name = match[1].replace("-", "_") if match else None
+        return name if name in self.flags or name in ALIASES else None
 
     def _take(self, entries: list[tuple[str, str, list[Any]]]) -> None:
         """Add the flags of one source; they win over those of earlier sources."""
@@ -204,20 +258,28 @@ class _Reader:
         else:
             self.errors += self.unknown
         self._load_args(typed)
-        reading = Reading(self.cls(**typed), self.errors, self.notices, self.bad)
+        args = self.cls(**typed)
+        asked = [name for name in self.given if name in typed and typed[name] != self.flags[name].default]
+        if idle := without_effect(asked, getattr(args, "tuner_type", "lora")):
+            self.notices.append(f"--{', --'.join(idle)}: no effect with --tuner_type {args.tuner_type}")
+        reading = Reading(args, self.errors, self.notices, self.bad)
         reading.add(reading.args.problems())
         return reading
 
     def _not_a_flag(self, one: Given) -> None:
         """Judge a flag this command does not have: harmless, refused, another command's, or unknown."""
-        known = EXPORT_HARMLESS.get(one.name) if self.cls.COMMAND == "export" else None
-        known = known or (NOT_YET_TRAINER if self.cls.PROGRAM == "swift" else NOT_YET).get(one.name)
+        on_swift = self.cls.PROGRAM == "swift"
+        of_export = MERGE_HARMLESS if on_swift else EXPORT_HARMLESS
+        known = of_export.get(one.name) if self.cls.COMMAND == "export" else None
+        known = known or (NOT_YET_TRAINER if on_swift else NOT_YET).get(one.name)
         if known is not None:
             self._judge(one, known)
             return
         others = [f"megatron {name}" for name, cls in COMMANDS.items() if one.name in flags_of(cls)]
         if others:
-            self._fail(one.name, f"{one.label} is a flag of `{others[0]}`, not of `{self.command}`")
+            own = SWIFT_NAMES.get(one.name)
+            remedy = f"use --{own}" if on_swift and own in self.flags else f"use `{others[0]}`, or drop it"
+            self._fail(one.name, f"{one.label} is a flag of `{others[0]}`, not of `{self.command}`", remedy)
             return
         near = nearest(one.name, self.flags)
         remedy = f"did you mean --{near}?" if near else f"see `{self.command} --help`"
@@ -239,16 +301,21 @@ class _Reader:
 
     def _load_args(self, typed: dict[str, Any]) -> None:
         """Complete `typed` from the args.json of the checkpoint that is resumed, started from or exported."""
+        self.notices += overruled(typed) if self.cls.COMMAND != "export" else []
         path = checkpoint_of(self.cls, typed)
         if path is not None:
             self._take_saved(typed, path)
-        if base := named_base(self.cls, typed):
+        if base := named_base(typed):
             typed["model"] = base
             self.notices.append(f"--model {base}: the base that the adapter names")
+        resumed = typed.get("resume", typed.get("resume_from_checkpoint"))
+        resumed = [] if resumed in (None, "none", "auto", "true") else [resumed]
+        if any(not Path(folder).is_dir() for folder in (*resumed, *starts_of(typed))):
+            self.bad.add("model")  # may be told there; that the folder is missing says enough
 
     def _take_saved(self, typed: dict[str, Any], path: Path) -> None:
         try:
-            saved = read_args_file(path)
+            saved = of_today(read_args_file(path))
         except UserError as error:
             self.errors.append(error)
             return
@@ -260,9 +327,10 @@ class _Reader:
             try:
                 typed[name] = convert(self.flags[name], [saved[name]])
             except BadValue as error:
-                self._fail(name, f"{path}: {name} {error}", error.remedy)
-        if taken:
-            self.notices.append(f"from {path}: {', '.join(taken)}")
+                self._fail(name, f"{path}: {name} {error}", f"give --{name}, which then counts")
+        told = [name for name in taken if typed.get(name) != self.flags[name].default]
+        if told:
+            self.notices.append(f"from {path}: {', '.join(told)}")
 
     def _translate_virtual_stages(self) -> None:
         """v3's layers of a virtual stage, where given, as today's number of virtual stages."""
@@ -281,6 +349,15 @@ class _Reader:
         else:
             self.given[new] = Given(new, f"{one.label} (now --{new})", [stages])
             self.notices.append(f"{one.label} is now --{new}: {stages}")
+
+
+def _plain_value(value: Any) -> Any:
+    """As a configuration file would hold it: lists for tuples, text for paths and for the types of torch."""
+    if isinstance(value, list | tuple):
+        return [_plain_value(item) for item in value]
+    if value is None or isinstance(value, str | bool | int | float | dict):
+        return value
+    return str(value).removeprefix("torch.")
 
 
 def nearest(name: str, flags: dict[str, Flag]) -> str | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from .aliases import ALIASES
 from .base import ARGS_FILE, Arguments, find_args_file
 from .fields import flags_of
 from .trained_parameters import FREEZING, THAWING, TrainedParametersArguments
@@ -34,12 +35,14 @@ def checkpoint_of(cls: type[Arguments], typed: Mapping[str, Any]) -> Path | None
     """
     if not typed.get("load_args", True):
         return None
-    resume = resumed_from(cls, typed)
-    starts = [typed.get("mcore_model"), typed.get("mcore_adapter")]
-    if cls.COMMAND == "export":
-        starts += typed.get("adapters", [])
-    folder = resume or next(filter(None, starts), None)
+    folder = resumed_from(cls, typed) or next(iter(starts_of(typed)), None)
     return find_args_file(folder) if folder else None
+
+
+def starts_of(typed: Mapping[str, Any]) -> list[str]:
+    """Folders of checkpoints and adapters that a new run, or a conversion, starts from."""
+    given = [typed.get("mcore_model"), typed.get("mcore_adapter"), *(typed.get("adapters") or [])]
+    return [folder for folder in given if folder]
 
 
 def resumed_from(cls: type[Arguments], typed: Mapping[str, Any]) -> str | Path | None:
@@ -76,19 +79,56 @@ def _written(manifest: Path) -> float:
         return 0.0  # broken: the run says so when it reads it
 
 
-def named_base(cls: type[Arguments], typed: Mapping[str, Any]) -> str | None:
-    """The model that a PEFT adapter to be exported says it is for, where nothing else says it and it is a folder."""
-    if cls.COMMAND != "export" or typed.get("model") or not typed.get("load_args", True):
+def named_base(typed: Mapping[str, Any]) -> str | None:
+    """The model that a PEFT adapter says it is for, where nothing else says it and it is a folder."""
+    if typed.get("model") or not typed.get("load_args", True):
         return None
-    for folder in typed.get("adapters", []):
-        try:
-            config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
-            name = config.get("base_model_name_or_path")
-        except (OSError, ValueError, AttributeError):
-            continue  # said when it is read
+    for folder in typed.get("adapters") or []:
+        name = _adapter_config(folder).get("base_model_name_or_path")
         if isinstance(name, str) and Path(name).is_dir():
             return name
     return None
+
+
+def overruled(typed: Mapping[str, Any]) -> list[str]:
+    """A line for each flag that describes another adapter than the one in `--adapters`, whose own settings count."""
+    notices = []
+    for folder in typed.get("adapters") or []:
+        config = _adapter_config(folder)
+        for name, key in {"lora_rank": "r", "lora_alpha": "lora_alpha"}.items():
+            own = config.get(key)
+            if name in typed and own is not None and not same_value(typed[name], own):
+                notices.append(f"--{name} {typed[name]} has no effect: the adapter in --adapters has {own}")
+    return notices
+
+
+def of_today(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of an args.json, also of one that ms-swift has written.
+
+    There names may be those of v3, the folder of a model is `model_dir` beside the `model` it was found by, and the
+    type of the model is a name of its own.
+    """
+    if "mcore_swift_version" in saved:
+        return dict(saved)
+    values = {ALIASES[name].name if _is_renamed(name) else name: value for name, value in saved.items()}
+    folder = values.get("model_dir")
+    if isinstance(folder, str) and Path(folder).is_dir() and not Path(str(values.get("model"))).is_dir():
+        values["model"] = folder
+    values.pop("model_type", None)
+    return values
+
+
+def _is_renamed(name: str) -> bool:
+    return name in ALIASES and ALIASES[name].convert is None
+
+
+def _adapter_config(folder: str) -> dict[str, Any]:
+    """adapter_config.json; {} where it cannot be read, which is said when the adapter is."""
+    try:
+        config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def taken_over(cls: type[Arguments], given: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:

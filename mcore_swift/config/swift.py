@@ -79,6 +79,13 @@ class SwiftSftArguments(
                 "--perform_initialization: --tuner_type llamapro extends a model that is there",
                 "use --tuner_type full",
             )
+        if self.backend == "megatron":
+            yield from self._not_on_megatron()
+        if self.fsdp_cpu_offload and self.backend == "ddp":
+            yield UserError(
+                "--fsdp_cpu_offload: --backend ddp keeps whole weights on each process's device",
+                "use --backend fsdp, or drop it",
+            )
         if self.backend == "megatron" and self.target_parameters:
             yield UserError(
                 f"--target_parameters {' '.join(self.target_parameters)}: on megatron-core's layers each expert and "
@@ -86,6 +93,19 @@ class SwiftSftArguments(
                 "name them in --target_modules (down_proj, mlp.gate), or use --backend fsdp",
             )
         yield from self._quantization_problems()
+
+    def _not_on_megatron(self) -> Iterator[UserError]:
+        if self.tuner_type not in ("full", "lora"):
+            yield UserError(
+                f"--tuner_type {self.tuner_type} with --backend megatron: its layers have full and lora",
+                "use --tuner_type lora, or --backend fsdp",
+            )
+        for name in ("attn_impl", "fsdp_cpu_offload"):
+            if value := getattr(self, name):
+                yield UserError(
+                    f"--{name} {str(value).lower()} is for transformers' model, and --backend megatron has none",
+                    f"drop --{name}",
+                )
 
     def _quantization_problems(self) -> Iterator[UserError]:
         if not self.quant_method or self.tuner_type == "full":
@@ -145,8 +165,6 @@ class SwiftExportArguments(HFSaveArguments, CommonArguments):
     TITLE: ClassVar[str] = "Export"
     PROGRAM: ClassVar[str] = "swift"
     COMMAND: ClassVar[str] = "export"
-    REQUIRED: ClassVar[tuple[str, ...]] = ("adapters",)
-
     adapters: list[str] = arg(
         [], "folder of a PEFT adapter, or a checkpoint of a run that trained one, such as checkpoint-100"
     )
@@ -171,16 +189,26 @@ class SwiftExportArguments(HFSaveArguments, CommonArguments):
             self.output_dir = str(folder.with_name(folder.name + ("-merged" if self.merge_lora else "-peft")))
 
     def check(self) -> Iterator[UserError]:
+        asked = self.merge_lora or self.to_peft_format
+        if self.merge_lora and self.to_peft_format:
+            yield UserError(
+                "--merge_lora and --to_peft_format: the result is one or the other", "give one of them"
+            )
+        if not asked:
+            # --quant_method and its kin are named too: where one is given, that it is refused says enough
+            yield UserError(
+                "nothing is asked for that is there: --merge_lora, --to_peft_format, --to_mcore or --to_hf "
+                "(--quant_method, --to_cached_dataset, --to_ollama and --push_to_hub are not supported yet)",
+                "add --merge_lora true" if self.adapters else "add --adapters <folder> --merge_lora true",
+            )
+        elif not self.adapters:
+            yield UserError("--adapters is missing", "add --adapters <folder of an adapter>")
         if len(self.adapters) > 1:
             yield UserError("--adapters names several: one is taken at a time", "give one folder")
         if self.memory_budget:
             yield UserError(
                 "--memory_budget: merging holds the whole model in memory",
                 "use `megatron export --to_hf true`, which holds pieces, or drop --memory_budget",
-            )
-        if self.merge_lora == self.to_peft_format:
-            yield UserError(
-                "what to do with --adapters is not said", "add --merge_lora true or --to_peft_format true"
             )
 
     def as_megatron(self) -> MegatronExportArguments:

@@ -23,7 +23,7 @@ class TrainedParametersArguments(Arguments):
         [], "PEFT folder of the adapter to continue training; its own settings override those of the command"
     )
     target_regex: str | None = arg(
-        None, "modules that get an adapter, as a regular expression for the full module name"
+        None, "modules that get an adapter, as a regular expression for the full module name", is_regex=True
     )
     modules_to_save: list[str] = arg(
         [],
@@ -53,6 +53,7 @@ class TrainedParametersArguments(Arguments):
     freeze_parameters_regex: str | None = arg(
         None,
         "with full: parameters to freeze, as a regular expression searched for in their Hugging Face name",
+        is_regex=True,
     )
     freeze_parameters_ratio: float = arg(
         0.0, "with full: fraction of the parameters to freeze, counted from the input", at_least=0, at_most=1
@@ -62,7 +63,7 @@ class TrainedParametersArguments(Arguments):
         "with full: parameters that train although another flag freezes them, by the beginning of their name",
     )
     trainable_parameters_regex: str | None = arg(
-        None, "with full: the same, as a regular expression searched for in their name"
+        None, "with full: the same, as a regular expression searched for in their name", is_regex=True
     )
 
     def check(self) -> Iterator[UserError]:

@@ -1,13 +1,28 @@
 """What `swift sft` and `swift pt` train: peft's tuners on a transformers model, all parameters, or new layers."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import ClassVar
 
 from ..errors import UserError
 from .fields import arg
 from .trained_parameters import TrainedParametersArguments
 
+_LOW_RANK = ("lora", "loha", "lokr")
+_KINDS_OF = {
+    "lora_rank": _LOW_RANK,
+    "lora_alpha": (*_LOW_RANK, "adalora"),
+    "lora_dropout": (*_LOW_RANK, "adalora", "oft"),
+    "lora_bias": ("lora",),
+    "init_weights": ("lora",),
+    "oft_": ("oft",),
+    "boft_": ("boft",),
+    "vera_": ("vera",),
+    "adalora_": ("adalora",),
+    "fourier_": ("fourierft",),
+    "llamapro_": ("llamapro",),
+}
+"""Flags, or how they begin -> the kinds of adapters that have them."""
 _NOT_IN_PEFT = "peft has no such tuner"
 LORA_STARTS = ("true", "gaussian", "pissa", "pissa_niter_4", "pissa_niter_16", "olora", "orthogonal")
 """Values of --init_weights; 'true' is peft's default: A random, B zero."""
@@ -97,3 +112,14 @@ class TunerArguments(TrainedParametersArguments):
             yield UserError(
                 "--target_modules and --target_regex both say what gets adapters", "give one of them"
             )
+
+
+def without_effect(given: Iterable[str], tuner_type: str) -> list[str]:
+    """Flags among `given` that describe adapters, and not those of this tuner."""
+    adapters = ("target_modules", "target_regex", "modules_to_save")
+    names = [name for name in adapters if name in given and tuner_type in ("full", "llamapro")]
+    for name in given:
+        key = name if name in _KINDS_OF else name.split("_")[0] + "_"
+        if key in _KINDS_OF and tuner_type not in _KINDS_OF[key]:
+            names.append(name)
+    return names

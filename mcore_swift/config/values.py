@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from typing import Any
 
 from .fields import Flag
@@ -81,9 +82,12 @@ def _means_none(flag: Flag, value: Any) -> bool:
 def _list(flag: Flag, given: list[Any]) -> list[Any] | None:
     if len(given) == 1 and isinstance(given[0], str) and given[0].lstrip().startswith("["):
         given = [_json(given[0])]
+    is_empty = given == [[]]  # written as a list: `[]` is no value forgotten
     if len(given) == 1 and isinstance(given[0], list):
         given = given[0]
     if not given:
+        if is_empty:
+            return []
         raise BadValue("needs at least one value")
     if len(given) == 1 and (given[0] is None or str(given[0]).lower() in _NONE):
         return None if flag.optional else []
@@ -131,6 +135,11 @@ def _number(flag: Flag, value: Any) -> int | float:
 
 
 def _checked(flag: Flag, value: Any) -> Any:
+    if flag.is_regex:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise BadValue(f"is no regular expression ({error}): {value}") from None
     if flag.choices is not None and value not in flag.choices:
         options = ", ".join(flag.choices)
         if value in flag.refused:

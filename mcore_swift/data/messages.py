@@ -99,6 +99,10 @@ def _read_message(number: int, message: dict[str, Any]) -> list[Turn]:
     if role not in ROLES:
         raise RowError("unknown role", f"message {number} has the unknown role {role!r}")
     role = ROLES[role]
+    says_more = message.keys() & {"tool_calls", "reasoning_content"}
+    if content is None and role in ("user", "assistant", "tool_call") and not says_more:
+        keys = ", ".join(message)
+        raise RowError("a message has no content", f"message {number} has no content (its keys: {keys})")
     loss, scale = _loss(number, role, message)
     if role == "tool_call":
         return [Turn("assistant", "", _calls_of_text(number, content), loss, scale)]

@@ -15,6 +15,7 @@ RESPONSE = (
 )
 SYSTEM = ("system", "system_prompt")
 MESSAGES = ("messages", "conversation", "conversations")
+_PREFERENCE = ("chosen", "rejected")
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 
 
@@ -42,7 +43,9 @@ def to_conversation(
             turns.insert(0, Turn("system", str(own)))
     if not any(turn.role == "assistant" for turn in turns):
         roles = ", ".join(dict.fromkeys(turn.role for turn in turns))
-        raise RowError("no assistant turn", f"no assistant turn, so nothing to learn (only {roles})")
+        pairs = " and ".join(name for name in _PREFERENCE if name in row)
+        hint = f"; {pairs} are for preference learning, which is not supported yet" if pairs else ""
+        raise RowError("no assistant turn", f"no assistant turn, so nothing to learn (only {roles}){hint}")
     return Conversation(turns, _tools(row.get("tools")), _template_kwargs(row.get("chat_template_kwargs")))
 
 

@@ -181,7 +181,7 @@ class Steps(Batches):
         if n < self.global_batch_size:
             what = "packed rows" if layout.packed_length is not None else "samples"
             warn(
-                f"there are only {n} {what} for a --global_batch_size of {self.global_batch_size}: a step takes "
+                f"there are only {n} {what} for steps of {self.global_batch_size}: a step takes "
                 "some of them more than once"
             )
         self.total_steps = self._total()
@@ -243,8 +243,8 @@ class Steps(Batches):
             )
         if state["global_batch_size"] != self.global_batch_size:
             warnings.append(
-                f"--global_batch_size {self.global_batch_size} is not the checkpoint's "
-                f"{state['global_batch_size']}: going on after {state['consumed_samples']} samples, "
+                f"a step takes {self.global_batch_size} samples, and {state['global_batch_size']} when the "
+                f"checkpoint was written: going on after {state['consumed_samples']} samples, "
                 f"{self.total_steps} steps in all"
             )
         return warnings

@@ -29,6 +29,8 @@ def choose_backend(args: Any, world_size: int, memory_bytes: float | None) -> tu
         return _whole(world_size), "quantized weights are not sharded"
     if args.whole_parameters:
         return _whole(world_size), f"--optim {args.optim} needs whole parameters on each process"
+    if args.fsdp_cpu_offload:
+        return "fsdp", "--fsdp_cpu_offload is a way of keeping shards"
     why = _why_transformers(args)
     if why is None and world_size > 1:
         return _megatron(args, world_size, memory_bytes)

@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import UserError, UserErrors
 from .axes import nearest_size
 from .check import check_layout, notices
+from .folders import missing_folder, no_model
 from .layout import Layout
 from .quantization import package_problems, problems_beside_adapters, quantization_problems
 from .shape import ModelShape, family_of
@@ -125,9 +126,10 @@ def model_folder(model: str) -> Path:
     if folder.exists():
         raise UserError(f"--model {model} is a file", f"give the folder it is in: {folder.parent}")
     remedy = "give the folder that holds config.json and the safetensors files"
-    if model.count("/") == 1 and not model.startswith((".", "~", "/")):  # looks like a name on the hub
+    # one slash, and no folder of what is before it: looks like a name on the hub
+    if model.count("/") == 1 and not model.startswith((".", "~", "/")) and not folder.parent.is_dir():
         remedy += f"; to fetch it from the hub: hf download {model} --local-dir {folder.name}"
-    raise UserError(f"--model {model}: no such folder", remedy)
+    raise missing_folder("--model", model, remedy)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -136,9 +138,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such file", "--model takes the folder of a Hugging Face checkpoint"
-        ) from None
+        raise no_model(folder) from None
     except json.JSONDecodeError as error:
         raise UserError(
             f"{path}:{error.lineno}: no valid JSON ({error.msg})", "copy the file from the checkpoint again"

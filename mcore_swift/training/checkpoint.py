@@ -31,6 +31,7 @@ from mcore_swift.training.state import TrainState
 MCORE = "mcore"
 GENERATORS = "rng"
 LATEST = "latest"
+LAST, BEST = "last", "best"  # ms-swift's names, on request
 _MAIN_WEIGHT = f"optimizer.{MAIN_WEIGHT}."
 MERGED = "-merged"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -228,10 +229,20 @@ class Checkpoints:
     def _after_save(self, state: TrainState) -> None:
         def tidy() -> None:
             with disk_errors(self.run_dir):
-                _point_to(self.run_dir / LATEST, f"checkpoint-{state.step}")
+                for link, step in self._links(state).items():
+                    _point_to(self.run_dir / link, f"checkpoint-{step}")
                 self._rotate(state)
 
         self.ranks.together(tidy, where=self.ranks.is_first)
+
+    def _links(self, state: TrainState) -> dict[str, int]:
+        """Links in the run's folder -> the step of the checkpoint that each leads to."""
+        links = {LATEST: state.step}
+        if getattr(self.args, "create_checkpoint_symlink", False):
+            links[LAST] = state.step
+            if state.best_step is not None:
+                links[BEST] = state.best_step
+        return links
 
     def _rotate(self, state: TrainState) -> None:
         limit = self.args.save_total_limit
@@ -314,6 +325,17 @@ def _sources(parts: Sequence[str], dtype: torch.dtype) -> Callable[[str], Sequen
     return names
 
 
+def _without(absent: Sequence[str], engine: Any) -> str:
+    """How to go on without parts that a checkpoint does not hold, by the flags of the command that the engine is of."""
+    if engine.name == "fsdp":
+        return "add --resume_only_model true, or start from its weights with --model, or --adapters"
+    flags = {"optimizer": "--no_load_optim true", "rng": "--no_load_rng true"}
+    return (
+        f"start from its weights alone with --mcore_model, or add {' '.join(flags[part] for part in absent)} (`swift "
+        "sft`: --resume_only_model true)"
+    )
+
+
 def load_checkpoint(
     folder: Path, engine: Any, *, parts: Sequence[str], notify: Callable[[str], None] = lambda _: None
 ) -> Manifest:
@@ -332,10 +354,7 @@ def load_checkpoint(
     if absent:
         raise UserError(
             f"{folder} holds {' and '.join(manifest.holds)}, and no {' and no '.join(absent)}",
-            remedy="start from its weights alone with --mcore_model, or add "
-            + " ".join(
-                {"optimizer": "--no_load_optim true", "rng": "--no_load_rng true"}[part] for part in absent
-            ),
+            remedy=_without(absent, engine),
         )
     shards = engine.checkpoint_shards(parts, for_loading=True)
     missing = read_shards(folder / MCORE, shards, _sources(parts, engine.dtype))

@@ -77,7 +77,8 @@ def _divergence_named(run: Run, step: int) -> Iterator[None]:
         run.checkpoints.poll(wait=True)
         raise TrainingStopped(
             f"step {step} of the run in {run.checkpoints.run_dir}: {error}",
-            remedy="resume from the newest checkpoint with a lower --lr or a longer warm-up, and look at the data",
+            remedy="resume from the newest checkpoint with a lower learning rate or a longer warm-up, and look at the "
+            "data",
         ) from None
 
 

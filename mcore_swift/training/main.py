@@ -39,10 +39,12 @@ def run_training(args: Any) -> Run:
     backend = backend_of(args)
     backend.start(args, layout)
     try:
-        run = build_run(args, layout, Ranks())
+        ranks = Ranks()
+        run = build_run(args, layout, ranks)
         _say_what_starts(run)
         state = train(run)
         _say_what_ended(run, state)
+        ranks.gather(None)  # what the first process has written is whole for all who read it now
     finally:
         backend.stop()
     return run

@@ -137,7 +137,8 @@ def _by_regex(modules: Sequence[str], regex: str, kinds: Iterable[str]) -> set[s
         raise UserError(f"--target_regex {regex}: is no regular expression ({error})") from None
     chosen = {name for name in modules if pattern.fullmatch(name)}
     if not chosen:
-        raise _nothing_matches(f"--target_regex {regex}", regex, modules, kinds)
+        words = re.findall(r"\w+", regex)
+        raise _nothing_matches(f"--target_regex {regex}", words[-1] if words else regex, modules, kinds)
     return chosen
 
 

@@ -1,6 +1,5 @@
 """peft's tuners on a transformers model, and adapters as PEFT files."""
 
-import difflib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from converters.pending import disk_errors
+from mcore_swift.config.base import found_from_anywhere
 from mcore_swift.errors import UserError
 from mcore_swift.tuners.freezing import frozen_names
+from mcore_swift.tuners.transformers_targets import check_other_names, peft_targets
 
 ADAPTER = "default"
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
@@ -31,7 +32,8 @@ def choose_parameters(model: nn.Module, args: Any) -> nn.Module:
     if args.tuner_type == "full":
         _freeze(model, args)
         return model
-    config = read_adapter_config(args.adapters[0]) if args.adapters else adapter_config(args)
+    config = read_adapter_config(args.adapters[0]) if args.adapters else adapter_config(args, model)
+    config.base_model_name_or_path = args.model  # wherever it lay when the adapter was made
     from peft import get_peft_model
 
     model.requires_grad_(False)
@@ -44,9 +46,12 @@ def choose_parameters(model: nn.Module, args: Any) -> nn.Module:
             if args.adapters:
                 remedy = "is it an adapter of another model? give its base with --model"
                 raise UserError(f"--adapters {args.adapters[0]}: {reason}", remedy) from None
-            asked = args.target_regex or " ".join(args.target_modules)
-            remedy = _nearest_modules(model, args.target_modules)
-            raise UserError(f"adapters on {asked}: {reason}", remedy) from None
+            asked = (
+                f"regex {args.target_regex}"
+                if args.target_regex
+                else f"modules {' '.join(args.target_modules)}"
+            )
+            raise UserError(f"--target_{asked}: {reason}", "name linear layers, or give all-linear") from None
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.requires_grad and parameter.dtype is not torch.float32:
@@ -54,18 +59,18 @@ def choose_parameters(model: nn.Module, args: Any) -> nn.Module:
     return model
 
 
-def adapter_config(args: Any) -> Any:
-    """peft's config of the adapters that the arguments describe."""
+def adapter_config(args: Any, model: nn.Module) -> Any:
+    """peft's config of the adapters that the arguments describe for a model.
+
+    Raises UserError for a name that is none of the model's.
+    """
     import peft
 
-    targets: Any = args.target_regex or args.target_modules
-    if targets == ["all-linear"]:
-        targets = "all-linear"
+    check_other_names(model, args)
     common = {
         "task_type": "CAUSAL_LM",
-        "target_modules": targets,
+        "target_modules": peft_targets(model, args),
         "modules_to_save": args.modules_to_save or None,
-        "base_model_name_or_path": args.model,
     }
     scaled = {"r": args.lora_rank, "alpha": args.lora_alpha, "module_dropout": args.lora_dropout}
     if args.tuner_type == "lora":
@@ -170,6 +175,7 @@ def save_adapter(model: Any, folder: Path, tensors: Mapping[str, Tensor]) -> Non
 def save_config(model: Any, folder: Path) -> None:
     """Write adapter_config.json."""
     config = model.peft_config[ADAPTER]
+    config.base_model_name_or_path = found_from_anywhere(config.base_model_name_or_path)
     training, config.inference_mode = config.inference_mode, True
     with disk_errors(folder):
         config.save_pretrained(str(folder))
@@ -226,13 +232,3 @@ def _freeze(model: nn.Module, args: Any) -> None:
     parameters = dict(model.named_parameters())
     for name in frozen_names({name: value.numel() for name, value in parameters.items()}, args):
         parameters[name].requires_grad_(False)
-
-
-def _nearest_modules(model: nn.Module, targets: list[str]) -> str:
-    names = sorted(
-        {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    )
-    near = [n for target in targets for n in difflib.get_close_matches(target, names, n=2, cutoff=0.3)]
-    return (
-        f"the nearest are: {', '.join(dict.fromkeys(near))}" if near else f"choose from: {', '.join(names)}"
-    )

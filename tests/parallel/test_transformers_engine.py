@@ -281,3 +281,29 @@ def test_an_export_is_a_model_of_transformers(runs):
     model, told = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert type(model).__name__ == "GPT2LMHeadModel"
     assert not told["missing_keys"] and not told["unexpected_keys"]
+
+
+def test_python_calls_return_the_same_in_every_process(runs):
+    """A mistake is an exception and no end; what follows it in the same process is none the worse."""
+    job = runs("fsdp2").parent / "job-2"
+    first, second = (json.loads((job / f"called-{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    assert "no-such-model: no such folder" in first["called-nowhere"]["mistake"]
+    called = first["called"]
+    assert (
+        called["last_model_checkpoint"].endswith(f"called/checkpoint-{STEPS}")
+        and called["global_step"] == STEPS
+    )
+    losses = {row["step"]: row["loss"] for row in called["log_history"] if "loss" in row}
+    assert losses == {step: loss for step, (loss, _) in curve(runs("fsdp2").parent / "called").items()}
+    best = min((row["eval_loss"], row["step"]) for row in called["log_history"] if "eval_loss" in row)
+    assert (called["best_metric"], called["best_model_checkpoint"].rpartition("-")[2]) == (
+        best[0],
+        str(best[1]),
+    )
+    for link, checkpoint in (("last", "last_model_checkpoint"), ("best", "best_model_checkpoint")):
+        assert Path(called[checkpoint]).is_dir() and Path(called["output_dir"], link).samefile(
+            called[checkpoint]
+        )
+    again = first["called-again"]
+    assert again["best_model_checkpoint"] is None and len(again["log_history"]) == 1

@@ -47,7 +47,10 @@ KINDS: dict[str, dict] = {
 }
 """Adapters that all begin by changing nothing."""
 REFUSED: dict[str, tuple[dict, list[str]]] = {
-    "no-such-target": (LORA | {"target_modules": "q_prj"}, ["q_prj", "the nearest are: q_proj"]),
+    "no-such-target": (
+        LORA | {"target_modules": "q_prj"},
+        ["--target_modules q_prj", "nearest names: q_proj"],
+    ),
     "another-base": (
         LORA | GPT2 | {"adapters": f"{{runs}}/lora/checkpoint-{STEPS}"},
         ["lora/checkpoint-6", "adapter of another model"],
@@ -171,6 +174,14 @@ AFTERWARDS = {
 }
 
 
+AS_CALLS = {
+    "called-nowhere": LORA | {"model": "{models}/no-such-model"},
+    "called": LORA | {"val_dataset": "{val}", "save_total_limit": 1, "create_checkpoint_symlink": "true"},
+    "called-again": LORA | {"backend": "megatron", "train_type": "full", "max_steps": 1},
+}
+"""By `sft_main`, one after the other in the same two processes; the first is a mistake."""
+
+
 def plan(world_size: int, tiny: Tiny, folder: Path) -> list[dict]:
     """What `transformers_job.py` is to do in this world size, in order."""
     places = {
@@ -206,6 +217,8 @@ def plan(world_size: int, tiny: Tiny, folder: Path) -> list[dict]:
     cases = [case(name, flags) for name, flags in SWIFT[world_size].items()]
     refusals = REFUSED if world_size == 1 else REFUSED_SHARED
     cases += [case(name, flags, "refused") for name, (flags, _) in refusals.items()]
+    if world_size == 2:
+        cases += [case(name, flags, "call") for name, flags in AS_CALLS.items()]
     if world_size == 1:
         cases += [case(name, flags, "megatron") for name, flags in ON_MEGATRON.items()]
         cases += [case(name, flags, "merge") for name, flags in MERGED.items()]

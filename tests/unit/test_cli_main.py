@@ -50,6 +50,7 @@ def files(tmp_path):
     model.mkdir()
     (model / "config.json").write_text(json.dumps(CONFIG))
     (model / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    (model / "tokenizer.json").write_text("{}")
     data = tmp_path / "data.jsonl"
     data.write_text('{"query": "1+1?", "response": "2"}\n')
     return model, data
@@ -120,7 +121,12 @@ def test_help_imports_nothing_heavy(argv):
             ["export", "--adapters", "a", "--merge_lora", "true"],
             ["--adapters a: no such folder"],
         ),
-        (swift_main, ["export", "--quant_bits", "4"], ["swift export", "--to_hf"]),
+        (
+            swift_main,
+            ["export", "--quant_bits", "4"],
+            ["--quant_bits 4: quantizing", "quantizes while it trains"],
+        ),
+        (swift_main, ["export", "--adapters", "a"], ["nothing is asked for", "--to_hf", "--merge_lora true"]),
         (megatron_main, ["rlhf", "--rlhf_type", "dpo"], ["megatron rlhf", "not supported yet"]),
         (main, ["megatron", "rlhf"], ["megatron rlhf"]),
         (main, ["trane"], ["trane", "the commands are"]),
@@ -140,6 +146,23 @@ def test_swift_export_converts_as_megatron_export_does(files, launched, tmp_path
     argv = ["--model", str(files[0]), "--to_mcore", "true", "--output_dir", str(tmp_path / "out")]
     assert swift_main(["export", *argv]) == megatron_main(["export", *argv]) == 0
     assert launched[0] == launched[1] == ("export", argv, "mcore_swift.cli.export:convert")
+
+
+def test_one_of_several_processes_merges(monkeypatch, tmp_path):
+    from mcore_swift.cli.merge_lora import merge
+
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_model.safetensors").touch()
+    for name, value in {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "127.0.0.1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    argv = ["--model", "m", "--adapters", str(tmp_path / "adapter"), "--merge_lora", "true"]
+    assert merge(argv) == 0, "the second has nothing to do, and does not miss the model"
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
 @pytest.mark.parametrize(("program", "prefix"), [(main, []), (main, ["megatron"]), (megatron_main, [])])
@@ -188,13 +211,38 @@ def test_a_truncated_weight_file_is_found_before_the_launch(files, launched, cap
 
 @pytest.mark.parametrize(
     ("given", "words"),
-    [("qwen3", None), ("llama", ["llama", "Qwen3ForCausalLM"]), ("qwn3", ["qwn3", "qwen3"])],
+    [("qwen3", ()), ("llama", ("error: --model_type llama", "says qwen3"))],
 )
-def test_a_model_type_is_what_the_model_must_be(files, launched, capsys, given, words):
-    argv = ["sft", "--model", str(files[0]), "--dataset", str(files[1]), "--train_iters", "1"]
+@pytest.mark.parametrize("command", ["megatron", "swift"])
+def test_a_model_type_is_what_the_model_must_be(files, launched, capsys, command, given, words):
+    argv = [command, "sft", "--model", str(files[0]), "--dataset", str(files[1])]
+    argv += ["--train_iters", "1"] if command == "megatron" else []
     assert main([*argv, "--model_type", given]) == (2 if words else 0)
     told = capsys.readouterr().err
-    assert all(word in told for word in words or []) and told.count("error: ") == bool(words)
+    assert all(word in told for word in words) and told.count("error: ") == bool(words)
+    assert main([*argv, "--model_type", "qwen3_nothinking"]) == 0, "one of ms-swift's many names"
+    assert "note: --model_type qwen3_nothinking" in capsys.readouterr().err
+
+
+def test_folders_given_to_the_wrong_flag_are_told_where_they_belong(files, launched, capsys, tmp_path):
+    model, data = map(str, files)
+    adapter = tmp_path / "run" / "checkpoint-5"
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": model}))
+    (adapter / "manifest.json").write_text("{}")
+
+    def told(*argv):
+        assert main(["swift", "sft", "--dataset", data, *argv]) == 2 and launched == []
+        return capsys.readouterr().err
+
+    assert f"give it to --adapters, and its base {model} to --model" in told("--model", str(adapter))
+    assert "give it to --model, without --adapters" in told("--model", model, "--adapters", model)
+    assert f"such as {adapter}" in told("--model", model, "--adapters", str(tmp_path / "run"))
+    assert f"did you mean {model}?" in told("--model", model[:-1])
+    assert f"did you mean {model}?" in told("--model", str(tmp_path))
+    assert "start from its weights" in told("--model", model, "--resume_from_checkpoint", model)
+    (files[0] / "tokenizer.json").unlink()
+    assert "holds no tokenizer" in told("--model", model)
 
 
 def test_export_does_not_write_into_a_folder_that_holds_something(files, launched, capsys):

@@ -5,10 +5,20 @@ The names are those of `MegatronArguments` in ms-swift 4.6, by group.
 
 import pytest
 
-from mcore_swift.config import COMMANDS, MegatronExportArguments, MegatronSftArguments, parse
+from mcore_swift.config import (
+    COMMANDS,
+    MegatronExportArguments,
+    MegatronSftArguments,
+    SwiftPretrainArguments,
+    SwiftSftArguments,
+    parse,
+)
 from mcore_swift.config.aliases import ALIASES, LAYERS_PER_STAGE
 from mcore_swift.config.fields import flags_of
-from mcore_swift.config.not_yet import EXPORT_HARMLESS, NOT_YET
+from mcore_swift.config.not_yet import NOT_YET
+from mcore_swift.config.not_yet_export import EXPORT_HARMLESS, MERGE_HARMLESS
+from mcore_swift.config.not_yet_trainer import NOT_YET_TRAINER
+from mcore_swift.config.swift import SwiftExportArguments
 from mcore_swift.errors import UserError
 
 
@@ -97,6 +107,40 @@ mtp_num_layers mcore_adapter adapters torch_dtype
 """
 )
 
+SWIFT = words(
+    """
+tuner_backend tuner_type adapters external_plugins seed model_kwargs load_args load_data_args use_hf dataset val_dataset
+cached_dataset cached_val_dataset split_dataset_ratio data_seed dataset_num_proc load_from_cache_file dataset_shuffle
+val_dataset_shuffle streaming interleave_prob stopping_strategy shuffle_buffer_size download_mode columns strict
+remove_unused_columns disable_auto_column_mapping model_name model_author custom_dataset_info model model_type
+model_revision task_type torch_dtype attn_impl experts_impl new_special_tokens num_labels problem_type rope_scaling
+device_map max_memory max_model_len local_repo_path init_strategy template system max_length truncation_strategy
+max_pixels agent_template norm_bbox use_chat_template padding_side padding_free loss_scale sequence_parallel_size
+is_binary_loss_scale template_backend response_prefix enable_thinking preserve_thinking add_non_thinking_prefix
+quant_method quant_bits hqq_axis bnb_4bit_compute_dtype bnb_4bit_quant_type bnb_4bit_use_double_quant
+bnb_4bit_quant_storage per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps
+gradient_checkpointing gradient_checkpointing_kwargs logging_steps weight_decay adam_beta1 adam_beta2 adam_epsilon
+num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_ratio warmup_steps max_grad_norm
+optim optimizer save_steps save_strategy save_total_limit save_only_model eval_steps eval_strategy report_to
+logging_dir acc_strategy use_liger_kernel enable_dft_loss enable_channel_loss router_aux_loss_coef vit_lr aligner_lr
+use_logits_to_keep resume_only_model resume_from_checkpoint loss_type eval_metric callbacks early_stop_interval
+eval_use_evalscope eval_dataset eval_limit use_galore galore_rank galore_update_proj_gap galore_scale galore_proj_type
+lisa_activated_layers lisa_step_interval use_flash_ckpt deepspeed fsdp use_dora use_rslora lorap_lr_ratio
+lora_ga_batch_size lora_ga_iters lora_ga_max_length lora_ga_direction lora_ga_scale lora_ga_stable_gamma init_weights
+adalora_target_r adalora_init_r adalora_tinit adalora_tfinal adalora_deltaT adalora_beta1 adalora_beta2
+adalora_orth_reg_weight llamapro_num_new_blocks llamapro_num_groups reft_layers reft_layer_key reft_rank
+reft_intervention_type reft_args vera_rank vera_projection_prng_key vera_dropout vera_d_initial boft_block_size
+boft_block_num boft_n_butterfly_factor boft_dropout fourier_n_frequency fourier_scaling target_modules target_regex
+target_parameters modules_to_save lora_rank lora_alpha lora_dropout lora_bias lora_dtype freeze_parameters
+freeze_parameters_regex freeze_parameters_ratio trainable_parameters trainable_parameters_regex freeze_llm freeze_vit
+freeze_aligner metric_for_best_model greater_is_better load_best_model_at_end create_checkpoint_symlink add_version
+ignore_args_error check_model output_dir packing packing_length packing_num_proc lazy_tokenize group_by_length
+dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
+dataloader_drop_last ddp_backend ddp_timeout ddp_find_unused_parameters neftune_noise_alpha torch_compile
+torch_compile_backend push_to_hub hub_model_id hub_token run_name logging_first_step bf16 fp16 overwrite_output_dir
+"""
+)
+
 V3 = words(
     """
 train_type load adapter_load ref_load ref_adapter_load save save_interval eval_interval log_interval
@@ -132,6 +176,11 @@ def test_every_name_of_its_export_is_known():
     assert [name for name in EXPORT if name not in known] == []
 
 
+def test_every_name_of_its_trainers_is_known():
+    known = {*flags_of(SwiftSftArguments), *NOT_YET_TRAINER}
+    assert [name for name in SWIFT if name not in known] == []
+
+
 def test_every_name_of_v3_is_known():
     assert [name for name in V3 if name not in ALIASES and name != LAYERS_PER_STAGE] == []
 
@@ -146,6 +195,9 @@ def test_a_flag_that_is_there_is_not_refused():
         assert set(flags_of(cls)).isdisjoint(ALIASES)
     assert set(flags_of(MegatronSftArguments)).isdisjoint(NOT_YET)
     assert set(flags_of(MegatronExportArguments)).isdisjoint(EXPORT_HARMLESS)
+    assert set(flags_of(SwiftExportArguments)).isdisjoint(MERGE_HARMLESS)
+    for cls in (SwiftSftArguments, SwiftPretrainArguments):
+        assert set(flags_of(cls)).isdisjoint(set(NOT_YET_TRAINER) - set(NOT_YET)), "said twice"
 
 
 @pytest.mark.parametrize(

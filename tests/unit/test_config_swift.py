@@ -1,6 +1,8 @@
 """`swift sft`: names and defaults of the Trainer, and what the training loop makes of them."""
 
+import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -90,6 +92,53 @@ def test_a_resumed_run_trains_what_it_has_trained(tmp_path):
     assert args.freeze_parameters_ratio == 0.5, "the optimizer starts anew"
 
 
+def test_an_adapter_brings_the_model_and_the_text_it_was_trained_with(tmp_path, monkeypatch):
+    model = tmp_path / "model"
+    model.mkdir()
+    monkeypatch.chdir(tmp_path)
+    args = parse(
+        SwiftSftArguments,
+        ["--model", "model", "--dataset", "d", "--system", "Be brief.", "--max_length", "99"],
+    )
+    (tmp_path / "adapter").mkdir()
+    args.save(tmp_path / "adapter")
+    monkeypatch.chdir("/")
+    notices = []
+    adapter = ["--dataset", "e", "--adapters", str(tmp_path / "adapter")]
+    again = parse(SwiftSftArguments, [*adapter, "--max_length", "50"], notify=notices.append)
+    assert (again.model, again.system, again.max_length) == (str(model), "Be brief.", 50)
+    assert len(notices) == 1 and "args.json: model, system" in notices[0]
+    config = {"r": 16, "base_model_name_or_path": str(model)}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    parse(SwiftSftArguments, [*adapter, "--lora_rank", "4", "--lora_alpha", "32"], notify=notices.append)
+    assert "--lora_rank 4 has no effect: the adapter in --adapters has 16" in notices
+    (tmp_path / "adapter" / "args.json").unlink()
+    again = parse(SwiftSftArguments, adapter, notify=notices.append)
+    assert (again.model, again.system) == (str(model), None), (
+        "of somebody else, its config says what it is for"
+    )
+    with pytest.raises((UserError, UserErrors), match="--model is missing"):
+        parse(SwiftSftArguments, [*adapter, "--load_args", "false"])
+
+
+def test_an_args_json_of_ms_swift_is_understood(tmp_path):
+    theirs = {
+        "model": "Qwen/Qwen3-0.6B",  # a name on its hub
+        "model_dir": str(tmp_path),
+        "model_type": "qwen3_nothinking",
+        "train_type": "loha",  # v3's name
+        "system": "Hi",
+    }
+    (tmp_path / "args.json").write_text(json.dumps(theirs))
+    args = parse(
+        SwiftSftArguments, ["--dataset", "d", "--adapters", str(tmp_path)], notify=lambda notice: None
+    )
+    assert (args.model, args.tuner_type, args.system) == (str(tmp_path), "loha", "Hi")
+    (tmp_path / "args.json").write_text(json.dumps(theirs | {"loss_scale": "hermes"}))
+    with pytest.raises(UserError, match="loss_scale hermes.*\n.*give --loss_scale, which then counts"):
+        parse(SwiftSftArguments, ["--dataset", "d", "--adapters", str(tmp_path)], notify=lambda notice: None)
+
+
 def test_auto_resumes_with_the_adapter_of_the_newest_checkpoint(tmp_path):
     auto = ["--resume_from_checkpoint", "auto", "--output_dir", str(tmp_path)]
     assert arguments(*auto).lora_rank == 8, "there is none yet"
@@ -146,6 +195,19 @@ def test_auto_resumes_with_the_adapter_of_the_newest_checkpoint(tmp_path):
         ),
         (["--quant_method", "gptq", "--quant_bits", "4"], ["gptq", "already in that form"]),
         (["--bf16", "true"], ["--torch_dtype bfloat16"]),
+        (
+            ["--backend", "megatron", "--tuner_type", "vera"],
+            ["vera with --backend megatron", "--backend fsdp"],
+        ),
+        (["--backend", "megatron", "--attn_impl", "sdpa"], ["--attn_impl sdpa", "drop --attn_impl"]),
+        (["--backend", "ddp", "--fsdp_cpu_offload", "true"], ["--fsdp_cpu_offload", "--backend fsdp"]),
+        (["--target_regex", "("], ["--target_regex is no regular expression"]),
+        (["-lora_rank", "8"], ["'-lora_rank' is no flag", "--lora_rank, with two plain dashes"]),
+        (["\u2014lora_rank", "8"], ["'\u2014lora_rank' is no flag"]),
+        (["--optimizer", "lorap"], ["--optimizer lorap", "--lorap_lr_ratio alone"]),
+        (["--use_flash_ckpt", "true"], ["--use_flash_ckpt true", "--async_save true"]),
+        (["--lr", "1e-4"], ["`megatron sft`", "use --learning_rate"]),
+        (["--loss_scale", "last_round+hermes"], ["last_round+hermes", "not supported"]),
         (["--use_dora", "true", "--tuner_type", "ia3"], ["--use_dora is for --tuner_type lora"]),
         (
             ["--backend", "megatron", "--target_parameters", "experts.down_proj"],
@@ -171,8 +233,58 @@ def test_the_python_call_takes_the_names_of_the_command():
         model="m", train_type="full", dataset=["a.jsonl#5", "b.jsonl"], columns={"q": "query"}
     )
     assert (args.tuner_type, args.dataset, args.columns) == ("full", ["a.jsonl#5", "b.jsonl"], {"q": "query"})
+    import torch
+
+    same = TrainArguments(
+        model=Path("m"),
+        dataset=("a.jsonl#5", Path("b.jsonl")),
+        train_type="full",
+        columns='{"q": "query"}',
+        torch_dtype=torch.bfloat16,
+        adapters=[],
+        system=None,
+        max_steps=-1,
+        packing=False,
+    )
+    assert dataclasses.replace(same, torch_dtype=None) == args and same.torch_dtype == "bfloat16"
     with pytest.raises((UserError, UserErrors), match="no such flag"):
         TrainArguments(model="m", dataset=["a"], learning_speed=3)
+
+
+def test_what_a_python_call_cannot_do_is_an_exception(monkeypatch, tmp_path):
+    from mcore_swift import PretrainArguments, TrainArguments, pt_main, sft_main
+
+    args = TrainArguments(model=str(tmp_path / "none"), dataset=[str(tmp_path / "rows.jsonl")])
+    with pytest.raises(UserErrors) as caught:
+        sft_main(args)
+    assert "none: no such folder" in str(caught.value) and "rows.jsonl: no such file" in str(caught.value)
+    with pytest.raises(UserError, match="for sft_main"):
+        pt_main(args)
+    assert PretrainArguments(model="m", dataset="d").loss_scale == "all"
+    monkeypatch.setenv("NPROC_PER_NODE", "2")
+    with pytest.raises(UserError, match="torchrun --nproc_per_node 2"):
+        sft_main(args)
+
+
+def test_settings_of_another_tuner_are_noted():
+    notices = []
+    argv = [
+        *NEEDED,
+        "--tuner_type",
+        "full",
+        "--lora_rank",
+        "16",
+        "--lora_alpha",
+        "32",
+        "--vera_dropout",
+        "0.1",
+    ]
+    parse(SwiftSftArguments, argv, notify=notices.append)
+    assert notices == ["--lora_rank, --vera_dropout: no effect with --tuner_type full"]
+    parse(
+        SwiftSftArguments, [*NEEDED, "--tuner_type", "adalora", "--lora_alpha", "16"], notify=notices.append
+    )
+    assert len(notices) == 1
 
 
 OPT = {"architectures": ["OPTForCausalLM"]}
@@ -201,6 +313,7 @@ LLAMA = {
         (["--train_type", "full", "--optim", "muon"], 2, 1e3, {}, "ddp", "--optim muon"),
         (["--quant_method", "bnb", "--quant_bits", "4"], 2, 1e3, {}, "ddp", "quantized"),
         (["--train_type", "full", "--backend", "ddp"], 2, 1e9, {}, "ddp", "as --backend says"),
+        (["--train_type", "full", "--fsdp_cpu_offload", "true"], 2, 1e9, {}, "fsdp", "--fsdp_cpu_offload"),
     ],
 )
 def test_the_engine_is_chosen_for_a_reason(tmp_path, argv, world_size, memory, config, chosen, why):

@@ -285,6 +285,12 @@ def test_bare_function_specifications_are_wrapped():
         ({"query": "q", "response": ""}, "column response is empty"),
         ({"messages": [{"role": "robot", "content": "q"}]}, "message 1 has the unknown role 'robot'"),
         ({"messages": [{"content": "q"}]}, "message 1 has no role"),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt"}]}, "message 2 has no content"),
+        ({"messages": [{"role": "user", "content": None}]}, "message 1 has no content .its keys: role"),
+        (
+            {"conversations": [{"from": "human", "value": "q"}], "chosen": {}, "rejected": {}},
+            "chosen and rejected are for preference learning",
+        ),
         ({"messages": "no json"}, "column messages is text that is not JSON"),
         ({"messages": [{"role": "tool_call", "content": "{"}]}, "message 1: the tool call is not JSON"),
         (

@@ -206,7 +206,7 @@ def test_resume_with_another_batch_size_goes_on_after_the_samples_consumed():
     flow = [u for k in range(20) for u in whole._units(k).tolist()]
     resumed = make(global_batch_size=5)
     (warning,) = resumed.load_state_dict(whole.state_dict(4))
-    assert "--global_batch_size 5" in warning and "32 samples" in warning
+    assert "takes 5 samples, and 8 when" in warning and "32 samples" in warning
     assert [u for k in (4, 5, 6) for u in resumed._units(k).tolist()] == flow[32:47]
     assert resumed.total_steps == 4 + (3 * 37 - 32) // 5
     again = make(global_batch_size=8)  # and back, in a second resume

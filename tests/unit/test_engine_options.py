@@ -1,6 +1,7 @@
 """What the flags make of megatron-core's config, and which layer spec is chosen, without processes."""
 
 import pytest
+import torch
 
 pytest.importorskip("megatron.core")
 
@@ -11,6 +12,7 @@ get_accelerator().install()
 from test_models_families import hf_config  # noqa: E402
 
 from mcore_swift.config import MegatronSftArguments  # noqa: E402
+from mcore_swift.engines import processes  # noqa: E402
 from mcore_swift.engines.megatron import moe  # noqa: E402
 from mcore_swift.engines.megatron.engine import model_options  # noqa: E402
 from mcore_swift.engines.megatron.moe import moe_options  # noqa: E402
@@ -84,3 +86,10 @@ def test_models_that_transformer_engines_spec_does_not_know_are_left_to_the_loca
     assert specs.choose_implementation("auto", plan) == "local"
     with pytest.raises(UserError, match=OTHER[variant]):
         specs.choose_implementation("transformer_engine", plan)
+
+
+def test_a_communication_library_that_is_not_there_is_refused_by_its_flag():
+    if torch.cuda.is_available():
+        pytest.skip("it is there")
+    with pytest.raises(UserError, match="--ddp_backend nccl needs a GPU"):
+        processes.join(timeout_s=1, backend="nccl")

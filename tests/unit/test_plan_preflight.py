@@ -91,7 +91,7 @@ def test_config_that_is_missing_or_broken(folder: Path) -> None:
     path.write_text("[]")
     assert "no JSON object" in texts(folder)[0]
     path.unlink()
-    assert str(path) in texts(folder)[0]
+    assert f"--model {folder}: holds no config.json" in texts(folder)[0]
 
 
 def test_truncated_file_is_named_with_its_sizes(folder: Path) -> None:

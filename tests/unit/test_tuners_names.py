@@ -4,7 +4,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from transformers import DeepseekV3Config, GPTNeoXConfig, LlamaConfig, Qwen2Config, Qwen3MoeConfig
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3MoeConfig,
+)
 
 from converters.peft_config import settings_of_checkpoint
 from converters.peft_files import write_config
@@ -18,6 +26,7 @@ from mcore_swift.tuners.parts import Part
 from mcore_swift.tuners.settings import LoraSettings
 from mcore_swift.tuners.starts import draw
 from mcore_swift.tuners.targets import adaptable_modules, chosen_modules
+from mcore_swift.tuners.transformers_targets import check_other_names, peft_targets
 
 SIZES = {
     "hidden_size": 8,
@@ -201,3 +210,42 @@ def test_a_name_that_is_none_is_told_the_nearest(flags, words):
     with pytest.raises(UserError) as told:
         frozen_names(PARAMETERS, SimpleNamespace(**(FLAGS | flags)))
     assert all(word in str(told.value) for word in words), str(told.value)
+
+
+def on_transformers(**flags):
+    """What peft is given for a model of transformers without memory."""
+    args = {
+        "target_modules": ["all-linear"],
+        "target_regex": None,
+        "modules_to_save": [],
+        "target_parameters": [],
+    }
+    args = SimpleNamespace(**(args | flags))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIGS["tied"])
+    check_other_names(model, args)
+    return peft_targets(model, args)
+
+
+def test_targets_on_transformers_models_are_names_that_peft_knows():
+    assert on_transformers() == "all-linear"
+    assert on_transformers(target_modules=["q_proj", "mlp.up_proj"]) == ["q_proj", "mlp.up_proj"]
+    assert "embed_tokens" in on_transformers(target_modules=["all-linear", "all-embedding"])
+    assert on_transformers(target_regex=".*q_proj", modules_to_save=["norm"]) == ".*q_proj"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        # peft itself says nothing of a name that is none, as long as another is one
+        ({"target_modules": ["q_proj", "vproj"]}, ["--target_modules vproj", "nearest names: v_proj"]),
+        ({"target_regex": "model.layer.*qproj"}, ["--target_regex model.layer", "nearest names: q_proj"]),
+        ({"modules_to_save": ["embed_token", "lm_haed"]}, ["--modules_to_save embed_token", "embed_tokens"]),
+        ({"target_parameters": ["up_proj.wait"]}, ["--target_parameters up_proj.wait", "up_proj.weight"]),
+        ({"target_modules": ["all-router"]}, ["all-router", "none"]),
+    ],
+)
+def test_a_name_that_is_none_of_a_transformers_model_is_told_with_the_nearest(flags, words):
+    with pytest.raises(UserError) as caught:
+        on_transformers(**flags)
+    assert all(word in str(caught.value) for word in words), str(caught.value)

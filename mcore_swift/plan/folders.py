@@ -1,0 +1,115 @@
+"""What a folder holds, to tell those who give another than they mean what it is and where it belongs."""
+
+import difflib
+import json
+import os
+from pathlib import Path
+
+from ..errors import UserError
+
+_MODEL, _ADAPTER, _CHECKPOINT = "config.json", "adapter_config.json", "manifest.json"
+_OF_A_TOKENIZER = ("*token*", "vocab*", "*.model", "merges.txt", "*.tiktoken", "tekken*")
+_NOT_ENOUGH = {"special_tokens_map.json", "added_tokens.json"}
+
+
+def missing_folder(flag: str, folder: str, remedy: str) -> UserError:
+    """The error for a folder that is not there; with the nearest name beside it, if one is near."""
+    path = Path(folder).expanduser()
+    names = sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, n=1)
+    return UserError(
+        f"{flag} {folder}: no such folder", f"did you mean {path.parent / near[0]}?" if near else remedy
+    )
+
+
+def no_model(folder: Path) -> UserError:
+    """The error for a folder that `--model` names and that has no config.json."""
+    message = f"--model {folder}: holds no {_MODEL}"
+    if (folder / _ADAPTER).is_file():
+        base = _base_of(folder)
+        return UserError(
+            f"--model {folder} is a PEFT adapter, not a model",
+            f"give it to --adapters, and its base{f' {base}' if base else ''} to --model",
+        )
+    if (folder / _CHECKPOINT).is_file():
+        return UserError(
+            f"{message}; it is a checkpoint without Hugging Face files",
+            "make them with `megatron export --mcore_model ... --to_hf true`",
+        )
+    if newest := newest_below(folder):
+        return UserError(message, f"give a checkpoint in it, such as {newest}")
+    inside = sorted(entry for entry in folder.iterdir() if (entry / _MODEL).is_file())
+    if inside:
+        return UserError(message, f"did you mean {inside[0]}?")
+    return UserError(message, "--model takes the folder of a Hugging Face checkpoint")
+
+
+def no_adapter(folder: Path) -> UserError:
+    """The error for a folder that `--adapters` names and that has no adapter_config.json."""
+    message = f"--adapters {folder}: holds no {_ADAPTER}"
+    if (folder / _MODEL).is_file():
+        return UserError(f"{message}: it is a whole model", "give it to --model, without --adapters")
+    if newest := newest_below(folder):
+        return UserError(message, f"give a checkpoint in it, such as {newest}")
+    return UserError(message, "give the folder of a PEFT adapter")
+
+
+def no_checkpoint(flag: str, folder: Path) -> UserError | None:
+    """The error for a folder to resume from in which no checkpoint is; None if there is one."""
+    if (folder / _CHECKPOINT).is_file() or newest_below(folder):
+        return None
+    message = f"{flag} {folder} holds no complete checkpoint"
+    if (folder / "trainer_state.json").is_file():
+        return UserError(
+            f"{message} of this project: it is one of transformers' Trainer",
+            "start from its weights: give it to --model, or an adapter to --adapters",
+        )
+    if (folder / _MODEL).is_file():
+        return UserError(message, "start from its weights: give it to --model")
+    return UserError(message, "give a checkpoint-N folder, or a run folder that has one")
+
+
+def newest_below(folder: Path) -> Path | None:
+    """The checkpoint written last in a run folder, or in the runs of an output folder."""
+    found = [
+        manifest.parent
+        for place in ("checkpoint-*", "v*-*/checkpoint-*")
+        for manifest in folder.glob(f"{place}/{_CHECKPOINT}")
+    ]
+    return max(found, key=lambda path: (path / _CHECKPOINT).stat().st_mtime, default=None)
+
+
+def tokenizer_problems(model: str | Path) -> list[UserError]:
+    """Whether the folder of a model holds a tokenizer: transformers makes an empty one where it does not."""
+    folder = Path(model).expanduser()
+    files = (path.name for pattern in _OF_A_TOKENIZER for path in folder.glob(pattern))
+    if not (folder / _MODEL).is_file() or any(name not in _NOT_ENOUGH for name in files):
+        return []
+    return [
+        UserError(
+            f"--model {model}: holds no tokenizer",
+            "copy tokenizer.json, tokenizer_config.json and their kin into it from where the model is from",
+        )
+    ]
+
+
+def output_problems(output: Path, *, may_exist: bool) -> list[UserError]:
+    """Whether `--output_dir` is in the way of what would be written, or cannot be written to."""
+    if output.exists() and not output.is_dir():
+        return [UserError(f"--output_dir {output} is a file", "give a folder, or one to be made")]
+    if not may_exist and output.is_dir() and any(output.iterdir()):
+        return [UserError(f"--output_dir {output} is not empty", "give another, or add --exist_ok true")]
+    there = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    if not there.is_dir():
+        return [UserError(f"--output_dir {output}: {there} is a file", "give another folder")]
+    if not os.access(there, os.W_OK | os.X_OK):
+        return [UserError(f"--output_dir {output}: nothing may be written in {there}", "give another folder")]
+    return []
+
+
+def _base_of(adapter: Path) -> str:
+    try:
+        config = json.loads((adapter / _ADAPTER).read_text(encoding="utf-8"))
+        return config.get("base_model_name_or_path") or ""
+    except (OSError, ValueError, AttributeError):
+        return ""
