@@ -11,6 +11,7 @@ from converters.pending import disk_errors
 from mcore_swift.config.base import found_from_anywhere
 from mcore_swift.errors import UserError
 from mcore_swift.tuners.freezing import frozen_names
+from mcore_swift.tuners.peft_tuners import peft_config
 from mcore_swift.tuners.transformers_targets import check_other_names, peft_targets
 
 ADAPTER = "default"
@@ -62,72 +63,15 @@ def choose_parameters(model: nn.Module, args: Any) -> nn.Module:
 def adapter_config(args: Any, model: nn.Module) -> Any:
     """peft's config of the adapters that the arguments describe for a model.
 
-    Raises UserError for a name that is none of the model's.
+    Raises UserError for a name that the model does not have.
     """
-    import peft
-
     check_other_names(model, args)
     common = {
         "task_type": "CAUSAL_LM",
         "target_modules": peft_targets(model, args),
         "modules_to_save": args.modules_to_save or None,
     }
-    scaled = {"r": args.lora_rank, "alpha": args.lora_alpha, "module_dropout": args.lora_dropout}
-    if args.tuner_type == "lora":
-        return peft.LoraConfig(
-            **common,
-            r=args.lora_rank,
-            lora_alpha=args.lora_alpha,
-            lora_dropout=args.lora_dropout,
-            bias=args.lora_bias,
-            use_dora=args.use_dora,
-            use_rslora=args.use_rslora,
-            target_parameters=args.target_parameters or None,
-            init_lora_weights=True if args.init_weights == "true" else args.init_weights,
-        )
-    if args.tuner_type == "adalora":
-        return peft.AdaLoraConfig(
-            **common,
-            lora_alpha=args.lora_alpha,
-            lora_dropout=args.lora_dropout,
-            target_r=args.adalora_target_r,
-            init_r=args.adalora_init_r,
-            tinit=args.adalora_tinit,
-            tfinal=args.adalora_tfinal,
-            deltaT=args.adalora_deltaT,
-            beta1=args.adalora_beta1,
-            beta2=args.adalora_beta2,
-            orth_reg_weight=args.adalora_orth_reg_weight,
-            total_step=1 << 60,  # until the run knows
-        )
-    if args.tuner_type == "fourierft":
-        return peft.FourierFTConfig(
-            **common, n_frequency=args.fourier_n_frequency, scaling=args.fourier_scaling, random_loc_seed=777
-        )
-    if args.tuner_type == "loha":
-        return peft.LoHaConfig(**common, **scaled)
-    if args.tuner_type == "lokr":
-        return peft.LoKrConfig(**common, **scaled)
-    if args.tuner_type == "oft":
-        return peft.OFTConfig(**common, oft_block_size=args.oft_block_size, module_dropout=args.lora_dropout)
-    if args.tuner_type == "boft":
-        by_number = args.boft_block_num > 0
-        return peft.BOFTConfig(
-            **common,
-            boft_block_size=0 if by_number else args.boft_block_size,
-            boft_block_num=args.boft_block_num,
-            boft_n_butterfly_factor=args.boft_n_butterfly_factor,
-            boft_dropout=args.boft_dropout,
-        )
-    if args.tuner_type == "vera":
-        return peft.VeraConfig(
-            **common,
-            r=args.vera_rank,
-            projection_prng_key=args.vera_projection_prng_key,
-            vera_dropout=args.vera_dropout,
-            d_initial=args.vera_d_initial,
-        )
-    return peft.IA3Config(**common, feedforward_modules=[])
+    return peft_config(args, **common)
 
 
 def read_adapter_config(folder: str) -> Any:
