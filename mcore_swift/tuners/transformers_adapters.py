@@ -19,22 +19,22 @@ WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 
 
 def needs_weights(args: Any) -> bool:
-    """Whether adapters start from the values of the weights beside them, which must then be there first."""
+    """Whether adapters are initialized from the weights they are attached to, which must then be loaded first."""
     return args.tuner_type == "lora" and (args.use_dora or args.init_weights not in ("true", "gaussian"))
 
 
 def choose_parameters(model: nn.Module, args: Any) -> nn.Module:
-    """Freeze what the arguments freeze, or put adapters into the model; returns the model to train.
+    """Freeze parameters, or attach adapters to the model; returns the model to train.
 
-    For adapters the model must have memory (peft puts them where its weights are); they have the same random values
-    on every rank, by `args.seed`.
-    Raises UserError, with the nearest names, if a target is no part of the model.
+    For adapters the model must be allocated (peft puts them on the device of its weights); their random values depend
+    on `args.seed` and are the same on every rank. Raises UserError, with the nearest names, for a target that the
+    model does not have.
     """
     if args.tuner_type == "full":
         _freeze(model, args)
         return model
     config = read_adapter_config(args.adapters[0]) if args.adapters else adapter_config(args, model)
-    config.base_model_name_or_path = args.model  # wherever it lay when the adapter was made
+    config.base_model_name_or_path = args.model  # the base may have moved since the adapter was saved
     from peft import get_peft_model
 
     model.requires_grad_(False)
@@ -75,7 +75,7 @@ def adapter_config(args: Any, model: nn.Module) -> Any:
 
 
 def read_adapter_config(folder: str) -> Any:
-    """adapter_config.json of a PEFT folder. Raises UserError if it is none."""
+    """adapter_config.json of a PEFT folder. Raises UserError if it is missing or invalid."""
     from peft import PeftConfig
 
     if not (Path(folder) / CONFIG_FILE).is_file():
@@ -103,7 +103,7 @@ def names_in_file(model: Any, names: list[str]) -> dict[str, str]:
 
 
 def save_adapter(model: Any, folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a PEFT adapter folder. tensors: every trained parameter, whole, by its name in the model."""
+    """Write a PEFT folder. tensors: every trained parameter, whole, by its name in the model."""
     from safetensors.torch import save_file
 
     names = names_in_file(model, list(tensors))
@@ -127,9 +127,9 @@ def save_config(model: Any, folder: Path) -> None:
 
 
 def adapter_tensors(folder: str, model: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Every trained parameter as a PEFT folder holds it, by its name in the model. shapes: what they must have.
+    """Every trained parameter from a PEFT folder, by its name in the model. shapes: their expected shapes.
 
-    Raises UserError if one is missing or of another shape.
+    Raises UserError if one is missing or has another shape.
     """
     from safetensors.torch import load_file
 
@@ -150,9 +150,9 @@ def adapter_tensors(folder: str, model: Any, shapes: Mapping[str, tuple[int, ...
 
 
 def base_names(base: Collection[str], model: nn.Module) -> dict[str, str]:
-    """Tensor of a model with adapters -> its name in the model without. base: the names of all tensors of the latter.
+    """Tensor of a model with adapters -> its name in the base model. base: names of all tensors of the base model.
 
-    Copies that peft makes of modules that train whole begin as what they are copies of.
+    peft's copies of modules that are trained in full are initialized from the original modules.
     """
     names = {}
     for name, _ in (*model.named_parameters(), *model.named_buffers()):
@@ -165,7 +165,7 @@ def base_names(base: Collection[str], model: nn.Module) -> dict[str, str]:
 
 
 def learning_rate_factors(model: nn.Module, args: Any) -> dict[str, float]:
-    """LoRA+ (arXiv:2402.12354): parameters whose learning rate is a multiple of that of the others."""
+    """LoRA+ (arXiv:2402.12354): parameter name -> factor of its learning rate, for the B matrices."""
     if args.tuner_type != "lora" or not args.lorap_lr_ratio:
         return {}
     named = [name for name, parameter in model.named_parameters() if parameter.requires_grad]

@@ -1,4 +1,4 @@
-"""Which modules of a transformers model the flags of adapters name; each name must mean something."""
+"""Resolving --target_modules and related flags on a transformers model, where each name must match something."""
 
 import difflib
 from collections.abc import Sequence
@@ -11,10 +11,9 @@ from mcore_swift.tuners.targets import ALL_EMBEDDING, ALL_LINEAR, ALL_ROUTER, ch
 
 
 def peft_targets(model: nn.Module, args: Any) -> str | list[str]:
-    """`--target_modules`, or `--target_regex`, as peft's configs take them.
+    """`--target_modules` or `--target_regex` in the form of peft's configs.
 
-    peft passes over a name that matches nothing as long as another does; here each is looked for.
-    Raises UserError with the nearest names.
+    peft ignores a name that matches nothing if another one matches; here this raises UserError with the nearest names.
     """
     if args.target_regex is None and args.target_modules == [ALL_LINEAR]:
         return ALL_LINEAR
@@ -34,12 +33,12 @@ def peft_targets(model: nn.Module, args: Any) -> str | list[str]:
 
 
 def check_other_names(model: nn.Module, args: Any) -> None:
-    """Raise UserError, with the nearest names, where `--modules_to_save` or `--target_parameters` names nothing."""
+    """Raise UserError, with the nearest names, if `--modules_to_save` or `--target_parameters` match nothing."""
     modules = [name for name, _ in model.named_modules() if name]
     parameters = [name for name, _ in model.named_parameters()]
     for flag, known in (("modules_to_save", modules), ("target_parameters", parameters)):
         for wanted in getattr(args, flag):
-            # peft takes a module whose name ends so, and a parameter whose name is this or ends behind a dot
+            # peft compares the end of module names, and of parameter names only after a dot
             end = wanted if flag == "modules_to_save" else f".{wanted}"
             if not any(name == wanted or name.endswith(end) for name in known):
                 raise UserError(f"--{flag} {wanted}: the model has no such name", _nearest(wanted, known))
@@ -57,7 +56,7 @@ def _nearest(wanted: str, names: Sequence[str]) -> str:
 
 
 def _adaptable(model: nn.Module) -> list[str]:
-    """Modules that hold a matrix and no other modules: what an adapter can be beside."""
+    """Modules that an adapter can be attached to: those with a matrix and without submodules."""
     return [
         name
         for name, module in model.named_modules()
@@ -67,7 +66,7 @@ def _adaptable(model: nn.Module) -> list[str]:
 
 
 def _linear(model: nn.Module) -> list[str]:
-    """What peft's 'all-linear' means: all but the output layer."""
+    """The modules of peft's 'all-linear': every linear layer but the output layer."""
     from transformers.pytorch_utils import Conv1D
 
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None

@@ -94,7 +94,7 @@ def test_each_default_is_that_of_ms_swift(flags, theirs):
 
 
 def test_every_other_default_is_told_in_the_docs():
-    told = DOCS.read_text(encoding="utf-8").split("## Named otherwise")[0]
+    told = DOCS.read_text(encoding="utf-8").split("## Different flags")[0]
     missing = [name for name in OTHERS | SAME if f"`{name}`" not in told]
     assert missing == []
     rows = [line for line in told.splitlines() if line.startswith("| `")]
