@@ -8,18 +8,22 @@ from typing import Any
 
 import torch
 
+from converters.adapters import MCORE
 from converters.budget import Budget
-from converters.peft_config import settings_of_checkpoint, unloadable
+from converters.peft_config import module_of, settings_of_checkpoint, unloadable
 from converters.peft_files import PeftAdapter
 from converters.ranks import Ranks
+from converters.torch_dist_reader import MCoreReader
 from mcore_swift.engines.megatron import process_groups
 from mcore_swift.engines.megatron.engine import MegatronEngine
 from mcore_swift.errors import UserError
 from mcore_swift.models.reading import ModelPlan, read_model
+from mcore_swift.models.shards import ADAPTER
 from mcore_swift.plan.adapter import CONFIG
 from mcore_swift.plan.axes import length_multiple
 from mcore_swift.plan.layout import Layout
 from mcore_swift.plan.stages import prediction_rank
+from mcore_swift.tuners.attach import adapter_names
 from mcore_swift.tuners.beside import beside
 from mcore_swift.tuners.settings import LoraSettings
 from mcore_swift.tuners.targets import adaptable_modules, chosen_modules
@@ -56,8 +60,10 @@ def read(args: Any) -> ModelPlan:
 def check(plan: ModelPlan, args: Any, start: Path | None = None) -> None:
     """Raises UserError for adapters, and modules that train whole beside them, that the model cannot have."""
     if (adapter := _adapter(args, plan, start)) is not None:
-        chosen_modules(plan.table, adapter)
+        names = adapter_names(plan.table, adapter)
         beside(plan.table, adapter)
+        if start is not None:
+            _refuse_other_base(start, set(names), args.model)
 
 
 def build(
@@ -91,6 +97,21 @@ def _adapter(args: Any, plan: ModelPlan, start: Path | None) -> LoraSettings | N
     if start is None and args.adapters:
         return _fitting(PeftAdapter(args.adapters[0], plan.table.matrices), plan)
     return LoraSettings.from_args(args)
+
+
+def _refuse_other_base(start: Path, names: set[str], model: str) -> None:
+    """Raise UserError unless a checkpoint holds the adapter tensors of these names and no others."""
+    held = set(MCoreReader(start / MCORE, frozenset({ADAPTER.rstrip(".")})).specs)
+    if not held:
+        return  # a checkpoint of another engine or of a full run: reported when it is loaded
+    for verb, keys in (("lacks", names - held), ("has", held - names)):
+        if keys:
+            modules = sorted({module_of(key) for key in keys})
+            shown = ", ".join(modules[:3]) + (f" and {len(modules) - 3} more" if len(modules) > 3 else "")
+            raise UserError(
+                f"{start}: does not fit {model}: its adapter {verb} matrices of {shown}",
+                "it is an adapter of another base model: give that one to --model",
+            )
 
 
 def _fitting(source: PeftAdapter, plan: ModelPlan) -> LoraSettings:
