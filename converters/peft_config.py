@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from mcore_swift.tuners.targets import chosen_modules
 
 _ROUTERS = ("gate", "router")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
+_UNLISTED = ".mlp.shared_expert."
+"""In names of modules of qwen2_moe alone: see `_renamed`."""
 DOWN = ("down_proj", "w2")
 """Names of the expert matrix that transformers does not fuse; the other two are fused as a pair."""
 
@@ -74,7 +76,7 @@ def config_of(
 
     modules: HF modules with an adapter. linear: all modules of the model that support one.
     """
-    modules = set(modules)
+    modules, linear = set(modules), list(linear)
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -100,6 +102,8 @@ def config_of(
             0.0  # peft supports no dropout for adapters on parameters, such as a router's weight
         )
     experts = {module for module in modules if _EXPERT.search(module)}
+    if any(_UNLISTED in name for name in linear):
+        return config | _renamed(settings, modules, experts, linear)
     return config | _beside_experts(settings, experts, modules - experts) if experts else config
 
 
@@ -120,29 +124,60 @@ def _beside_experts(settings: LoraSettings, experts: set[str], others: set[str])
     changes: dict[str, Any] = {"lora_dropout": 0.0}
     if alike := sorted(name for name in others if _end(name) in ends):
         changes["target_parameters"] = [f"{name}.weight" for name in alike]
-    ranks, alphas = _joined_patterns(settings, experts)
+    ranks, alphas = _joined_patterns(settings, _fused(experts))
     changes["rank_pattern"] = ranks | dict(settings.rank_pattern)
     changes["alpha_pattern"] = alphas | dict(settings.alpha_pattern)
     return changes
 
 
-def _joined_patterns(settings: LoraSettings, experts: set[str]) -> tuple[dict[str, int], dict[str, float]]:
-    """Ranks and alphas of fused matrices that differ from the default, by peft's names of their tensors."""
-    members: dict[tuple[str, int], set[str]] = {}
+def _renamed(
+    settings: LoraSettings, modules: set[str], experts: set[str], linear: Iterable[str]
+) -> dict[str, Any]:
+    """Settings for qwen2_moe, whose experts' weights peft (0.21) fuses as it does for the families that its list says
+    are like it, but whose settings it does not rewrite, since it is not in that list itself.
+    """
+    routers = {module for module in modules if _end(module) in _ROUTERS}
+    plain = modules - experts - routers
+    fused = _fused(experts)
+    ranks, alphas = _joined_patterns(settings, fused, rewritten=False)
+    changes = {
+        "target_modules": _targets(plain, [name for name in linear if not _EXPERT.search(name)]),
+        "target_parameters": [*(f"{name}.weight" for name in sorted(routers)), *fused],
+        "rank_pattern": ranks | dict(settings.rank_pattern),
+        "alpha_pattern": alphas | dict(settings.alpha_pattern),
+    }
+    return changes | ({"lora_dropout": 0.0} if experts else {})
+
+
+def _fused(experts: Iterable[str]) -> dict[str, set[str]]:
+    """Name in transformers of each fused tensor -> the modules of single experts with an adapter in it."""
+    members: dict[str, set[str]] = {}
     for module in experts:
         layer = module.partition(".experts.")[0].rpartition(".")[0]
-        members.setdefault((layer, 1 if _end(module) in DOWN else 2), set()).add(module)
+        fused = "down_proj" if _end(module) in DOWN else "gate_up_proj"
+        members.setdefault(f"{layer}.mlp.experts.{fused}", set()).add(module)
+    return dict(sorted(members.items()))
+
+
+def _joined_patterns(
+    settings: LoraSettings, fused: Mapping[str, set[str]], *, rewritten: bool = True
+) -> tuple[dict[str, int], dict[str, float]]:
+    """Ranks and alphas of fused matrices that differ from the default, by peft's names of their tensors.
+
+    rewritten: peft's default for gate and up is twice the rank and alpha of the config.
+    """
     ranks, alphas = {}, {}
-    for (layer, parts), modules in sorted(members.items()):
+    for name, modules in fused.items():
         rank = {settings.rank_of(module) for module in modules}
         alpha = {settings.alpha_pattern.get(module, settings.alpha) for module in modules}
         if len(rank) != 1 or len(alpha) != 1:
             continue  # peft cannot fuse them
-        name = f"{layer}.mlp.experts.{'down_proj' if parts == 1 else 'gate_up_proj'}"
-        if rank != {settings.rank}:
-            ranks[name] = parts * rank.pop()
+        parts = 1 if name.endswith(".down_proj") else 2
+        usual = parts if rewritten else 1
+        if (of_all := parts * rank.pop()) != usual * settings.rank:
+            ranks[name] = of_all
         counted = alpha.pop() * (math.sqrt(parts) if settings.use_rslora else parts)
-        if counted != parts * settings.alpha:
+        if counted != usual * settings.alpha:
             alphas[name] = counted
     return ranks, alphas
 

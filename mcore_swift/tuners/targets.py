@@ -5,7 +5,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from mcore_swift.errors import UserError
-from mcore_swift.models.rules import Rule, RuleTable
+from mcore_swift.models.rules import Experts, Rule, RuleTable
 from mcore_swift.tuners.settings import LoraSettings
 
 ALL_LINEAR, ALL_ROUTER, ALL_EMBEDDING = "all-linear", "all-router", "all-embedding"
@@ -54,11 +54,15 @@ def chosen_modules(table: RuleTable, settings: LoraSettings) -> set[str]:
             f"--target_modules {output.removesuffix('.weight')}: the output layer of this model is its embedding",
             f"train it whole: --modules_to_save {embedding_module(table).rpartition('.')[2]}",
         )
-    kinds = fused_layers(table) | {
-        ALL_LINEAR: linear_modules(table),
-        ALL_ROUTER: router_modules(table),
-        ALL_EMBEDDING: _module_names(table, EMBEDDING),
-    }
+    kinds = (
+        fused_layers(table)
+        | fused_experts(table)
+        | {
+            ALL_LINEAR: linear_modules(table),
+            ALL_ROUTER: router_modules(table),
+            ALL_EMBEDDING: _module_names(table, EMBEDDING),
+        }
+    )
     chosen = choose(adaptable_modules(table), settings.target_modules, settings.target_regex, kinds)
     _refuse_vocabulary(table, chosen, settings)
     adapted = {name for name in chosen if not is_in(name, settings.modules_to_save)}
@@ -143,7 +147,7 @@ def _by_regex(modules: Sequence[str], regex: str, kinds: Iterable[str]) -> set[s
 
 
 def _nothing_matches(flag: str, target: str, modules: Sequence[str], kinds: Iterable[str]) -> UserError:
-    ends = sorted({name.rpartition(".")[2] for name in modules} | set(kinds))
+    ends = sorted({name.rpartition(".")[2] for name in modules} | {kind for kind in kinds if "." not in kind})
     near = difflib.get_close_matches(target, ends, n=3, cutoff=0.4) or ends
     return UserError(
         f"{flag} matches no module of this model that supports adapters", f"nearest names: {', '.join(near)}"
@@ -157,6 +161,12 @@ def fused_layers(table: RuleTable) -> dict[str, list[str]]:
         if _is_linear(rule.mcore):
             layers.setdefault(rule.mcore.split(".")[-2], []).extend(_linear_names(rule))
     return layers
+
+
+def fused_experts(table: RuleTable) -> dict[str, list[str]]:
+    """transformers' name of a tensor of all experts of a layer -> the HF modules of the single experts in it."""
+    rules = [rule for rule in table.matrices.rules if isinstance(rule, Experts) and rule.fused]
+    return {rule.fused: _linear_names(rule) for rule in rules}
 
 
 def linear_modules(table: RuleTable) -> list[str]:

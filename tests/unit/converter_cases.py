@@ -38,6 +38,7 @@ def hf_config(name):
         "qwen2": "Qwen2",
         "qwen3": "Qwen3",
         "qwen3moe": "Qwen3Moe",
+        "qwen2moe": "Qwen2Moe",
         "phi3": "Phi3",
         "cohere": "Cohere",
         "starcoder2": "Starcoder2",
@@ -53,6 +54,9 @@ def hf_config(name):
         sizes["use_qk_norm"] = True
     if family == "qwen3moe":
         sizes |= {"num_experts": 4, "moe_intermediate_size": 12, "mlp_only_layers": [1]}
+    if family == "qwen2moe":
+        sizes |= {"num_experts": 4, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20}
+        sizes["mlp_only_layers"] = [1]
     if family == "gptoss":
         sizes |= {"num_local_experts": 4, "head_dim": 10}
     if family == "deepseekv3":

@@ -7,12 +7,18 @@ from typing import Any
 import pytest
 import torch
 from converter_cases import hf_config
+from safetensors.torch import load_file
 
 from converters.main import export
+from converters.peft_config import settings_of_checkpoint
+from converters.peft_files import save_peft
 from converters.ranks import Ranks
 from mcore_swift.config import MegatronExportArguments, parse
 from mcore_swift.config.swift import SwiftExportArguments
 from mcore_swift.errors import UserError
+from mcore_swift.models.reading import read_model
+from mcore_swift.tuners.settings import LoraSettings
+from mcore_swift.tuners.targets import adaptable_modules, chosen_modules
 
 ATOL = 1e-6  # fp32: products of two small factors, summed in another order
 
@@ -103,3 +109,42 @@ def test_the_model_is_the_one_the_adapter_names(folders, tmp_path):
         assert os.path.samefile(args.model, folders / "qwen2")
     with pytest.raises(UserError, match="--model is missing"):
         parse(MegatronExportArguments, [*argv, "--to_hf", "true", "--load_args", "false"])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ("all-linear", "all-router")},
+        {"target_regex": r".*(q|down)_proj", "use_rslora": True},
+    ],
+)
+@pytest.mark.parametrize("family", ["qwen2moe", "deepseekv3"])
+def test_peft_loads_experts_beside_layers_of_the_same_names(tmp_path, family, settings):
+    """Written by us, of a family that peft rewrites the settings of and of one that it does not."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(hf_config(family)).float().save_pretrained(tmp_path / "model")
+    table = read_model(str(tmp_path / "model")).table.matrices
+    weights = load_file(tmp_path / "model/model.safetensors")
+    asked = LoraSettings(rank=3, alpha=5, dropout=0.0, **settings)
+    tensors = {}
+    for module in sorted(chosen_modules(table, asked)):
+        rows, columns = weights[f"{module}.weight"].shape
+        tensors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(3, columns) * 0.1
+        tensors[f"base_model.model.{module}.lora_B.weight"] = torch.randn(rows, 3) * 0.1
+    (tmp_path / "adapter").mkdir()
+    save_peft(tmp_path / "adapter", tensors, asked, str(tmp_path / "model"), adaptable_modules(table))
+    run(model=tmp_path / "model", adapters=tmp_path / "adapter", to_hf=True, output_dir=tmp_path / "merged")
+    assert chosen_modules(table, settings_of_checkpoint(tmp_path / "adapter", table)) == chosen_modules(
+        table, asked
+    )
+    ids = torch.arange(24)[None]
+    base, merged = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name).eval() for name in ("model", "merged")
+    )
+    expected, before = merged(ids).logits, base(ids).logits
+    found = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()(ids).logits
+    assert (expected - before).abs().max() > 1e-3
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)  # logits to the issue's bound
