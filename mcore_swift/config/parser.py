@@ -30,7 +30,7 @@ from .resumed import (
     taken_over,
 )
 from .tuner import without_effect
-from .values import BadValue, convert, same_value
+from .values import BadValue, at_home, convert, same_value
 
 _FLAG = re.compile(r"--([A-Za-z0-9_]+)")
 _DASHES = re.compile(
@@ -38,6 +38,10 @@ _DASHES = re.compile(
 )  # one dash, or those that word processors make of two
 
 _NO_FLAG = ""
+_PATHS = (
+    *("model", "dataset", "val_dataset", "adapters", "mcore_model", "mcore_adapter", "resume"),
+    *("resume_from_checkpoint", "output_dir", "cache_dir", "logging_dir"),
+)
 
 T = TypeVar("T", bound=Arguments)
 
@@ -250,9 +254,11 @@ class _Reader:
                 self._not_a_flag(one)
                 continue
             try:
-                typed[one.name] = convert(flag, one.values)
+                value = convert(flag, one.values)
             except BadValue as error:
                 self._fail(one.name, f"{one.label} {error}", error.remedy)
+            else:
+                typed[one.name] = at_home(value) if one.name in _PATHS else value
         if typed.get("ignore_args_error"):
             self.notices += [f"ignored: {error.message}" for error in self.unknown]
         else:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from typing import Any
 
@@ -41,6 +42,13 @@ def convert(flag: Flag, given: list[Any]) -> Any:
             raise BadValue("cannot be none")
         return None
     return _checked(flag, _scalar(flag, value))
+
+
+def at_home(value: Any) -> Any:
+    """A path, or a list of them, with a leading ~ replaced: the shell leaves it in --model=~/x, and so does YAML."""
+    if isinstance(value, list):
+        return [at_home(item) for item in value]
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
 
 
 def as_bool(value: Any) -> bool:

@@ -266,6 +266,18 @@ def test_what_a_python_call_cannot_do_is_an_exception(monkeypatch, tmp_path):
         sft_main(args)
 
 
+def test_paths_may_begin_at_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    argv = ["--model=~/m", "--dataset", "~/a.jsonl#5", "b", "--output_dir=~/out", "--system", "~ is home"]
+    args = parse(SwiftSftArguments, argv, notify=lambda notice: None)
+    assert (args.model, args.dataset, args.output_dir) == (
+        "/home/me/m",
+        ["/home/me/a.jsonl#5", "b"],
+        "/home/me/out",
+    )
+    assert args.system == "~ is home"
+
+
 def test_settings_of_another_tuner_are_noted():
     notices = []
     argv = [
