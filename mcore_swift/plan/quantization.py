@@ -91,11 +91,11 @@ def problems_beside_adapters(args: Any, config: dict[str, Any], source: str) -> 
                 f"--quant_method {args.quant_method}: the weights are quantized by {method}", "drop it"
             ),
         ]
-    return package_problems(method)
+    return package_problems(method, source)
 
 
-def package_problems(method: str | None) -> list[UserError]:
-    """The packages that a `quant_method`, or a value of --quant_method, needs and that are not installed."""
+def package_problems(method: str | None, source: str = "--quant_method") -> list[UserError]:
+    """The packages that a `quant_method` of `source`, a flag or file, needs and that are not installed."""
     needed = PACKAGES.get(_METHOD_OF_FLAG.get(method or "", method or ""), ())
     missing = [name for name in needed if not _installed(_MODULES.get(name, name))]
     if not missing:
@@ -103,7 +103,7 @@ def package_problems(method: str | None) -> list[UserError]:
     names = " and ".join(missing)
     return [
         UserError(
-            f"weights quantized by {method} need what is not installed: {names}",
+            f"{source}: weights quantized by {method} need what is not installed: {names}",
             f"pip install {' '.join(missing)}",
         )
     ]
