@@ -94,20 +94,22 @@ def folder_problems(args: Arguments) -> list[UserError]:
 def adapter_problems(folder: str, args: Arguments) -> list[UserError]:
     """What shows of an adapter in its files: kind, whether they are whole, and whether it fits `--model`."""
     from ..plan.adapter import CONFIG, WEIGHTS
-    from ..plan.adapter import folder_problems as problems_of
+    from ..plan.adapter import folder_problems as problems_in_files
 
     if not Path(folder).is_dir():
         return [missing_folder("--adapters", folder, "give the folder of a PEFT adapter")]
     if (Path(folder) / "manifest.json").is_file() and not (Path(folder) / WEIGHTS).is_file():
         if args.COMMAND == "export":
             return []  # read from the checkpoint's own files
-        remedy = "go on with --mcore_adapter, or make a PEFT folder of it with `swift export --to_peft_format true`"
+        remedy = "make a PEFT folder of it with `swift export --to_peft_format true`"
+        if args.PROGRAM == "megatron":
+            remedy += ", or give it to --mcore_adapter"
         return [UserError(f"--adapters {folder}: is a checkpoint without a PEFT adapter in it", remedy)]
     if not (Path(folder) / CONFIG).is_file():
         return [no_adapter(Path(folder))]
     base = Path(args.model).expanduser() if getattr(args, "model", None) else None
     only_lora = args.PROGRAM == "megatron"
-    return problems_of(folder, base if base and base.is_dir() else None, only_lora=only_lora)
+    return problems_in_files(folder, base if base and base.is_dir() else None, only_lora=only_lora)
 
 
 def family_problems(args: Arguments) -> list[UserError]:
