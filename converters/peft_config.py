@@ -17,8 +17,8 @@ from mcore_swift.tuners.targets import chosen_modules
 
 _ROUTERS = ("gate", "router")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
-_UNLISTED = ".mlp.shared_expert."
-"""In names of modules of qwen2_moe alone: see `_renamed`."""
+_UNLISTED = (".mlp.shared_expert.down_proj", ".mlp.router")
+"""Ends of names of modules that qwen2_moe and gpt_oss alone have: see `_renamed`."""
 DOWN = ("down_proj", "w2")
 """Names of the expert matrix that transformers does not fuse; the other two are fused as a pair."""
 
@@ -102,7 +102,7 @@ def config_of(
             0.0  # peft supports no dropout for adapters on parameters, such as a router's weight
         )
     experts = {module for module in modules if _EXPERT.search(module)}
-    if any(_UNLISTED in name for name in linear):
+    if any(name.endswith(_UNLISTED) for name in linear):
         return config | _renamed(settings, modules, experts, linear)
     return config | _beside_experts(settings, experts, modules - experts) if experts else config
 
@@ -133,8 +133,8 @@ def _beside_experts(settings: LoraSettings, experts: set[str], others: set[str])
 def _renamed(
     settings: LoraSettings, modules: set[str], experts: set[str], linear: Iterable[str]
 ) -> dict[str, Any]:
-    """Settings for qwen2_moe, whose experts' weights peft (0.21) fuses as it does for the families that its list says
-    are like it, but whose settings it does not rewrite, since it is not in that list itself.
+    """Settings for families whose settings peft (0.21) does not rewrite for transformers 5, as it does for others:
+    qwen2_moe, whose experts' weights it fuses all the same, and gpt_oss, on whose experts there is no adapter here.
     """
     routers = {module for module in modules if _end(module) in _ROUTERS}
     plain = modules - experts - routers

@@ -32,7 +32,7 @@ from mcore_swift.plan.adapter import (
 )
 from mcore_swift.tuners.beside import Beside, beside
 from mcore_swift.tuners.settings import LoraSettings
-from mcore_swift.tuners.targets import adaptable_modules
+from mcore_swift.tuners.targets import adaptable_modules, router_modules
 
 
 def write_adapter(
@@ -142,6 +142,7 @@ class PeftAdapter:
         self.folder = held.folder
         self.path = held.weights
         self._places = {name: Place(name) for name in held.shapes}
+        self._rename_routers(table)
         self._split_experts(held, table)
         self.shapes = {name: place.extent(held.shapes[place.name]) for name, place in self._places.items()}
         self.held = replace(held, shapes=self.shapes)
@@ -168,6 +169,14 @@ class PeftAdapter:
             return (whole if place.columns is None else whole[:, place.columns])[as_slices(region)]
         except (OSError, SafetensorError) as error:
             raise UserError(f"{self.path}: cannot be read ({error})", "copy the file again") from None
+
+    def _rename_routers(self, table: RuleTable) -> None:
+        """transformers 5 and peft call Mixtral's router `mlp.gate`, which its checkpoints call otherwise."""
+        for module in router_modules(table):
+            theirs = module.replace(".block_sparse_moe.", ".mlp.")
+            for end in ("lora_A.weight", "lora_B.weight"):
+                if place := self._places.pop(f"{PREFIX}{theirs}.{end}", None):
+                    self._places[f"{PREFIX}{module}.{end}"] = place
 
     def _split_experts(self, held: PeftFolder, table: RuleTable) -> None:
         _refuse_turned(held, table)

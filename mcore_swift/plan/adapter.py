@@ -217,6 +217,8 @@ def base_problems(adapter: PeftFolder, base: Path) -> list[UserError]:
     missing, shaped = [], []
     for module, shapes in adapter.modules.items():
         weight = stored.get(f"{module}.weight")
+        if weight is None:  # Mixtral's router, by the name that transformers 5 and peft have for it
+            weight = stored.get(f"{module.replace('.mlp.gate', '.block_sparse_moe.gate')}.weight")
         if weight is None:
             if not _in_one_tensor(module, stored):
                 missing.append(module)

@@ -39,6 +39,7 @@ def hf_config(name):
         "qwen3": "Qwen3",
         "qwen3moe": "Qwen3Moe",
         "qwen2moe": "Qwen2Moe",
+        "mixtral": "Mixtral",
         "phi3": "Phi3",
         "cohere": "Cohere",
         "starcoder2": "Starcoder2",

@@ -11,12 +11,13 @@ from safetensors.torch import load_file
 
 from converters.main import export
 from converters.peft_config import settings_of_checkpoint
-from converters.peft_files import save_peft
+from converters.peft_files import PeftAdapter, save_peft
 from converters.ranks import Ranks
 from mcore_swift.config import MegatronExportArguments, parse
 from mcore_swift.config.swift import SwiftExportArguments
 from mcore_swift.errors import UserError
 from mcore_swift.models.reading import read_model
+from mcore_swift.plan.adapter import folder_problems
 from mcore_swift.tuners.settings import LoraSettings
 from mcore_swift.tuners.targets import adaptable_modules, chosen_modules
 
@@ -111,16 +112,23 @@ def test_the_model_is_the_one_the_adapter_names(folders, tmp_path):
         parse(MegatronExportArguments, [*argv, "--to_hf", "true", "--load_args", "false"])
 
 
+WIDE: dict[str, Any] = {"target_modules": ("all-linear", "all-router")}
+SOME: dict[str, Any] = {"target_regex": r".*(q|down)_proj", "use_rslora": True}
+
+
 @pytest.mark.parametrize(
-    "settings",
+    ("family", "settings"),
     [
-        {"target_modules": ("all-linear", "all-router")},
-        {"target_regex": r".*(q|down)_proj", "use_rslora": True},
+        ("qwen2moe", WIDE),
+        ("qwen2moe", SOME),
+        ("deepseekv3", WIDE),
+        ("deepseekv3", SOME),
+        ("mixtral", WIDE),
+        ("gptoss", WIDE),
     ],
 )
-@pytest.mark.parametrize("family", ["qwen2moe", "deepseekv3"])
 def test_peft_loads_experts_beside_layers_of_the_same_names(tmp_path, family, settings):
-    """Written by us, of a family that peft rewrites the settings of and of one that it does not."""
+    """Written by us, of families whose settings peft rewrites and of others; and what peft writes again is read."""
     import peft
     from transformers import AutoModelForCausalLM
 
@@ -145,6 +153,10 @@ def test_peft_loads_experts_beside_layers_of_the_same_names(tmp_path, family, se
         AutoModelForCausalLM.from_pretrained(tmp_path / name).eval() for name in ("model", "merged")
     )
     expected, before = merged(ids).logits, base(ids).logits
-    found = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()(ids).logits
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    found = adapted(ids).logits
+    adapted.save_pretrained(tmp_path / "again")
+    assert PeftAdapter(tmp_path / "again", table).shapes.keys() == tensors.keys()
+    assert not folder_problems(tmp_path / "again", tmp_path / "model", only_lora=True)
     assert (expected - before).abs().max() > 1e-3
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)  # logits to the issue's bound
