@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..plan.folders import newest_checkpoint
 from .aliases import ALIASES
-from .base import ARGS_FILE, Arguments, find_args_file
+from .base import Arguments, find_args_file
 from .fields import flags_of
 from .trained_parameters import FREEZING, THAWING, TrainedParametersArguments
 from .values import same_value
@@ -53,30 +54,7 @@ def resumed_from(cls: type[Arguments], typed: Mapping[str, Any]) -> str | Path |
     if str(resume).lower() not in ("auto", "true"):
         return resume
     output = cls(**typed).output_dir
-    return _newest_checkpoint(Path(output)) if output else None
-
-
-def _newest_checkpoint(output: Path) -> Path | None:
-    """The checkpoint written last in an output folder or its runs, as `training.checkpoint` finds it."""
-    found = [
-        (_version(manifest.parent.parent), _written(manifest), manifest.parent)
-        for place in ("checkpoint-*", "v*-*/checkpoint-*")
-        for manifest in output.glob(f"{place}/manifest.json")
-        if (manifest.parent / ARGS_FILE).is_file()
-    ]
-    return max(found)[2] if found else None
-
-
-def _version(run: Path) -> int:
-    digits = run.name[1:].split("-")[0]
-    return int(digits) if run.name.startswith("v") and digits.isdigit() else -1
-
-
-def _written(manifest: Path) -> float:
-    try:
-        return float(json.loads(manifest.read_text(encoding="utf-8")).get("written", 0))
-    except (OSError, ValueError, AttributeError):
-        return 0.0  # broken: the run says so when it reads it
+    return newest_checkpoint(Path(output)) if output else None
 
 
 def named_base(typed: Mapping[str, Any]) -> str | None:

@@ -36,7 +36,7 @@ def no_model(folder: Path) -> UserError:
             f"{message}; it is a checkpoint without Hugging Face files",
             "make them with `megatron export --mcore_model ... --to_hf true`",
         )
-    if newest := newest_below(folder):
+    if newest := newest_checkpoint(folder):
         return UserError(message, f"give a checkpoint in it, such as {newest}")
     inside = sorted(entry for entry in folder.iterdir() if (entry / _MODEL).is_file())
     if inside:
@@ -49,14 +49,14 @@ def no_adapter(folder: Path) -> UserError:
     message = f"--adapters {folder}: holds no {_ADAPTER}"
     if (folder / _MODEL).is_file():
         return UserError(f"{message}: it is a whole model", "give it to --model, without --adapters")
-    if newest := newest_below(folder):
+    if newest := newest_checkpoint(folder):
         return UserError(message, f"give a checkpoint in it, such as {newest}")
     return UserError(message, "give the folder of a PEFT adapter")
 
 
 def no_checkpoint(flag: str, folder: Path) -> UserError | None:
     """The error for a folder to resume from in which no checkpoint is; None if there is one."""
-    if (folder / _CHECKPOINT).is_file() or newest_below(folder):
+    if (folder / _CHECKPOINT).is_file() or newest_checkpoint(folder):
         return None
     message = f"{flag} {folder} holds no complete checkpoint"
     if (folder / "trainer_state.json").is_file():
@@ -69,14 +69,14 @@ def no_checkpoint(flag: str, folder: Path) -> UserError | None:
     return UserError(message, "give a checkpoint-N folder, or a run folder that has one")
 
 
-def newest_below(folder: Path) -> Path | None:
-    """The checkpoint written last in a run folder, or in the runs of an output folder."""
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint written last in a run folder, or in the newest run of an output folder, as training finds it."""
     found = [
-        manifest.parent
+        (_version(manifest.parent.parent), _written(manifest), manifest.parent)
         for place in ("checkpoint-*", "v*-*/checkpoint-*")
         for manifest in folder.glob(f"{place}/{_CHECKPOINT}")
     ]
-    return max(found, key=lambda path: (path / _CHECKPOINT).stat().st_mtime, default=None)
+    return max(found)[2] if found else None
 
 
 def tokenizer_problems(model: str | Path) -> list[UserError]:
@@ -113,3 +113,15 @@ def _base_of(adapter: Path) -> str:
         return config.get("base_model_name_or_path") or ""
     except (OSError, ValueError, AttributeError):
         return ""
+
+
+def _version(run: Path) -> int:
+    digits = run.name[1:].split("-")[0]
+    return int(digits) if run.name.startswith("v") and digits.isdigit() else -1
+
+
+def _written(manifest: Path) -> float:
+    try:
+        return float(json.loads(manifest.read_text(encoding="utf-8")).get("written", 0))
+    except (OSError, ValueError, AttributeError):
+        return 0.0  # broken: the run says so when it reads it
