@@ -157,8 +157,11 @@ def _choose_folder(args: Any, resume: Path | None, ranks: Ranks) -> Path:
 
 @contextmanager
 def _made_folder(run_dir: Path, ranks: Ranks) -> Iterator[None]:
-    """Create the run's folder; if the body raises, remove it again unless it existed before."""
-    missing = [path for path in (run_dir, *run_dir.parents) if ranks.is_first and not path.exists()]
+    """Create the run's folder; if the body raises, remove it again unless it existed before.
+
+    Each rank that fails removes it: the first one to leave has all others ended, wherever they are.
+    """
+    missing = ranks.gather([path for path in (run_dir, *run_dir.parents) if not path.exists()])[0]
 
     def make() -> None:
         with disk_errors(run_dir):
