@@ -15,6 +15,7 @@ EXAMPLES = """
 swift export --adapters out/v0-20260101-120000/checkpoint-100 --merge_lora true --output_dir merged
 swift merge-lora --adapters out/v0-20260101-120000/checkpoint-100
 swift export --adapters out/v0-20260101-120000/checkpoint-100 --to_peft_format true
+swift export --model ./Qwen3-0.6B --to_mcore true          # this and --to_hf: flags of `megatron export --help`
 """
 
 
