@@ -112,7 +112,11 @@ def convert_adapter(
 def _write(
     source: AdapterSource, table: RuleTable, args: Any, folder: Path, family: str, to_mcore: bool
 ) -> None:
-    refuse_whole_weights(vars(source.settings), source.folder)
+    if source.settings.modules_to_save or source.settings.bias != "none":
+        raise UserError(
+            f"{source.folder}: modules_to_save and biases that train are not converted with an adapter alone",
+            "start from the PEFT folder with `megatron sft --adapters`, or merge it with --merge_lora true",
+        )
     linear = adaptable_modules(table)
     adapted = {*source.modules, *source.embeddings}
     unknown = sorted(adapted - set(linear))

@@ -24,6 +24,16 @@ _QUANTIZED = (
     *("bnb_4bit_use_double_quant", "bnb_4bit_quant_storage"),
 )
 _START = ("adapters", "mcore_adapter")
+_OF_AN_ADAPTER: Mapping[str, tuple[str, Any]] = {
+    "lora_rank": ("r", 8),
+    "lora_alpha": ("lora_alpha", 8),
+    "lora_dropout": ("lora_dropout", 0.0),
+    "use_rslora": ("use_rslora", False),
+    "use_dora": ("use_dora", False),
+    "lora_bias": ("bias", "none"),
+    "modules_to_save": ("modules_to_save", []),
+}
+"""Flags that an adapter one starts from decides: name and default in adapter_config.json."""
 _FREE = ("lora_dropout", "boft_dropout", "vera_dropout", "lorap_lr_ratio")
 """Settings of training that a resumed run keeps, unless the command gives them."""
 _MAY_CHANGE = (*_FREE, "merge_lora")
@@ -73,10 +83,11 @@ def overruled(typed: Mapping[str, Any]) -> list[str]:
     notices = []
     for folder in typed.get("adapters") or []:
         config = _adapter_config(folder)
-        for name, key in {"lora_rank": "r", "lora_alpha": "lora_alpha"}.items():
-            own = config.get(key)
-            if name in typed and own is not None and not same_value(typed[name], own):
-                notices.append(f"--{name} {typed[name]} has no effect: the adapter in --adapters has {own}")
+        for name, (key, default) in _OF_AN_ADAPTER.items():
+            own = config.get(key) or default
+            if config and name in typed and not same_value(typed[name], own):
+                given, found = _words(typed[name]), _words(own)
+                notices.append(f"--{name} {given} has no effect: the adapter in --adapters has {found}")
     return notices
 
 
@@ -156,4 +167,4 @@ def _tuner_flags(cls: type[Arguments]) -> list[str]:
 
 
 def _words(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) and value else str(value)
+    return (" ".join(map(str, value)) or "none") if isinstance(value, list) else str(value)

@@ -112,6 +112,8 @@ def test_an_adapter_brings_the_model_and_the_text_it_was_trained_with(tmp_path, 
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
     parse(SwiftSftArguments, [*adapter, "--lora_rank", "4", "--lora_alpha", "32"], notify=notices.append)
     assert "--lora_rank 4 has no effect: the adapter in --adapters has 16" in notices
+    parse(SwiftSftArguments, [*adapter, "--modules_to_save", "lm_head", "norm"], notify=notices.append)
+    assert "--modules_to_save lm_head norm has no effect: the adapter in --adapters has none" in notices
     (tmp_path / "adapter" / "args.json").unlink()
     again = parse(SwiftSftArguments, adapter, notify=notices.append)
     assert (again.model, again.system) == (str(model), None), (
