@@ -35,7 +35,8 @@ def merge(argv: Sequence[str]) -> int | None:
     """The command's part in each process."""
     args = arguments("swift-export", argv)
     folder = Path(args.adapters[0])
-    if args.to_peft_format or not (folder / WEIGHTS).is_file():
+    by_transformers = _is_of_transformers(folder)
+    if not by_transformers and (args.to_peft_format or not (folder / WEIGHTS).is_file()):
         if args.model is None:
             raise UserError(f"--adapters {folder}: nothing names its base model", "give it with --model")
         return _on_megatron(args)
@@ -43,8 +44,12 @@ def merge(argv: Sequence[str]) -> int | None:
         return 0  # peft merges a whole model in one process, whatever NPROC_PER_NODE says
     import torch
 
-    from ..tuners.merge import merge_adapter
+    from ..tuners.merge import merge_adapter, write_peft_folder
 
+    if args.to_peft_format:
+        written = write_peft_folder(str(folder), args.model, args.output_dir, exist_ok=args.exist_ok)
+        print(f"PEFT adapter in {written}")
+        return None
     merged = merge_adapter(
         str(folder),
         args.model,
@@ -55,6 +60,14 @@ def merge(argv: Sequence[str]) -> int | None:
     )
     print(f"merged into {merged}")
     return 0
+
+
+def _is_of_transformers(folder: Path) -> bool:
+    """Whether it is a checkpoint of a run on a transformers model that wrote no PEFT files."""
+    from converters.manifest import Manifest
+
+    is_checkpoint = (folder / "manifest.json").is_file() and not (folder / WEIGHTS).is_file()
+    return is_checkpoint and Manifest.read(folder).engine == "fsdp"
 
 
 def _on_megatron(args: SwiftExportArguments) -> int:

@@ -12,28 +12,41 @@ from mcore_swift.config.base import found_from_anywhere
 from mcore_swift.errors import UserError
 from mcore_swift.tuners.freezing import frozen_names
 from mcore_swift.tuners.peft_tuners import peft_config
+from mcore_swift.tuners.residuals import TakenStarts, settle_start
 from mcore_swift.tuners.transformers_targets import check_other_names, peft_targets
 
 ADAPTER = "default"
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 
 
-def needs_weights(args: Any) -> bool:
-    """Whether adapters are initialized from the weights they are attached to, which must then be loaded first."""
-    return args.tuner_type == "lora" and (args.use_dora or args.init_weights not in ("true", "gaussian"))
+def needs_weights(config: Any) -> bool:
+    """Whether adapters of this peft config are initialized from the weights, which must then be loaded first."""
+    init = getattr(config, "init_lora_weights", True)
+    return getattr(config, "use_dora", False) or init not in (True, False, "gaussian")
 
 
-def choose_parameters(model: nn.Module, args: Any) -> nn.Module:
+def config_of(args: Any, model: nn.Module) -> Any:
+    """peft's config of the adapters to train: of `--adapters` if it is given, else from the arguments.
+
+    Raises UserError for a name that the model does not have, and for `--adapters` that holds no adapter of its base.
+    """
+    if not args.adapters:
+        return adapter_config(args, model)
+    config = read_adapter_config(args.adapters[0])
+    settle_start(config, args.adapters[0])
+    return config
+
+
+def choose_parameters(model: nn.Module, args: Any, config: Any = None) -> nn.Module:
     """Freeze parameters, or attach adapters to the model; returns the model to train.
 
-    For adapters the model must be allocated (peft puts them on the device of its weights); their random values depend
+    config: peft's, of the adapters. For adapters the model must be allocated (peft puts them on the device of its weights); their random values depend
     on `args.seed` and are the same on every rank. Raises UserError, with the nearest names, for a target that the
     model does not have.
     """
     if args.tuner_type == "full":
         _freeze(model, args)
         return model
-    config = read_adapter_config(args.adapters[0]) if args.adapters else adapter_config(args, model)
     config.base_model_name_or_path = args.model  # the base may have moved since the adapter was saved
     from peft import get_peft_model
 
@@ -94,18 +107,32 @@ def names_in_file(model: Any, names: list[str]) -> dict[str, str]:
     """Parameter of the model -> its name in adapter_model.safetensors."""
     from peft import get_peft_model_state_dict
 
-    tensors = {name: torch.empty(1, device="meta") for name in names}
-    by_tensor = {id(tensor): name for name, tensor in tensors.items()}
+    tensors = {name: torch.empty(1, device="meta") for name in (*names, *projections(model))}
+    by_tensor = {id(tensors[name]): name for name in names}
     written = get_peft_model_state_dict(
         model, state_dict=tensors, adapter_name=ADAPTER, save_embedding_layers=False
     )
     return {by_tensor[id(tensor)]: key for key, tensor in written.items() if id(tensor) in by_tensor}
 
 
-def save_adapter(model: Any, folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a PEFT folder. tensors: every trained parameter, whole, by its name in the model."""
+def projections(model: Any) -> dict[str, Tensor]:
+    """The random matrices shared by all VeRA adapters of a model, by name: not trained, but in peft's files."""
+    held = {name: getattr(model.base_model, name, {}) for name in ("vera_A", "vera_B")}
+    return {f"base_model.{name}.{ADAPTER}": one[ADAPTER] for name, one in held.items() if ADAPTER in one}
+
+
+def save_adapter(
+    model: Any, folder: Path, tensors: Mapping[str, Tensor], starts: TakenStarts | None = None
+) -> None:
+    """Write a PEFT folder. tensors: every trained parameter, whole, by its name in the model.
+
+    starts: the initial adapters, if these were subtracted from the weights.
+    """
     from safetensors.torch import save_file
 
+    tensors = {**tensors, **{name: tensor.cpu() for name, tensor in projections(model).items()}}
+    if starts is not None:
+        tensors = starts.beside_whole_weights(tensors)
     names = names_in_file(model, list(tensors))
     with disk_errors(folder):
         save_file(
@@ -113,12 +140,12 @@ def save_adapter(model: Any, folder: Path, tensors: Mapping[str, Tensor]) -> Non
             folder / WEIGHTS_FILE,
             metadata={"format": "pt"},
         )
-    save_config(model, folder)
-
-
-def save_config(model: Any, folder: Path) -> None:
-    """Write adapter_config.json."""
     config = model.peft_config[ADAPTER]
+    save_config(config if starts is None else starts.config(config), folder)
+
+
+def save_config(config: Any, folder: Path) -> None:
+    """Write adapter_config.json. config: peft's."""
     config.base_model_name_or_path = found_from_anywhere(config.base_model_name_or_path)
     training, config.inference_mode = config.inference_mode, True
     with disk_errors(folder):
@@ -146,6 +173,10 @@ def adapter_tensors(folder: str, model: Any, shapes: Mapping[str, tuple[int, ...
                 "is it an adapter of another model?",
             )
         found[name] = stored[key]
+    shared = projections(model)
+    for name, key in names_in_file(model, list(shared)).items():
+        if key in stored:  # peft can leave them out, and draws them again
+            shared[name].copy_(stored[key])
     return found
 
 

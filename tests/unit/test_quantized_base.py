@@ -99,6 +99,20 @@ def test_what_transformers_refuses_is_told_in_words(model):
         load_quantized(read_plan(given.model), given, None, torch.float32)
 
 
+def test_a_defect_while_weights_are_read_is_not_told_as_the_users(model, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    from mcore_swift.engines.fsdp import quantized
+    from mcore_swift.engines.fsdp.model import read_plan
+
+    def broken(*_):
+        raise TypeError("a defect")
+
+    given = args(model=str(model), quant_method="bnb", quant_bits=4)
+    monkeypatch.setattr(quantized, "_quantized_as_read", broken)
+    with pytest.raises(TypeError, match="a defect"):
+        quantized.load_quantized(read_plan(given.model), given, None, torch.float32)
+
+
 def test_nothing_is_merged_into_weights_that_are_stored_quantized(model, tmp_path):
     from mcore_swift.tuners.merge import merge_adapter
 

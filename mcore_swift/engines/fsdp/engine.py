@@ -39,6 +39,7 @@ from mcore_swift.engines.fsdp.model import (
 from mcore_swift.engines.fsdp.optimizer import build_optimizer, scale_and_clip, set_hyperparameters
 from mcore_swift.engines.fsdp.quantized import check_trainable, is_quantized, load_quantized, number_of_values
 from mcore_swift.engines.fsdp.rank_allocation import RankAllocation
+from mcore_swift.engines.fsdp.rope_lengths import length_limit
 from mcore_swift.engines.fsdp.sequence_parallel import SequenceParallel
 from mcore_swift.engines.fsdp.shards import (
     optimizer_shards,
@@ -54,10 +55,12 @@ from mcore_swift.models.shards import LiveShard
 from mcore_swift.objectives.base import Loss, Objective
 from mcore_swift.observability.phases import PhaseTimer
 from mcore_swift.plan.layout import Layout
+from mcore_swift.tuners.residuals import TakenStarts, takes_start
 from mcore_swift.tuners.transformers_adapters import (
     ADAPTER,
     base_names,
     choose_parameters,
+    config_of,
     learning_rate_factors,
     needs_weights,
     save_config,
@@ -89,6 +92,7 @@ class TransformersEngine:
         parallel = self._share_rows(attention)
         self._told = ""  # how the frozen weights beside adapters were read, once they are
         self._expansion: Expansion | None = None
+        self._starts: TakenStarts | None = None
         self.is_quantized = is_quantized(plan, args)
         self.base = self._build_base(attention if parallel is None else sequence_parallel.NAME)
         self.attention: str = self.base.config._attn_implementation
@@ -103,7 +107,8 @@ class TransformersEngine:
         self._flops = TrainingFlops(
             self.base, args.model if self._expansion is None else None, base_is_frozen=self.saves_adapter
         )
-        self.forward = Forward(self.model, self.attention, parallel)
+        limit = length_limit(plan.hf.get_text_config(), args.max_length)
+        self.forward = Forward(self.model, self.attention, parallel, limit)
         factors = learning_rate_factors(self.model, args)
         self.optimizer = build_optimizer(self.model, args, factors, is_sharded=self.is_sharded)
         self._ranks: RankAllocation | None = None
@@ -162,8 +167,8 @@ class TransformersEngine:
             filled = give_memory(self.base, torch.device("cpu"))
             if random:
                 initialize_modules(self.base, filled, self.args.seed)
-        is_empty = not random and not self.is_quantized
-        if needs_weights(self.args) and not self.args.adapters and is_empty:
+        config = config_of(self.args, self.base) if self.saves_adapter else None
+        if needs_weights(config) and not random and not self.is_quantized:
             with torch.no_grad():
                 shards = weight_shards(self.base, dist.get_rank())
                 self._told = weights.load(self.args.model, self.base, shards, Ranks())
@@ -174,7 +179,9 @@ class TransformersEngine:
             return self.base
         tensors = (*self.base.named_parameters(), *self.base.named_buffers())
         base = {name for name, _ in tensors}
-        model = choose_parameters(self.base, self.args)
+        model = choose_parameters(self.base, self.args, config)
+        if takes_start(getattr(config, "init_lora_weights", None)):
+            self._starts = TakenStarts(model)
         self._base_names = base_names(base, model) if self.saves_adapter else {}
         return model
 
@@ -304,7 +311,7 @@ class TransformersEngine:
         """Write a Hugging Face checkpoint, or the adapters as a PEFT folder. Collective."""
         shards = self._saved_weights()
         if self.saves_adapter:
-            weights.export_adapter(folder, self.model, shards, ranks)
+            weights.export_adapter(folder, self.model, shards, ranks, self._starts)
         else:
             source = self.args.model
             changes = self.plan.config_changes
@@ -314,7 +321,7 @@ class TransformersEngine:
 
     def describe_adapter(self, folder: Path) -> None:
         """Write adapter_config.json, which describes the adapter in a checkpoint. On one rank."""
-        save_config(self.model, folder)
+        save_config(self.model.peft_config[ADAPTER], folder)
 
     def check_budget(self, budget: Budget, ranks: Ranks) -> None:
         """Raise UserError, on every rank, if `export_hf` could not keep to the budget. Collective."""
@@ -341,7 +348,7 @@ class TransformersEngine:
 
     def _settle(self, microbatches: Sequence[Batch]) -> None:
         if self.forward.is_unsettled(microbatches):
-            self.forward.settle()
+            self.forward.settle(microbatches)
             reshard(self.model)
 
     def _run(self, microbatches: Sequence[Batch], objective: Objective, *, backward: bool) -> StepResult:

@@ -6,6 +6,8 @@ if no checkpoint fills it) and immediately sharded.
 
 import importlib.util
 import logging
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,7 +127,7 @@ def make_real(model: nn.Module, spread: Spread, *, seed: int | None = None) -> n
         for name, buffer in module._buffers.items():
             module._buffers[name] = buffer.to(device) if buffer is not None else None
     made: dict[nn.Parameter, nn.Parameter] = {}
-    units = [*reversed(blocks_of(model)), model]
+    units = [*reversed(untied(blocks_of(model), model)), model]
     for number, unit in enumerate(units):
         filled = give_memory(unit, device, made)
         if seed is not None:
@@ -144,6 +146,24 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The modules that transformers says must not be split over devices: decoder layers. Outer ones first."""
     names = set(getattr(model, "_no_split_modules", None) or ())
     return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def untied(blocks: list[nn.Module], model: nn.Module) -> list[nn.Module]:
+    """Blocks that share no parameter with what is outside of them: one parameter is gathered in one place.
+
+    Others, such as BERT's embeddings beside a tied output layer, are gathered with the rest of the model.
+    """
+    everywhere = Counter(map(id, _with_repeats(model)))
+    return [
+        block
+        for block in blocks
+        if all(everywhere[p] == count for p, count in Counter(map(id, _with_repeats(block))).items())
+    ]
+
+
+def _with_repeats(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Parameters, as often as modules hold them."""
+    return (parameter for _, parameter in module.named_parameters(remove_duplicate=False))
 
 
 def fsdp_modules(model: nn.Module) -> list[FSDPModule]:

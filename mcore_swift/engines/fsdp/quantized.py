@@ -66,22 +66,24 @@ def load_quantized(
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": get_accelerator().device}}
     if attention:
         options["attn_implementation"] = attention
+    if args.quant_method:
+        how = f"quantized to {args.quant_bits} bits by {args.quant_method}"
+    else:
+        how = f"quantized by {stored_method(plan.hf.to_dict())}"
+    _check_form(plan, args, dtype, how, options["device_map"])
     try:
         if args.quant_method:
-            how = f"quantized to {args.quant_bits} bits by {args.quant_method}"
             model, told = _quantized_as_read(plan, args, dtype, options)
         else:
-            how = f"quantized by {stored_method(plan.hf.to_dict())}"
             model, told = AutoModelForCausalLM.from_pretrained(
                 args.model, output_loading_info=True, **options
             )
-    except (ImportError, NotImplementedError, RuntimeError, ValueError, TypeError, OSError) as error:
+    except (
+        ImportError,
+        NotImplementedError,
+        OSError,
+    ) as error:  # a package, a form, a file; the rest is ours
         raise UserError(f"{args.model}: {first_line(error)}", _remedy(args)) from None
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None and not quantizer.is_trainable:
-        raise UserError(
-            f"{args.model}: transformers does not train adapters beside weights {how}", _remedy(args)
-        )
     if told["missing_keys"] or told["mismatched_keys"]:
         names = sorted(map(str, (*told["missing_keys"], *told["mismatched_keys"])))[:5]
         raise UserError(
@@ -90,6 +92,31 @@ def load_quantized(
     model.config.use_cache = False
     model.name_or_path = args.model  # peft saves it as the adapter's base
     return model.train(), f"weights {how}, read in {time.monotonic() - started:.1f} s"
+
+
+def _check_form(
+    plan: TransformersPlan, args: Any, dtype: torch.dtype, how: str, device_map: dict[str, Any]
+) -> None:
+    """Raise UserError where transformers' own check says that it, or a package, cannot compute with such weights here.
+
+    Only its check is asked, so that an error of another kind, while the model is read, is not told as the user's.
+    """
+    from transformers.quantizers import AutoHfQuantizer
+
+    try:
+        if args.quant_method:
+            settings = quantization_config(args, dtype)
+        else:
+            stored = plan.hf.to_dict()
+            settings = deepcopy(stored.get("quantization_config") or stored["compression_config"])
+        quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=not args.quant_method)
+        quantizer.validate_environment(device_map=device_map, weights_only=True)
+    except (ImportError, NotImplementedError, RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{args.model}: weights {how}: {first_line(error)}", _remedy(args)) from None
+    if not quantizer.is_trainable:
+        raise UserError(
+            f"{args.model}: transformers does not train adapters beside weights {how}", _remedy(args)
+        )
 
 
 def _quantized_as_read(

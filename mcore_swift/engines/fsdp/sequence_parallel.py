@@ -17,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from mcore_swift.accelerator import get_accelerator
 from mcore_swift.data.batch import Batch
+from mcore_swift.engines.fsdp.rope_lengths import depends_on_length
 from mcore_swift.errors import UserError
 from mcore_swift.models.collectives import AllToAll
 
@@ -184,6 +185,12 @@ def check_kinds(config: Any) -> None:
     kinds = set(getattr(config, "layer_types", None) or ()) - _KINDS
     if getattr(config, "attention_chunk_size", None):
         kinds.add("chunked_attention")
+    if depends_on_length(config):
+        raise UserError(
+            f"--sequence_parallel_size: the rotary angles of this {config.model_type} depend on the length of a text, "
+            "of which each process sees its part",
+            "leave --sequence_parallel_size at 1, or use `megatron sft` with --context_parallel_size",
+        )
     if kinds:
         raise UserError(
             f"--sequence_parallel_size does not support the layers of {config.model_type}: {', '.join(sorted(kinds))}",
@@ -192,13 +199,12 @@ def check_kinds(config: Any) -> None:
 
 
 @torch.no_grad()
-def prove(parallel: SequenceParallel, model: nn.Module, base: Any, call: Any) -> None:
+def prove(parallel: SequenceParallel, base: Any, call: Any) -> None:
     """Check that the model has the same logits with sequence parallelism as without. Collective.
 
-    base: the transformers model inside `model`. call: (input_ids, **arguments) -> logits. Raises UserError if not.
+    base: the transformers model, in evaluation mode. call: (input_ids, **arguments) -> logits. Raises UserError if not.
     """
-    device, mode = get_accelerator().device, model.training
-    model.eval()
+    device = get_accelerator().device
     length = 6 * parallel.size
     ids = 2 + torch.arange(length, device=device)[None] % 5
     positions = torch.arange(length, device=device)[None]
@@ -209,7 +215,7 @@ def prove(parallel: SequenceParallel, model: nn.Module, base: Any, call: Any) ->
     except ValueError:
         base.set_attn_implementation("eager")
     try:
-        alone = call(ids, position_ids=positions)
+        alone = call(ids)
     finally:
         base.set_attn_implementation(NAME)
     parallel.enter(None, is_whole=True)
@@ -219,7 +225,6 @@ def prove(parallel: SequenceParallel, model: nn.Module, base: Any, call: Any) ->
     mine = slice(parallel.rank * 6, (parallel.rank + 1) * 6)
     parallel.enter(edges)
     part = call(ids[:, mine], position_ids=packed[:, mine])
-    model.train(mode)
     pairs = ((ours, alone), (part, row[:, mine]), (row[:, : edges[1]], alone[:, : edges[1]]))
     # Attention that misses tokens changes the leading digits; another order of summation only the last ones.
     limit = (1e-4 if alone.dtype is torch.float32 else 3e-2) * alone.float().abs().max()

@@ -24,6 +24,7 @@ from mcore_swift.accelerator import get_accelerator
 from mcore_swift.errors import UserError
 from mcore_swift.models.rules import RuleTable, Same, Shape, as_slices
 from mcore_swift.models.shards import LiveShard
+from mcore_swift.tuners.residuals import TakenStarts
 from mcore_swift.tuners.transformers_adapters import adapter_tensors, save_adapter
 
 logger = logging.getLogger(__name__)
@@ -161,11 +162,13 @@ def _table(names: Iterable[str], config: Mapping[str, Any] | None = None) -> Rul
     return RuleTable((Same(name, (name,)) for name in names), config=config)
 
 
-def export_adapter(folder: Path, model: Any, shards: Sequence[LiveShard], ranks: Ranks) -> None:
-    """Write the trained parameters as a PEFT folder. Collective."""
+def export_adapter(
+    folder: Path, model: Any, shards: Sequence[LiveShard], ranks: Ranks, starts: TakenStarts | None = None
+) -> None:
+    """Write the trained parameters as a PEFT folder. starts: as `save_adapter` takes them. Collective."""
     shapes = whole_shapes(shards, ranks)
     whole = _gather(shards, sorted(shapes), shapes, torch.float32, ranks)
-    ranks.together(lambda: save_adapter(model, folder, whole), where=ranks.is_first)
+    ranks.together(lambda: save_adapter(model, folder, whole, starts), where=ranks.is_first)
 
 
 def load_adapter(folder: str, model: Any, shards: Sequence[LiveShard], ranks: Ranks) -> None:
