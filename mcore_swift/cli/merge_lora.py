@@ -35,7 +35,7 @@ def merge(argv: Sequence[str]) -> int | None:
     """The command's part in each process."""
     args = arguments("swift-export", argv)
     folder = Path(args.adapters[0])
-    by_transformers = _is_of_transformers(folder)
+    by_transformers = _is_of_transformers(folder, args.model)
     if not by_transformers and (args.to_peft_format or not (folder / WEIGHTS).is_file()):
         if args.model is None:
             raise UserError(f"--adapters {folder}: nothing names its base model", "give it with --model")
@@ -62,12 +62,17 @@ def merge(argv: Sequence[str]) -> int | None:
     return 0
 
 
-def _is_of_transformers(folder: Path) -> bool:
-    """Whether it is a checkpoint of a run on a transformers model that wrote no PEFT files."""
+def _is_of_transformers(folder: Path, model: str | None) -> bool:
+    """Whether it is a checkpoint without PEFT files of a run on a transformers model, which can be loaded as it is."""
     from converters.manifest import Manifest
 
-    is_checkpoint = (folder / "manifest.json").is_file() and not (folder / WEIGHTS).is_file()
-    return is_checkpoint and Manifest.read(folder).engine == "fsdp"
+    from ..plan.preflight import read_config
+    from ..plan.quantization import stored_method
+
+    if not (folder / "manifest.json").is_file() or (folder / WEIGHTS).is_file():
+        return False
+    is_plain = model is None or stored_method(read_config(Path(model))) is None
+    return is_plain and Manifest.read(folder).engine == "fsdp"
 
 
 def _on_megatron(args: SwiftExportArguments) -> int:
