@@ -40,9 +40,9 @@ def config_of(args: Any, model: nn.Module) -> Any:
 def choose_parameters(model: nn.Module, args: Any, config: Any = None) -> nn.Module:
     """Freeze parameters, or attach adapters to the model; returns the model to train.
 
-    config: peft's, of the adapters. For adapters the model must be allocated (peft puts them on the device of its weights); their random values depend
-    on `args.seed` and are the same on every rank. Raises UserError, with the nearest names, for a target that the
-    model does not have.
+    config: peft's, of the adapters. For adapters the model must be allocated (peft puts them on the device of its
+    weights); their random values depend on `args.seed` and are the same on every rank. Raises UserError, with the
+    nearest names, for a target that the model does not have.
     """
     if args.tuner_type == "full":
         _freeze(model, args)

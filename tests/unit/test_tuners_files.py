@@ -21,7 +21,13 @@ def base() -> LlamaForCausalLM:
 
 
 def args(**given) -> SimpleNamespace:
-    nothing = {"adapters": [], "model": "base", "target_regex": None, "target_modules": [], "modules_to_save": []}
+    nothing = {
+        "adapters": [],
+        "model": "base",
+        "target_regex": None,
+        "target_modules": [],
+        "modules_to_save": [],
+    }
     return SimpleNamespace(**({"tuner_type": "lora", "seed": 7} | nothing | given))
 
 
