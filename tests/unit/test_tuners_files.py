@@ -17,7 +17,8 @@ IDS = torch.tensor([[1, 5, 3, 2, 4]])
 
 def base() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=17, initializer_range=0.3, **SIZES)).eval()
+    config = LlamaConfig(vocab_size=17, initializer_range=0.3, name_or_path="base", **SIZES)
+    return LlamaForCausalLM(config).eval()
 
 
 def args(**given) -> SimpleNamespace:
