@@ -8,6 +8,7 @@ from ..config import Arguments
 from ..errors import UserError
 from ..models.catalog import SUPPORTED_ARCHITECTURES
 from ..plan.folders import (
+    is_plain_model,
     missing_folder,
     no_adapter,
     no_checkpoint,
@@ -76,6 +77,8 @@ def folder_problems(args: Arguments) -> list[UserError]:
             problems.append(missing_folder(f"--{name}", value, "give the folder of a checkpoint"))
         elif "resume" in name and (problem := no_checkpoint(f"--{name}", Path(value))):
             problems.append(problem)
+        elif name == "mcore_model" and is_plain_model(Path(value)):
+            problems.append(UserError(f"--{name} {value} is a Hugging Face checkpoint", "give it to --model"))
     for folder in getattr(args, "adapters", ()):
         problems += adapter_problems(folder, args)
     if args.PROGRAM == "swift" and args.COMMAND == "export" and args.model:

@@ -69,6 +69,13 @@ def no_checkpoint(flag: str, folder: Path) -> UserError | None:
     return UserError(message, "give a checkpoint-N folder, or a run folder that has one")
 
 
+def is_plain_model(folder: Path) -> bool:
+    """Whether a folder is a Hugging Face checkpoint, and no checkpoint of a run beside that."""
+    return (
+        (folder / _MODEL).is_file() and not (folder / _CHECKPOINT).is_file() and not newest_checkpoint(folder)
+    )
+
+
 def newest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint written last in a run folder, or in the newest run of an output folder, as training finds it."""
     found = [

@@ -241,6 +241,8 @@ def test_folders_given_to_the_wrong_flag_are_told_where_they_belong(files, launc
     assert f"did you mean {model}?" in told("--model", model[:-1])
     assert f"did you mean {model}?" in told("--model", str(tmp_path))
     assert "start from its weights" in told("--model", model, "--resume_from_checkpoint", model)
+    assert main(["megatron", "export", "--to_hf", "true", "--model", model, "--mcore_model", model]) == 2
+    assert "is a Hugging Face checkpoint\n  remedy: give it to --model" in capsys.readouterr().err
     (files[0] / "tokenizer.json").unlink()
     assert "holds no tokenizer" in told("--model", model)
 
