@@ -5,17 +5,20 @@ of them was the cause and prints that.
 """
 
 import json
+import os
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from mcore_swift.errors import UserError, UserErrors
 
+FOLDER_VARIABLE = "MCORE_SWIFT_LAUNCH_REPORTS"
+"""Environment variable in which a launcher names that folder."""
 FAILED = 1
 INTERRUPTED = 128 + signal.SIGINT
 
@@ -51,6 +54,17 @@ def report_of(error: BaseException, rank: int) -> Report:
 def user_messages(error: UserError) -> list[str]:
     """The mistakes in an error, one text each."""
     return [str(one) for one in error.errors] if isinstance(error, UserErrors) else [str(error)]
+
+
+def leave_pid(folder: Path) -> None:
+    """Leave this worker's process id for the launcher."""
+    (folder / f"{os.getpid()}.pid").touch()
+
+
+def pids(folder: Path) -> Iterator[int]:
+    """Process ids of the workers of a launcher's folder."""
+    for path in folder.glob("*.pid"):
+        yield int(path.stem)
 
 
 def write(report: Report, folder: Path) -> None:

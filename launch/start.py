@@ -15,7 +15,6 @@ from typing import Any
 
 from . import report
 from .environment import Place
-from .worker import REPORTS_VARIABLE, pids
 
 NODES_TIMEOUT_SECONDS = 600
 STOP_SECONDS = 20
@@ -29,7 +28,7 @@ def start(place: Place, command: str, argv: list[str], target: str) -> int:
     happens when a signal stops this process, and if it is killed its workers notice and end.
     """
     folder = Path(tempfile.mkdtemp(prefix="mcore-swift-launch-"))
-    os.environ[REPORTS_VARIABLE] = str(folder)
+    os.environ[report.FOLDER_VARIABLE] = str(folder)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(STOP_SECONDS))
     try:
         with _restored_signals():
@@ -147,7 +146,7 @@ def _stopped(command: str, number: int) -> int:
 
 def _end_stragglers(folder: Path) -> None:
     """Kill what a worker's own children left behind: each worker leads a process group of its own."""
-    for pid in pids(folder):
+    for pid in report.pids(folder):
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(pid, signal.SIGKILL)
 

@@ -11,7 +11,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
@@ -19,17 +18,16 @@ from typing import NoReturn
 from . import report
 from .run import call, end_this_process_soon
 
-REPORTS_VARIABLE = "MCORE_SWIFT_LAUNCH_REPORTS"
 PARENT_CHECK_SECONDS = 1.0
 
 
 def main(target: str, argv: list[str]) -> int:
     """Run the target as this rank and leave a report if it fails. Returns the exit code."""
-    rank, folder = int(os.environ["RANK"]), Path(os.environ.pop(REPORTS_VARIABLE))
+    rank, folder = int(os.environ["RANK"]), Path(os.environ.pop(report.FOLDER_VARIABLE))
     _end_with_parent()
     faulthandler.enable()
     with suppress(OSError):
-        (folder / f"{os.getpid()}.pid").touch()
+        report.leave_pid(folder)
     try:
         return call(target, argv)
     except KeyboardInterrupt:
@@ -40,12 +38,6 @@ def main(target: str, argv: list[str]) -> int:
         code = getattr(error, "exit_code", report.FAILED) if made.kind == "user" else report.FAILED
         end_this_process_soon(code)
         return code
-
-
-def pids(folder: Path) -> Iterator[int]:
-    """Process ids of the workers that left their mark in a launcher's folder."""
-    for path in folder.glob("*.pid"):
-        yield int(path.stem)
 
 
 def _end_with_parent() -> None:

@@ -114,6 +114,16 @@ def active_parameters(shape: ModelShape) -> int:
     return parameters(shape) - sum(shape.moe_layers) * idle * expert_parameters(shape)
 
 
+def matmul_parameters(shape: ModelShape) -> int:
+    """Weights that each token is multiplied with: linear layers and the output embedding, no biases.
+
+    The input embedding is a look-up and does not count; the output embedding does, tied or not. Of the routed experts,
+    only those that a token is sent to count. Without MTP layers.
+    """
+    layers = sum(layer_matmuls(shape, index) for index in range(shape.num_layers))
+    return layers + shape.vocab_size * shape.hidden_size
+
+
 def layer_matmuls(shape: ModelShape, index: int) -> int:
     """Weights of layer `index` that each token is multiplied with: no biases, no norms, active experts only."""
     h = shape.hidden_size

@@ -10,7 +10,7 @@ there and here.
     forward(batch) = 2 * M * sum(s_i) + 2 * (K + V) * sum over layers of pairs(s_i)
 
 s_i are the lengths of the sequences that attend within themselves: with block-diagonal packing the
-samples, not the row. M are the weights each token is multiplied with (`ModelShape.matmul_parameters`:
+samples, not the row. M are the weights each token is multiplied with (`count.matmul_parameters`:
 grouped key/value heads, the three matrices of a gated MLP, the two of a plain one, of routed experts those that
 a token sees, router and shared experts, the projections of latent attention in their training form, where keys and
 values are made for every head, the output embedding). K = heads * head_dim is the width of the scores'
@@ -26,7 +26,7 @@ NVIDIA's published TFLOP/s count the causal half (pairs = s^2 / 2): less by a fe
 from collections.abc import Iterable
 from functools import lru_cache
 
-from .count import mtp_matmuls
+from .count import matmul_parameters, mtp_matmuls
 from .shape import ModelShape
 
 BACKWARD_TO_FORWARD = 2
@@ -94,7 +94,7 @@ def _score_width(shape: ModelShape) -> int:
 @lru_cache(maxsize=32)
 def _linear(shape: ModelShape) -> int:
     """Forward FLOPs of a token in linear layers and embeddings."""
-    return 2 * (shape.matmul_parameters + shape.num_mtp_layers * mtp_matmuls(shape))
+    return 2 * (matmul_parameters(shape) + shape.num_mtp_layers * mtp_matmuls(shape))
 
 
 @lru_cache(maxsize=32)

@@ -145,18 +145,6 @@ class ModelShape:
         sliding = bool(self.sliding_layers) and self.sliding_layers[min(index, self.num_layers - 1)]
         return self.sliding_window if sliding else None
 
-    @property
-    def matmul_parameters(self) -> int:
-        """Weights that each token is multiplied with: linear layers and the output embedding, no biases.
-
-        The input embedding is a look-up and does not count; the output embedding does, tied or not. Of the
-        routed experts those count that a token sees. Without MTP layers.
-        """
-        from .count import layer_matmuls
-
-        layers = sum(layer_matmuls(self, index) for index in range(self.num_layers))
-        return layers + self.vocab_size * self.hidden_size
-
 
 def padded_vocab_size(vocab_size: int, divisible_by: int, tp: int) -> int:
     """Rows of the embedding in memory: the next multiple of `divisible_by` that `tp` ranks share evenly.

@@ -46,10 +46,6 @@ class Part:
         return sum(stop - start for start, stop in self.rows) + self.padding
 
     @property
-    def num_columns(self) -> int:
-        return self.columns[1] - self.columns[0]
-
-    @property
     def local_rows(self) -> torch.Tensor:
         """Row in the layer's weight for each of its rows, int64 `[num_rows]`."""
         return torch.cat([torch.arange(start, stop) for start, stop in self.local])

@@ -3,6 +3,7 @@
 import pytest
 
 from mcore_swift.plan import ModelShape, flops_per_token, forward_flops, peak_tflops, training_flops
+from mcore_swift.plan.count import matmul_parameters
 
 SHAPE = ModelShape(
     family="llama", num_layers=2, hidden_size=8, ffn_hidden_size=20, num_heads=4,
@@ -85,10 +86,10 @@ def test_experts_latent_attention_and_token_prediction_by_hand() -> None:
     keys_values = 8 * (5 + 2) + 5 * 2 * (4 + 3)
     attention = queries + keys_values + 2 * 3 * 8
     dense, experts = 3 * 8 * 20, 3 * 8 * 6 * (2 + 1) + 4 * 8
-    assert shape.matmul_parameters == 2 * attention + dense + experts + 10 * 8
+    assert matmul_parameters(shape) == 2 * attention + dense + experts + 10 * 8
     predicted = attention + experts + 2 * 8 * 8 + 10 * 8
     scores = 3 * (2 * 5 * 5 * 2 * (6 + 3))  # three layers, five tokens, two heads of 6 and 3
-    assert forward_flops(shape, [5]) == 2 * 5 * (shape.matmul_parameters + predicted) + scores
+    assert forward_flops(shape, [5]) == 2 * 5 * (matmul_parameters(shape) + predicted) + scores
 
 
 def test_a_window_leaves_out_what_it_does_not_see() -> None:

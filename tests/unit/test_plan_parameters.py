@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))
 from parity_models import SIZES, VARIANTS, config_class  # noqa: E402
 
 from mcore_swift.plan import Layout, ModelShape, active_parameters, parameters  # noqa: E402
-from mcore_swift.plan.count import mtp_sizes  # noqa: E402
+from mcore_swift.plan.count import matmul_parameters, mtp_sizes  # noqa: E402
 from mcore_swift.plan.low_rank import matrices  # noqa: E402
 
 SMALL = {
@@ -95,7 +95,7 @@ def test_parameters_are_counted_as_transformers_counts(family: str, sizes: dict)
     multiplied = {id(module.weight): module.weight.numel() for module in linear}
     multiplied |= {id(value): value.numel() for value in gates}
     multiplied |= {id(value): value.numel() // len(value) * seen for value in routed if value.dim() == 3}
-    assert shape.matmul_parameters == sum(multiplied.values())
+    assert matmul_parameters(shape) == sum(multiplied.values())
     adapted = [
         module.weight
         for name, module in model.named_modules()

@@ -4,6 +4,7 @@ import pytest
 
 from mcore_swift.errors import UserError, UserErrors
 from mcore_swift.plan import ModelShape, padded_vocab_size, parameters
+from mcore_swift.plan.count import matmul_parameters
 
 SMALL = {
     "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6,
@@ -34,7 +35,7 @@ def test_parameters_are_counted_as_transformers_counts(family: str, sizes: dict)
     shape = ModelShape.from_config_dict(config.to_dict() | {"architectures": [f"{family}ForCausalLM"]})
     assert parameters(shape) == sum(parameter.numel() for parameter in model.parameters())
     linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    assert shape.matmul_parameters == sum(module.weight.numel() for module in linear)
+    assert matmul_parameters(shape) == sum(module.weight.numel() for module in linear)
 
 
 @pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
