@@ -253,9 +253,8 @@ class Checkpoints:
         for path in others[: max(0, len(found) - limit)]:
             for place in (path, path.with_name(path.name + MERGED)):
                 if place.is_dir():
-                    doomed = place.with_name(
-                        f".{place.name}.deleting"
-                    )  # never half-deleted under its own name
+                    # renamed first, so that it never exists half-deleted under its own name
+                    doomed = place.with_name(f".{place.name}.deleting")
                     place.rename(doomed)
                     shutil.rmtree(doomed, ignore_errors=True)
 

@@ -182,9 +182,8 @@ def _made_folder(run_dir: Path, ranks: Ranks) -> Iterator[None]:
 def _prepare_data(args: Any, layout: Layout, plan: Any, run_dir: Path, ranks: Ranks) -> PreparedData:
     from transformers import AutoTokenizer
 
-    is_builder = (
-        os.environ.get("LOCAL_RANK", "0") == "0"
-    )  # one for each machine, which may have disks of its own
+    # one builder per machine, because machines may have separate disks
+    is_builder = os.environ.get("LOCAL_RANK", "0") == "0"
     data, error = None, None
     padding_multiple, segment_multiple = backend_of(args).length_multiples(layout)
     try:

@@ -1,6 +1,5 @@
 """The Megatron engine: one model in any layout, and its optimizer."""
 
-import importlib.util
 import logging
 import math
 import zlib
@@ -35,16 +34,13 @@ from mcore_swift.engines.megatron.forward_backward import (
 from mcore_swift.engines.megatron.moe import Routers, moe_options
 from mcore_swift.engines.megatron.optimizer import build_optimizer, set_hyperparameters, wrap_for_gradients
 from mcore_swift.engines.megatron.optimizer_state import optimizer_shards, optimizer_step, set_optimizer_step
+from mcore_swift.engines.megatron.options import model_options
 from mcore_swift.engines.megatron.random_state import random_state, set_random_state
 from mcore_swift.models.build import build_model, pipeline_options, transformer_config
 from mcore_swift.models.initialization import initialize
 from mcore_swift.models.reading import ModelPlan
 from mcore_swift.models.shards import LiveShard, is_expert, live_shards
-from mcore_swift.models.specs import (
-    choose_cp_comm_type,
-    choose_implementation,
-    have_transformer_engine,
-)
+from mcore_swift.models.specs import choose_cp_comm_type, choose_implementation
 from mcore_swift.objectives.base import Objective
 from mcore_swift.observability.phases import PhaseTimer
 from mcore_swift.plan.flops import training_flops_of_sums
@@ -94,9 +90,8 @@ class MegatronEngine:
         )
         if plan.is_moe:
             options |= moe_options(args)
-            if (
-                adapter
-            ):  # the bias is updated without a gradient; beside an adapter it is frozen like the router
+            if adapter:
+                # the load-balancing bias, which needs no gradient, is frozen like the router
                 options["moe_router_bias_update_rate"] = 0.0
         if layout.cp > 1:
             options["cp_comm_type"] = choose_cp_comm_type(args.cp_comm_type, self.implementation)
@@ -351,46 +346,3 @@ class MegatronEngine:
             thd=self.implementation == "transformer_engine",
             depth=self.plan.multi_token_layers,
         )
-
-
-def model_options(args: Any, implementation: str, *, experts: bool) -> dict[str, Any]:
-    """Fields of TransformerConfig that come from the user's flags rather than from the model."""
-    recompute, parts = args.recompute_granularity, list(args.recompute_modules)
-    if experts and getattr(args, "moe_layer_recompute", False) and "moe" not in parts:
-        parts.append("moe")
-    if implementation == "transformer_engine" and recompute == "selective" and "core_attn" in parts:
-        # its attention does not store the scores, so recomputing it would save nothing
-        parts.remove("core_attn")
-        recompute = "selective" if parts else "none"
-    options: dict[str, Any] = {
-        "calculate_per_token_loss": args.calculate_per_token_loss is not False,
-        "attention_softmax_in_fp32": args.attention_softmax_in_fp32,
-        "transformer_impl": implementation,
-    }
-    if recompute != "none":
-        options["recompute_granularity"] = recompute
-    if recompute == "full":
-        options["recompute_method"] = args.recompute_method or "uniform"
-        options["recompute_num_layers"] = args.recompute_num_layers or 1
-    if recompute == "selective":
-        options["recompute_modules"] = parts
-    if get_accelerator().is_cuda:
-        options |= {name: getattr(args, name) for name in _FUSIONS}
-        # these kernels come with other packages; without them plain operations give the same result
-        options["gradient_accumulation_fusion"] &= _installed("fused_weight_gradient_mlp_cuda")
-        options["apply_rope_fusion"] &= have_transformer_engine()
-    return options
-
-
-_FUSIONS = (
-    "masked_softmax_fusion",
-    "bias_dropout_fusion",
-    "bias_activation_fusion",
-    "apply_rope_fusion",
-    "gradient_accumulation_fusion",
-    "cross_entropy_loss_fusion",
-)
-
-
-def _installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
