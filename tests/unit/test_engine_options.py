@@ -14,8 +14,8 @@ from test_models_families import hf_config  # noqa: E402
 from mcore_swift.config import MegatronSftArguments  # noqa: E402
 from mcore_swift.engines import processes  # noqa: E402
 from mcore_swift.engines.megatron import moe  # noqa: E402
-from mcore_swift.engines.megatron.options import model_options  # noqa: E402
 from mcore_swift.engines.megatron.moe import moe_options  # noqa: E402
+from mcore_swift.engines.megatron.options import model_options  # noqa: E402
 from mcore_swift.errors import UserError  # noqa: E402
 from mcore_swift.models import specs  # noqa: E402
 from mcore_swift.models.family import family_of  # noqa: E402
