@@ -12,17 +12,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from jobs import run_job  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from tiny import curve, make_model, make_tiny  # noqa: E402
+from tiny import EXPERTS, curve, make_model, make_tiny  # noqa: E402
 from training_plan import argv, checkpoint  # noqa: E402
 
-EXPERTS = {
-    "architecture": "Qwen3Moe",
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 16,
-    "norm_topk_prob": True,
-    "mlp_only_layers": [2],
-}
 SAVED, STEPS = 2, 4
 LORA = {
     "tuner_type": "lora",

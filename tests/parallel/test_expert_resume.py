@@ -9,17 +9,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from jobs import run_job  # noqa: E402
-from tiny import curve, make_tiny, rows_of, stored  # noqa: E402
+from tiny import EXPERTS, curve, make_tiny, rows_of, stored  # noqa: E402
 from training_plan import SAVED, STEPS, argv, checkpoint  # noqa: E402
 
-EXPERTS = {
-    "architecture": "Qwen3Moe",
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 16,
-    "norm_topk_prob": True,
-    "mlp_only_layers": [2],
-}
 LOSSES = {"moe_aux_loss_coeff": 0.01, "moe_z_loss_coeff": 1e-3}
 EP2 = {"expert_model_parallel_size": 2}
 TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": "true"}

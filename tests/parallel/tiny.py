@@ -10,6 +10,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 import arithmetic_demo as demo  # noqa: E402
 
 TRAIN_ROWS, VAL_ROWS = 90, 13
+EXPERTS = {
+    "architecture": "Qwen3Moe",
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "norm_topk_prob": True,
+    "mlp_only_layers": [2],
+}
+"""Config of a mixture of experts whose layer 2 is dense."""
 
 
 @dataclass(frozen=True)
