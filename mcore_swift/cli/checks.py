@@ -1,4 +1,4 @@
-"""Everything that can be seen to be wrong with a command before anything heavy is imported or a process started."""
+"""All checks of a command that need neither heavy imports nor other processes."""
 
 import os
 from collections.abc import Iterator
@@ -19,9 +19,9 @@ from ..plan.folders import (
 
 
 def problems_of(args: Arguments, world_size: int) -> Iterator[list[UserError]]:
-    """What is wrong with the files that the arguments name, and with the layout on `world_size` processes.
+    """Mistakes in the files that the arguments name, and in the layout on `world_size` processes.
 
-    In groups: a flag that one group tells of need not be told of by the next.
+    They come in groups, so that mistakes of a later group that follow from an earlier one can be left out.
     """
     from ..plan.preflight import preflight, preflight_swift
 
@@ -38,7 +38,7 @@ def problems_of(args: Arguments, world_size: int) -> Iterator[list[UserError]]:
 
 
 def notices_of(args: Arguments, world_size: int) -> list[str]:
-    """What the user should know before a run that nothing is wrong with, one line each."""
+    """Notices to print before a run without mistakes, one line each."""
     notices = family_notices(args)
     if args.PROGRAM == "swift":
         return notices
@@ -48,13 +48,13 @@ def notices_of(args: Arguments, world_size: int) -> list[str]:
 
 
 def memory_notices(args: Arguments, world_size: int) -> list[str]:
-    """A warning where the GPUs of this machine are estimated to be too small for a training run."""
+    """A warning if the GPUs of this machine are estimated to be too small for a training run."""
     if os.environ.get("RANK", "0") != "0" or not args.model or not getattr(args, "global_batch_size", None):
         return []
     from .machine import nvidia_smi
 
     gpus = nvidia_smi()
-    if not gpus:  # the memory of a CPU is not given out by the process
+    if not gpus:  # on CPUs, processes share the memory of the host
         return []
     from ..plan.planner import memory_notice, of_driver
     from ..plan.preflight import model_folder, read_config, read_shape
@@ -67,7 +67,7 @@ def memory_notices(args: Arguments, world_size: int) -> list[str]:
 
 
 def folder_problems(args: Arguments) -> list[UserError]:
-    """Folders that the arguments name and that are missing, or are in the way."""
+    """Folders in the arguments that are missing, or that are in the way."""
     problems = []
     for name in ("mcore_model", "mcore_adapter", "resume", "resume_from_checkpoint"):
         value = getattr(args, name, None)
@@ -95,7 +95,7 @@ def folder_problems(args: Arguments) -> list[UserError]:
 
 
 def adapter_problems(folder: str, args: Arguments) -> list[UserError]:
-    """What shows of an adapter in its files: kind, whether they are whole, and whether it fits `--model`."""
+    """Checks of an adapter's files: its kind, whether they are complete, and whether it fits `--model`."""
     from ..plan.adapter import CONFIG, WEIGHTS
     from ..plan.adapter import folder_problems as problems_in_files
 
@@ -116,7 +116,7 @@ def adapter_problems(folder: str, args: Arguments) -> list[UserError]:
 
 
 def family_problems(args: Arguments) -> list[UserError]:
-    """Whether the family that `--model_type` names is the one of config.json."""
+    """Whether the family in `--model_type` is that of config.json."""
     asked, types, families = _families(args)
     if asked not in SUPPORTED_ARCHITECTURES.values() or asked in types | families:
         return []
@@ -130,12 +130,14 @@ def family_problems(args: Arguments) -> list[UserError]:
 
 
 def family_notices(args: Arguments) -> list[str]:
-    """A line where `--model_type` is a name of others, as ms-swift has for many models of one architecture."""
+    """A notice if `--model_type` is not our name; ms-swift has many names for models of one architecture."""
     asked, types, families = _families(args)
     if asked is None or asked in types | families or asked in SUPPORTED_ARCHITECTURES.values():
         return []
     named = ", ".join(sorted(types | families))
-    return [f"--model_type {asked}: not a name of a family here; by its config.json the model is {named}"]
+    return [
+        f"--model_type {asked}: not a name of a family here; according to config.json the model is {named}"
+    ]
 
 
 def _families(args: Arguments) -> tuple[str | None, set[str], set[str]]:

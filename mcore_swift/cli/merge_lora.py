@@ -76,7 +76,7 @@ def _is_of_transformers(folder: Path, model: str | None) -> bool:
 
 
 def _on_megatron(args: SwiftExportArguments) -> int:
-    """What transformers' model is not needed for, or peft cannot read."""
+    """Adapters alone, and those that peft cannot read: handled by the converters."""
     from converters.main import export_main
 
     raise_together(args.as_megatron().problems())

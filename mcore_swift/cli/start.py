@@ -1,4 +1,4 @@
-"""From the flags of a command to its work: help, all checks together, then the processes."""
+"""Starting a command: its help, all checks of the command line, then its processes."""
 
 from collections.abc import Callable, Sequence
 
@@ -18,11 +18,11 @@ def start(
     examples: str = "",
     instead: Callable[[Sequence[str]], int | None] | None = None,
 ) -> int:
-    """Check the command line, then do the command's work in the processes the environment asks for.
+    """Check the command line, then run the command in the processes that the environment asks for.
 
-    target: 'module:function' of argv, run in each of them. examples: for --help. instead: done before any process is
-    started; an exit code that it returns ends the command. Returns the exit code.
-    Raises UserError with all mistakes that show before anything heavy is imported or a process is started.
+    target: 'module:function', called with argv in each of them. examples: for --help. instead: called before any
+    process is started; if it returns an exit code, the command ends with it. Returns the exit code.
+    Raises UserError with all mistakes that can be found without heavy imports or other processes.
     """
     argv = list(argv)
     if wants_help(argv):
@@ -39,12 +39,12 @@ def start(
         check(command, argv)
         return call(target, argv)
 
-    # every process stands here and finds the same mistakes: `run` tells them once
+    # all processes get here and find the same mistakes, which `run` prints once
     return launch.run(command, argv, check_and_work)
 
 
 def wants_help(argv: Sequence[str]) -> bool:
-    """Whether a command line asks for `--help` and nothing else counts."""
+    """Whether a command line asks for help, whatever else it says."""
     return not argv or "--help" in argv or "-h" in argv or argv[0] == "help"
 
 
@@ -55,17 +55,17 @@ def class_of(command: str) -> type[Arguments]:
 
 
 def arguments(command: str, argv: Sequence[str]) -> Arguments:
-    """The arguments of a command whose line `start` has checked, without telling its notices again."""
+    """The arguments of a command line that `start` has checked, without printing its notices again."""
     return parse(class_of(command), argv, notify=lambda notice: None)
 
 
 def check(command: str, argv: Sequence[str]) -> None:
-    """Print the notices of a command line.
+    """Check a command line, the files that it names and the layout, and print its notices.
 
-    Raises UserError with everything that is wrong with it, with the files it names and with the layout.
+    Raises UserError with all mistakes.
     """
     reading = read(class_of(command), argv)
-    world_size = launch.world_size_from_env()  # now, since the file's ENV section may have a say in it
+    world_size = launch.world_size_from_env()  # after `read`, because a file's ENV section may set it
     for problems in problems_of(reading.args, world_size):
         reading.add(problems)
     for notice in reading.notices:

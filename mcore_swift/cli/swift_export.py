@@ -1,4 +1,4 @@
-"""`swift export`: merging adapters, and what converts between Hugging Face and megatron-core."""
+"""`swift export`: merging adapters, and converting between Hugging Face and megatron-core."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Command line and configuration file to arguments; whatever is wrong with them is reported together."""
+"""Parsing command lines and configuration files into arguments; all mistakes are reported together."""
 
 import dataclasses
 import os
@@ -48,7 +48,7 @@ T = TypeVar("T", bound=Arguments)
 
 @dataclasses.dataclass(frozen=True)
 class Given:
-    """One flag as somebody wrote it.
+    """One flag as the user wrote it.
 
     name: the flag's name of today. label: how a message calls it. values: texts, or the one value of a file.
     """
@@ -58,7 +58,7 @@ class Given:
     values: list[Any]
 
     def value(self) -> Any:
-        """The value as far as it can be told without the flag's type."""
+        """The value, without knowing the flag's type."""
         if not self.values:
             return True
         return self.values[0] if len(self.values) == 1 else self.values
@@ -66,7 +66,7 @@ class Given:
 
 @dataclasses.dataclass
 class Reading(Generic[T]):
-    """What was understood of a command line.
+    """The result of reading a command line.
 
     args: the arguments; a flag named in `bad` has its default. errors: all that is wrong.
     notices: lines the user should see even when nothing is wrong.
@@ -78,16 +78,16 @@ class Reading(Generic[T]):
     bad: set[str]
 
     def concerns(self, error: UserError) -> bool:
-        """Whether an error found later says something new: not when its flag was found wrong before."""
+        """Whether an error found later is new, and not about a flag that is already known to be wrong."""
         named = _FLAG.findall(error.message)
         return self.bad.isdisjoint(named) and not (named and named[0] in self.told())
 
     def add(self, errors: list[UserError]) -> None:
-        """Take in what another check found, less what follows from mistakes known already."""
+        """Add the errors of another check, without those that follow from known mistakes."""
         self.errors += [error for error in errors if self.concerns(error)]
 
     def told(self) -> set[str]:
-        """The flags that the errors so far are about: the first that each names."""
+        """The flags that the errors so far are about: the first one named by each."""
         return {match[1] for error in self.errors if (match := _FLAG.search(error.message))}
 
 
@@ -127,7 +127,7 @@ def print_notice(text: str) -> None:
 
 
 def read(cls: type[T], argv: Sequence[str]) -> Reading[T]:
-    """What `parse` does, without raising: see `Reading`. Sets the variables of a file's ENV section."""
+    """`parse` without raising. Sets the environment variables of a file's ENV section."""
     reader = _Reader(cls)
     reader.collect(argv)
     return reader.reading()
@@ -141,7 +141,7 @@ def named_flags(argv: Sequence[str]) -> set[str]:
 
 
 class _Reader:
-    """Gathers flags from all sources, then types them, then checks them together."""
+    """Collects flags from all sources, then converts them to their types, then checks them together."""
 
     def __init__(self, cls: type[Arguments]) -> None:
         self.cls = cls
@@ -227,7 +227,7 @@ class _Reader:
         self.given |= found
 
     def _renamed(self, label: str, name: str, values: list[Any]) -> Given | None:
-        """The flag under its name of today; None when its old value makes no sense."""
+        """The flag under its current name; None if its old value is invalid."""
         alias = ALIASES.get(name)
         if alias is None or name in self.flags:
             return Given(name, label, values)
@@ -273,7 +273,7 @@ class _Reader:
         return reading
 
     def _not_a_flag(self, one: Given) -> None:
-        """Judge a flag this command does not have: harmless, refused, another command's, or unknown."""
+        """Classify a flag that this command does not have: harmless, refused, another command's, or unknown."""
         on_swift = self.cls.PROGRAM == "swift"
         of_export = MERGE_HARMLESS if on_swift else EXPORT_HARMLESS
         known = of_export.get(one.name) if self.cls.COMMAND == "export" else None
@@ -339,7 +339,7 @@ class _Reader:
             self.notices.append(f"from {path}: {', '.join(told)}")
 
     def _translate_virtual_stages(self) -> None:
-        """v3's layers of a virtual stage, where given, as today's number of virtual stages."""
+        """Replace v3's number of layers per virtual stage, if given, by the number of virtual stages."""
         one = self.given.pop(LAYERS_PER_STAGE, None)
         if one is None or same_value(one.value(), None):
             return
@@ -367,7 +367,7 @@ def _plain_value(value: Any) -> Any:
 
 
 def nearest(name: str, flags: dict[str, Flag]) -> str | None:
-    """The known flag whose name is most like `name`: one of this command, else one we know of."""
+    """The flag whose name is most similar to `name`: of this command, else of all that are known."""
     import difflib  # only those who mistype wait for it
 
     for known in (flags, ALIASES, NOT_YET):
