@@ -50,6 +50,7 @@ def choose_parameters(model: nn.Module, args: Any, config: Any = None) -> nn.Mod
     config.base_model_name_or_path = args.model  # the base may have moved since the adapter was saved
     from peft import get_peft_model
 
+    linear = _linear_layers(model)
     model.requires_grad_(False)
     with torch.random.fork_rng():
         torch.manual_seed(args.seed)
@@ -65,12 +66,20 @@ def choose_parameters(model: nn.Module, args: Any, config: Any = None) -> nn.Mod
                 if args.target_regex
                 else f"modules {' '.join(args.target_modules)}"
             )
-            raise UserError(f"--target_{asked}: {reason}", "name linear layers, or give all-linear") from None
+            others = ", ".join(sorted(name for name in linear if f"'{name}'" not in reason))
+            raise UserError(f"--target_{asked}: {reason}", f"name other layers, of: {others}") from None
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.requires_grad and parameter.dtype is not torch.float32:
                 module._parameters[name] = nn.Parameter(parameter.float())
     return model
+
+
+def _linear_layers(model: nn.Module) -> set[str]:
+    """The last parts of the names of linear layers."""
+    return {
+        name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)
+    }
 
 
 def adapter_config(args: Any, model: nn.Module) -> Any:

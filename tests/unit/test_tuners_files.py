@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import peft
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
 from mcore_swift.errors import UserError
 from mcore_swift.tuners.residuals import TakenStarts, check_start, settle_start, takes_start
@@ -76,3 +76,12 @@ def test_adapters_of_weights_that_nobody_can_tell_are_refused():
     drawn = SimpleNamespace(init_lora_weights="orthogonal")
     settle_start(drawn, "folder")
     assert drawn.init_lora_weights is True
+
+
+def test_layers_that_peft_cannot_adapt_are_told_with_the_others():
+    """peft's own error for Mamba: all linear layers are not possible, and which ones are."""
+    config = MambaConfig(vocab_size=17, hidden_size=16, state_size=4, num_hidden_layers=1)
+    model = MambaForCausalLM(config)
+    with pytest.raises(UserError, match=r"out_proj(.|\n)*of: dt_proj, in_proj, lm_head, x_proj$"):
+        given = args(target_modules=["all-linear"])
+        choose_parameters(model, given, peft.LoraConfig(target_modules="all-linear"))
