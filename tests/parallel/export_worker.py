@@ -1,13 +1,7 @@
-"""One process of the job that `test_export_round_trip.py` starts: every case in one job saves the imports.
-
-python export_worker.py <folder>: rank 0 writes `<folder>/results.json`, case name -> "" or what went wrong.
-"""
+"""One process of the job that `test_export_round_trip.py` starts: every case in one job saves the imports."""
 
 import json
-import shutil
 import sys
-import time
-import traceback
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -18,6 +12,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
 from converter_cases import FAMILIES, make_checkpoint  # noqa: E402
+from jobs import run_cases  # noqa: E402
 
 from mcore_swift.accelerator import get_accelerator  # noqa: E402
 
@@ -286,6 +281,13 @@ def cases():
     yield f"logits {layout}", partial(logits, layout)
 
 
+def in_a_folder(case, place: Path) -> None:
+    if dist.get_rank() == 0:
+        place.mkdir()
+    dist.barrier()
+    case(place)
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
@@ -295,26 +297,5 @@ def main(folder: Path) -> None:
     hf_writer.MIN_RANK_BYTES = 1
     export.BUCKET_BYTES = 5000
     stored.DIRECT_RUN_BYTES = 1
-    results = {}
-    for number, (name, case) in enumerate(cases()):
-        place = folder / f"case-{number}"
-        if dist.get_rank() == 0:
-            place.mkdir()
-        dist.barrier()
-        started = time.monotonic()
-        try:
-            case(place)
-            error = ""
-        except Exception:
-            error = traceback.format_exc()
-        failures = [f"rank {rank}: {told}" for rank, told in enumerate(Ranks().gather(error)) if told]
-        results[name] = "\n".join(failures)
-        print(f"{name}: {time.monotonic() - started:.1f} s", flush=True)
-        if dist.get_rank() == 0:
-            (folder / "results.json").write_text(json.dumps(results))
-            shutil.rmtree(place)
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    named = enumerate(cases())
+    run_cases({name: partial(in_a_folder, case, folder / f"case-{n}") for n, (name, case) in named}, folder)

@@ -3,10 +3,9 @@
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from parity_job import ADAM_EPS, LOGITS_ATOL, possible, start
+from parity_job import ADAM_EPS, LOGITS_ATOL, own_batches, possible, start
 
 from mcore_swift.engines.megatron.engine import MegatronEngine
 from mcore_swift.models.shards import live_shards
@@ -19,7 +18,7 @@ FLAGS = {"tuner_type": "lora", "quant_method": "bnb", "quant_bits": 4}
 
 
 def four_bit_cases(
-    folder: Path, layouts: Iterable[Layout], engine_with: Callable, own_batches: Callable
+    folder: Path, layouts: Iterable[Layout], engine_with: Callable
 ) -> dict[str, Callable[[], None]]:
     """In layouts that divide layers or weights a model that they can divide, packed or with recomputation."""
     cases = {}
@@ -31,21 +30,21 @@ def four_bit_cases(
         if possible(layout, folder / variant):
             packed = bool(number % 2)
             engines = partial(engine_with, folder / variant, folder / variant / "all/adapter", layout, packed)
-            batches = partial(own_batches, _reference(folder / variant), packed, layout)
+            batches = partial(own_batches, _samples(folder / variant), packed, layout)
             cases[f"{variant} 4 bits {layout}"] = partial(
                 is_the_model_of_rounded_weights, engines, batches, layout
             )
     layout = Layout(dp=2)
     engines = partial(engine_with, folder / "qwen3", folder / "qwen3/some/adapter", layout, False)
-    batches = partial(own_batches, _reference(folder / "qwen3"), False, layout)
+    batches = partial(own_batches, _samples(folder / "qwen3"), False, layout)
     cases["4 bits as transformers and peft"] = partial(
         agrees_with_transformers, engines, batches, folder / "qwen3"
     )
     return cases
 
 
-def _reference(folder: Path) -> Any:
-    return torch.load(folder / "all/reference.pt", weights_only=False)
+def _samples(folder: Path) -> list[torch.Tensor]:
+    return torch.load(folder / "all/reference.pt", weights_only=False).samples
 
 
 def is_the_model_of_rounded_weights(

@@ -1,55 +1,76 @@
-"""Starting a job of several processes from a test: one job runs many cases, since imports cost more than cases.
+"""Starting a job of several processes from a test: one job runs many cases, since processes cost more than cases.
 
-A job is a script beside the test. It calls `run_cases` with its cases; rank 0 leaves `results.json`, case name ->
-"" or what went wrong, which `run_job` returns.
+A job is a module beside the test, with a function `main(folder)` that calls `run_cases` with its cases; rank 0 leaves
+`results.json`, case name -> "" or what went wrong, which `run_job` returns.
+
+Its processes are forks of a server that has imported what all of them need, which takes several times as long as the
+rest of a start. The server imports and does nothing else, so that it has no threads that a fork would lack.
 """
 
-import atexit
+import importlib
 import json
+import multiprocessing
 import os
 import socket
-import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from multiprocessing import connection, forkserver
 from pathlib import Path
 
-LIMIT_SECONDS = 900
+LIMIT_SECONDS = 600
+SHOW_SECONDS = 20
+GRACE_SECONDS = 20
+"""How long the others may tell what they know after one process has failed."""
+IMPORTED = (
+    "torch._dynamo",
+    "torch.distributed.checkpoint",
+    "torch.distributed.tensor",
+    "torch.nn.attention.bias",
+    "torch.utils.tensorboard",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.qwen3.modeling_qwen3",
+    "transformers.models.qwen3_moe.modeling_qwen3_moe",
+    "bitsandbytes",
+    "peft",
+    "pytest",
+    "mcore_swift.training.main",
+)
+"""By the server. Not megatron-core: jobs of the other engine see that they do without it."""
+
+show: Callable[[str], None] = print
+"""Tells whoever watches the tests; `tests/conftest.py` makes it reach the terminal."""
+
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload(list(IMPORTED))
 
 
 def run_job(script: Path, world_size: int, folder: Path) -> dict[str, str]:
-    """Run `script folder` in `world_size` processes over gloo; results by case.
+    """Run `main(folder)` of a script in `world_size` processes over gloo; results by case.
 
-    Fails the test, with the end of every process's output, if a process fails.
+    Fails the test, with the end of every process's output, if a process fails or the job outlasts LIMIT_SECONDS.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    for rank in range(world_size):
-        environment = os.environ | {
-            "RANK": str(rank),
-            "WORLD_SIZE": str(world_size),
-            "LOCAL_RANK": str(rank),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parent)]),
-            "PYTHONWARNINGS": "ignore",
-        }
-        log = (folder / f"log-{rank}").open("w")
-        command = [sys.executable, str(script), str(folder)]
-        processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(world_size)}
+    with _environment_of_the_server():
+        forkserver.ensure_running()
+    logs, processes = [folder / f"log-{rank}" for rank in range(world_size)], []
+    for rank, log in enumerate(logs):
+        environment = rendezvous | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes.append(_server.Process(target=_one_process, args=(script, folder, environment, log)))
+        processes[-1].start()
     try:
-        codes = [process.wait(timeout=LIMIT_SECONDS) for process in processes]
+        ended = _wait(processes, f"{script.stem} in {world_size} processes", logs[0])
     finally:
         for process in processes:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-    logs = "\n".join((folder / f"log-{rank}").read_text()[-3000:] for rank in range(world_size))
-    assert codes == [0] * world_size, logs
+            process.kill()
+            process.join()
+    codes = [process.exitcode for process in processes]
+    told = "\n".join(f"--- rank {rank}\n{log.read_text()[-3000:]}" for rank, log in enumerate(logs))
+    assert ended, f"not finished after {LIMIT_SECONDS} s, exit codes {codes}:\n{told}"
+    assert codes == [0] * world_size, f"exit codes {codes}:\n{told}"
     return json.loads((folder / "results.json").read_text())
 
 
@@ -68,8 +89,9 @@ def run_cases(cases: Mapping[str, Callable[[], None]], folder: Path) -> None:
 
     runlog.plot_curves = lambda *_: []  # it takes as long as training such models; tests/e2e has the images
     results = {}
-    for name, case in cases.items():
+    for number, (name, case) in enumerate(cases.items(), start=1):
         error, started = "", time.monotonic()
+        print(f"{number} of {len(cases)}: {name}", end="", flush=True)
         try:
             case()
         except Exception:
@@ -77,14 +99,57 @@ def run_cases(cases: Mapping[str, Callable[[], None]], folder: Path) -> None:
         errors: list[str] = [""] * dist.get_world_size()
         dist.all_gather_object(errors, error)
         results[name] = next((text for text in errors if text), "")
-        print(f"{name}: {time.monotonic() - started:.2f} s", flush=True)
+        print(f": {time.monotonic() - started:.2f} s", flush=True)
     if dist.get_rank() == 0:
         (folder / "results.json").write_text(json.dumps(results))
-    atexit.register(_leave)
 
 
-def _leave() -> None:
-    """End without taking the interpreter apart: threads of torch and gloo that still run then can abort a process."""
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def _environment_of_the_server() -> Iterator[None]:
+    """What has to be set before torch is imported, or is for all jobs."""
+    before = dict(os.environ)
+    os.environ |= {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "PYTHONWARNINGS": "ignore",
+    }
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _one_process(script: Path, folder: Path, environment: dict[str, str], log: Path) -> None:
+    """All that a process of a job does. It ends without taking the interpreter apart, as forks of this kind do:
+    threads of torch and gloo that still run then can abort a process."""
+    os.environ |= environment
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(1 if getattr(sys, "last_value", None) else 0)
+        os.dup2(file, stream.fileno())
+    sys.path.insert(0, str(script.parent))
+    importlib.import_module(script.stem).main(folder)
+
+
+def _wait(processes: list, name: str, log: Path) -> bool:
+    """Until all have ended, or one has failed and the others had GRACE_SECONDS; False after LIMIT_SECONDS."""
+    begun = time.monotonic()
+    deadline, shown = begun + LIMIT_SECONDS, begun
+    while running := [process for process in processes if process.exitcode is None]:
+        now = time.monotonic()
+        if now > deadline:
+            return any(process.exitcode for process in processes)
+        if any(process.exitcode for process in processes):
+            deadline = min(deadline, now + GRACE_SECONDS)
+        if now - shown > SHOW_SECONDS:
+            shown = now
+            lines = log.read_text().splitlines() if log.exists() else []
+            show(f"\n{name}, {now - begun:.0f} s: {lines[-1] if lines else 'starting'}")
+        connection.wait([process.sentinel for process in running], timeout=1)
+    return True

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,9 @@ from parity_job import (
     ADAM_EPS,
     GRADIENT_RTOL,
     LOSS_RTOL,
-    ROWS,
     WEIGHT_ATOL,
     compare_logits,
-    microbatches,
+    own_batches,
     possible,
     start,
 )
@@ -37,11 +35,9 @@ from mcore_swift.accelerator import get_accelerator
 
 get_accelerator().install()
 
-from megatron.core import parallel_state  # noqa: E402
 from te_stand_ins import te_layers  # noqa: E402
 
 from mcore_swift.config import MegatronSftArguments  # noqa: E402
-from mcore_swift.data import Batch  # noqa: E402
 from mcore_swift.engines.megatron.engine import MegatronEngine  # noqa: E402
 from mcore_swift.errors import UserError  # noqa: E402
 from mcore_swift.models.reading import read_model  # noqa: E402
@@ -128,7 +124,7 @@ def agrees_with_peft(folder: Path, adapter: Path, layout: Layout, packed: bool) 
         first = {name: tensor for name, tensor in first.items() if ".base_layer.weight" not in name}
         assert first.keys() == second.keys()
         assert [name for name in first if not torch.equal(first[name], second[name])] == []
-    batches, begin = own_batches(reference, packed, layout)
+    batches, begin = own_batches(reference.samples, packed, layout)
     compare_logits(engine, batches, reference, begin)
     result = engine.train_step(batches, NextToken(), lr=LEARNING_RATE * ADAM_EPS, weight_decay=0.0)
     assert abs(result.loss / reference.loss - 1) < LOSS_RTOL, (result.loss, reference.loss)
@@ -177,14 +173,6 @@ def agrees_with_peft_on_te_layers(*case: Any) -> None:
         agrees_with_peft(*case)
 
 
-def own_batches(reference: Any, packed: bool, layout: Layout) -> tuple[list[Batch], int]:
-    """This data-parallel rank's microbatches, and the number of their first sample."""
-    batches = microbatches(reference.samples, packed, layout)
-    share = len(batches) // layout.dp
-    begin = parallel_state.get_data_parallel_rank() * share
-    return batches[begin : begin + share], begin * ROWS
-
-
 def trains_a_part(folder: Path, layout: Layout, packed: bool, **flags: Any) -> None:
     """What is not frozen goes where it goes when all trains, and the norm is that of its gradients alone."""
     reference: Reference = torch.load(folder / "reference.pt", weights_only=False)
@@ -200,7 +188,7 @@ def trains_a_part(folder: Path, layout: Layout, packed: bool, **flags: Any) -> N
     with HFReader(folder / "model") as reader:
         load_hf(engine.chunks, reader, engine.plan.table)
     engine.after_load(["weights"], optimizer_step=0)
-    batches, _ = own_batches(reference, packed, layout)
+    batches, _ = own_batches(reference.samples, packed, layout)
     result = engine.train_step(batches, NextToken(), lr=LEARNING_RATE * ADAM_EPS, weight_decay=0.0)
     assert abs(result.loss / reference.loss - 1) < LOSS_RTOL, (result.loss, reference.loss)
     if args.freeze_parameters_ratio != 0.5:
@@ -228,15 +216,11 @@ def base_stays(folder: Path, name: str, layout: Layout) -> None:
     reference: AdapterReference = torch.load(folder / name / "reference.pt", weights_only=False)
     start(layout)
     engine = engine_with(folder, folder / name / "adapter", layout, packed=True)
-    batches = microbatches(reference.samples, True, layout)
-    share = len(batches) // layout.dp
-    begin = parallel_state.get_data_parallel_rank() * share
-    batches = batches[begin : begin + share]
+    batches, _ = own_batches(reference.samples, True, layout)
     lora_merging.base_stays_after_many_exports(engine, batches, lr=0.1 * LEARNING_RATE * ADAM_EPS)
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
+def main(folder: Path) -> None:
     world_size = int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo")
     cases = {}
@@ -272,10 +256,6 @@ def main() -> None:
     if world_size == 2:
         cases["base stays"] = partial(base_stays, folder / "qwen2", "mlp", Layout(tp=2))
     if importlib.util.find_spec("bitsandbytes"):
-        cases |= four_bit_cases(folder, LAYOUTS[world_size], engine_with, own_batches)
+        cases |= four_bit_cases(folder, LAYOUTS[world_size], engine_with)
     cases["divided tensor"] = partial(divided_tensor_is_refused, folder / "qwen3")
     run_cases(cases, folder)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,6 @@
 """Live models in many layouts: HF -> megatron-core -> HF is bit-identical, whatever cuts the model.
 
-All cases of a world size run in one job (`export_worker.py`), since imports cost more than the cases; each is
-then a test of its own.
+All cases of a world size run in one job (`export_worker.py`).
 """
 
 from pathlib import Path

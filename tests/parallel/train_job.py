@@ -1,10 +1,9 @@
 """One process of a job that trains several command lines one after the other, in layouts of their own.
 
-python train_job.py <folder>: reads `<folder>/plan.json`, a list of {"name", "do", "argv"}; see `DOES`.
+`main(folder)` reads `<folder>/plan.json`, a list of {"name", "do", "argv"}; see `DOES`.
 """
 
 import json
-import sys
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -137,7 +136,3 @@ def main(folder: Path) -> None:
     }
     run_cases(cases, folder)
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,6 +1,6 @@
 """One process of a job that trains several `swift sft` command lines one after the other.
 
-python transformers_job.py <folder>: reads `<folder>/plan.json`, a list of {"name", "do", "argv"}.
+`main(folder)` reads `<folder>/plan.json`, a list of {"name", "do", "argv"}.
 """
 
 import json
@@ -105,7 +105,3 @@ def main(folder: Path) -> None:
     dist.destroy_process_group()
     results = {case["name"]: called(case["argv"]) for case in plan if case["do"] == "call"}
     (folder / f"called-{os.environ['RANK']}.json").write_text(json.dumps(results))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
