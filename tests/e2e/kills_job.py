@@ -20,8 +20,9 @@ from mcore_swift.accelerator import get_accelerator
 torch.set_num_threads(1)  # a fork has no threads but the one that forked
 get_accelerator().install()
 
-import transformers  # noqa: E402, F401
+import transformers.models.auto.tokenization_auto  # noqa: E402, F401
 
+import mcore_swift.engines.megatron.backend  # noqa: E402, F401
 import mcore_swift.training.main  # noqa: E402, F401
 from mcore_swift.cli.main import main as command  # noqa: E402
 from mcore_swift.training.checkpoint import checkpoints_in  # noqa: E402

@@ -41,10 +41,19 @@ def listing(folder):
     }
 
 
-def test_a_full_disk_while_saving(disk, sft, tmp_path):
-    output = disk / "run"
+@pytest.fixture(scope="module")
+def begun(sft, tmp_path_factory):
+    """A run of two steps and its checkpoint, which each test goes on with on a disk of its own."""
+    folder = tmp_path_factory.mktemp("begun")
+    run(
+        sft(output_dir=folder / "run", train_iters=2, save_steps=2, save_safetensors=True), folder / "first"
+    ).check()
+    return folder / "run"
+
+
+def test_a_full_disk_while_saving(disk, begun, sft, tmp_path):
+    output = shutil.copytree(begun, disk / "run", symlinks=True)
     common = {"output_dir": output, "save_steps": 2, "resume": "auto", "save_safetensors": True}
-    run(sft(train_iters=2, **common), tmp_path / "first").check()
     kept = output / "checkpoint-2"
     weights = (kept / "model.safetensors").stat().st_size
     state = sum(path.stat().st_size for path in (kept / "mcore").iterdir())
@@ -75,11 +84,10 @@ def test_a_full_disk_while_saving(disk, sft, tmp_path):
     assert os.readlink(output / "latest") == "checkpoint-4"
 
 
-def test_a_disk_that_fills_up_behind_the_training(disk, sft, tmp_path):
+def test_a_disk_that_fills_up_behind_the_training(disk, begun, sft, tmp_path):
     """--async_save writes in a thread; the mistake found there ends the run as one found at once does."""
-    output = disk / "run"
+    output = shutil.copytree(begun, disk / "run", symlinks=True)
     common = {"output_dir": output, "save_steps": 2, "resume": "auto", "async_save": True}
-    run(sft(train_iters=2, **common), tmp_path / "first").check()
     kept = output / "checkpoint-2"
     before, tensors = listing(kept), stored(kept)
     # Room for the tensors and nothing else, so that the disk is full only when the last of them are written.

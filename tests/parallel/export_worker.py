@@ -18,10 +18,10 @@ from mcore_swift.accelerator import get_accelerator  # noqa: E402
 
 get_accelerator().install()
 
-from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
+from groups import use_layout  # noqa: E402
+from megatron.core import dist_checkpointing  # noqa: E402
 from megatron.core.dist_checkpointing.dict_utils import nested_values  # noqa: E402
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor  # noqa: E402
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from converters import export, export_plan, hf_writer, stored, stream, torch_dist_writer  # noqa: E402
@@ -59,25 +59,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def layouts_of(family: str) -> dict[str, Layout]:
     world = dist.get_world_size()
     return LAYOUTS[world] | (EXPERT_LAYOUTS[world] if family.endswith("moe") else {})
-
-
-_states: dict[tuple, dict] = {}
-
-
-def use_layout(layout: Layout) -> None:
-    """megatron-core's process groups for a layout, made once: they are many, and never go away."""
-    key = (layout.tp, layout.pp, layout.vpp, layout.ep, layout.etp)
-    parallel_state.destroy_model_parallel()
-    if key not in _states:
-        parallel_state.initialize_model_parallel(
-            *key[:3],
-            expert_model_parallel_size=layout.ep,
-            expert_tensor_parallel_size=layout.etp,
-            create_gloo_process_groups=False,
-        )
-        _states[key] = {name: value for name, value in vars(parallel_state).items() if name.startswith("_")}
-    vars(parallel_state).update(_states[key])
-    model_parallel_cuda_manual_seed(1)
 
 
 def model_in(folder: Path, layout: str, dtype: torch.dtype):

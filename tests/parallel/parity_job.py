@@ -2,7 +2,6 @@
 
 import json
 import os
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,13 +19,13 @@ from mcore_swift.accelerator import get_accelerator
 
 get_accelerator().install()
 
+from groups import use_layout  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 from stages_cases import stages_cases  # noqa: E402
 
 from mcore_swift.config import MegatronSftArguments  # noqa: E402
 from mcore_swift.data import Batch  # noqa: E402
 from mcore_swift.data.batch import padded_length  # noqa: E402
-from mcore_swift.engines.megatron import process_groups  # noqa: E402
 from mcore_swift.engines.megatron.engine import MegatronEngine  # noqa: E402
 from mcore_swift.models.attention import CP_COMM_TYPES  # noqa: E402
 from mcore_swift.models.reading import read_model  # noqa: E402
@@ -96,19 +95,10 @@ GRADIENT_RTOL = 1e-4  # the issue's bound on the norm
 WEIGHT_ATOL = 2e-5  # after one SGD step of rate 1: the error of each single gradient, which are up to about 1
 
 
-_groups: dict[tuple[Layout, int | None], dict[str, Any]] = {}
-
-
 def start(layout: Layout, letters: str | None = None) -> None:
-    """Process groups for a layout, made once: gloo takes long to connect dozens of them."""
+    """Take this process's place in a layout. letters: `--pipeline_model_parallel_layout`."""
     flags = {"pipeline_model_parallel_size": layout.pp, "pipeline_model_parallel_layout": letters}
-    key = replace(layout, sequence_parallel=False), prediction_rank(SimpleNamespace(**flags))
-    parallel_state.destroy_model_parallel()
-    if key not in _groups:
-        process_groups.start(key[0], seed=1, timeout_s=120, prediction_rank=key[1])
-        _groups[key] = {name: value for name, value in vars(parallel_state).items() if name.startswith("_")}
-    vars(parallel_state).update(_groups[key])
-    process_groups.seed_everything(1)
+    use_layout(layout, prediction_rank=prediction_rank(SimpleNamespace(**flags)))
 
 
 def microbatches(samples: list[torch.Tensor], packed: bool, layout: Layout, count: int = 2) -> list[Batch]:

@@ -153,8 +153,9 @@ def test_two_processes_do_the_work(start) -> None:
 
 
 def test_a_users_mistake_is_printed_once(start) -> None:
-    for how in ("user", "user-on-1"):
-        code, _, err = start(how, folder=how, NPROC_PER_NODE="2").finish()
+    runs = [start(how, folder=how, NPROC_PER_NODE="2") for how in ("user", "user-on-1")]
+    for run in runs:
+        code, _, err = run.finish()
         assert (code, err) == (2, "error: data.jsonl:7 is no JSON\n  remedy: mend the line\n")
 
 
@@ -180,15 +181,16 @@ def test_a_killed_worker_is_named_and_leaves_nothing(start) -> None:
     assert run.left_behind() == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_launcher_stops_its_workers(start, number: signal.Signals) -> None:
-    run = start("sleep", NPROC_PER_NODE="2")
-    run.wait_until_ready(2)
-    run.process.send_signal(number)
-    code, _, err = run.finish()
-    assert code == 128 + number
-    assert f"sft: stopped by {number.name}" in err and "Traceback" not in err
-    assert run.left_behind() == []
+def test_a_stopped_launcher_stops_its_workers(start) -> None:
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    runs = {number: start("sleep", folder=number.name, NPROC_PER_NODE="2") for number in numbers}
+    for number, run in runs.items():
+        run.wait_until_ready(2)
+        run.process.send_signal(number)
+        code, _, err = run.finish()
+        assert code == 128 + number, err
+        assert f"sft: stopped by {number.name}" in err and "Traceback" not in err
+        assert run.left_behind() == []
 
 
 def test_workers_do_not_outlive_a_killed_launcher(start) -> None:

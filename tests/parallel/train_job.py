@@ -16,9 +16,10 @@ from mcore_swift.accelerator import get_accelerator
 
 get_accelerator().install()
 
+from groups import use_layout  # noqa: E402
+
 from converters.ranks import Ranks  # noqa: E402
 from mcore_swift.config import MegatronSftArguments, parse  # noqa: E402
-from mcore_swift.engines.megatron import process_groups  # noqa: E402
 from mcore_swift.models.shards import METADATA, live_shards  # noqa: E402
 from mcore_swift.plan.layout import Layout  # noqa: E402
 from mcore_swift.training.loop import Run, train  # noqa: E402
@@ -26,12 +27,9 @@ from mcore_swift.training.main import build_run  # noqa: E402
 
 
 def build(argv: list[str]) -> Run:
-    from megatron.core import parallel_state
-
     args = parse(MegatronSftArguments, argv, notify=lambda notice: None)
     layout = Layout.from_args(args, dist.get_world_size())
-    parallel_state.destroy_model_parallel()
-    process_groups.start(layout, seed=args.seed)
+    use_layout(layout, seed=args.seed)
     return build_run(args, layout, Ranks())
 
 
