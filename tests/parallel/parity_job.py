@@ -131,9 +131,9 @@ def microbatches(samples: list[torch.Tensor], packed: bool, layout: Layout, coun
 def own_batches(samples: list[torch.Tensor], packed: bool, layout: Layout) -> tuple[list[Batch], int]:
     """This data-parallel rank's microbatches, and the number of their first sample.
 
-    As few as show that gradients are summed over microbatches, and as fill four stages: each costs time.
+    No more than fill the stages, and two where no other rank's gradients are added: each takes time of its own.
     """
-    count = 2 if layout.dp > 1 or layout.pp > 2 else 4
+    count = len(samples) // (layout.dp * max(layout.pp, 2 // layout.dp, 1))
     batches = microbatches(samples, packed, layout, count)
     share = len(batches) // layout.dp
     first = parallel_state.get_data_parallel_rank() * share
@@ -251,9 +251,10 @@ def equal_microbatches_have_equal_losses(folder: Path, layout: Layout, **flags: 
             return loss
 
     batch = microbatches(reference.samples, packed=True, layout=layout)[0]
-    for _ in range(3):  # more than one step: a message of one step may turn up in the next
+    count = min(8, 2 * layout.pp * (layout.vpp or 1))
+    for _ in range(2):  # more than one step: a message of one step may turn up in the next
         seen.clear()
-        engine.train_step([batch] * 8, Watched(), lr=0.0, weight_decay=0.0)
+        engine.train_step([batch] * count, Watched(), lr=0.0, weight_decay=0.0)
         assert len(set(seen)) <= 1, seen
 
 
