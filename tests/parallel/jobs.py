@@ -15,9 +15,10 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing import connection, forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 LIMIT_SECONDS = 600
@@ -56,17 +57,23 @@ def run_job(script: Path, world_size: int, folder: Path) -> dict[str, str]:
     rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(world_size)}
     with _environment_of_the_server():
         forkserver.ensure_running()
-    logs, processes = [folder / f"log-{rank}" for rank in range(world_size)], []
-    for rank, log in enumerate(logs):
-        environment = rendezvous | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        processes.append(_server.Process(target=_one_process, args=(script, folder, environment, log)))
-        processes[-1].start()
+    logs = [folder / f"log-{rank}" for rank in range(world_size)]
+    processes = [
+        _server.Process(
+            target=_one_process,
+            args=(script, folder, rendezvous | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, log),
+        )
+        for rank, log in enumerate(logs)
+    ]
     try:
+        for process in processes:
+            process.start()
         ended = _wait(processes, f"{script.stem} in {world_size} processes", logs[0])
     finally:
         for process in processes:
-            process.kill()
-            process.join()
+            if process.pid is not None:
+                process.kill()
+                process.join()
     codes = [process.exitcode for process in processes]
     told = "\n".join(f"--- rank {rank}\n{log.read_text()[-3000:]}" for rank, log in enumerate(logs))
     assert ended, f"not finished after {LIMIT_SECONDS} s, exit codes {codes}:\n{told}"
@@ -137,7 +144,7 @@ def _one_process(script: Path, folder: Path, environment: dict[str, str], log: P
     importlib.import_module(script.stem).main(folder)
 
 
-def _wait(processes: list, name: str, log: Path) -> bool:
+def _wait(processes: Sequence[BaseProcess], name: str, log: Path) -> bool:
     """Until all have ended, or one has failed and the others had GRACE_SECONDS; False after LIMIT_SECONDS."""
     begun = time.monotonic()
     deadline, shown = begun + LIMIT_SECONDS, begun
