@@ -98,7 +98,7 @@ def run_cases(cases: Mapping[str, Callable[[], None]], folder: Path) -> None:
     results = {}
     for number, (name, case) in enumerate(cases.items(), start=1):
         error, started = "", time.monotonic()
-        print(f"{number} of {len(cases)}: {name}", end="", flush=True)
+        print(f"case {number} of {len(cases)}: {name}", flush=True)
         try:
             case()
         except Exception:
@@ -106,7 +106,7 @@ def run_cases(cases: Mapping[str, Callable[[], None]], folder: Path) -> None:
         errors: list[str] = [""] * dist.get_world_size()
         dist.all_gather_object(errors, error)
         results[name] = next((text for text in errors if text), "")
-        print(f": {time.monotonic() - started:.2f} s", flush=True)
+        print(f"{name}: {time.monotonic() - started:.2f} s", flush=True)
     if dist.get_rank() == 0:
         (folder / "results.json").write_text(json.dumps(results))
 
@@ -156,7 +156,11 @@ def _wait(processes: Sequence[BaseProcess], name: str, log: Path) -> bool:
             deadline = min(deadline, now + GRACE_SECONDS)
         if now - shown > SHOW_SECONDS:
             shown = now
-            lines = log.read_text().splitlines() if log.exists() else []
-            show(f"\n{name}, {now - begun:.0f} s: {lines[-1] if lines else 'starting'}")
+            show(f"\n{name}, {now - begun:.0f} s: {_last_case(log)}")
         connection.wait([process.sentinel for process in running], timeout=1)
     return True
+
+
+def _last_case(log: Path) -> str:
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    return next((line for line in reversed(lines) if line.startswith("case ")), "starting")
