@@ -40,7 +40,6 @@ _TRAINER = table(
         "drop it; the checkpoint stays, also under --save_total_limit",
         load_best_model_at_end=False,
     ),
-    settings("stopping before the last step is not supported yet", early_stop_interval=None),
     settings(
         "a batch that is too large is not made smaller by itself",
         "lower --per_device_train_batch_size",

@@ -46,6 +46,23 @@ class EvaluationArguments(Arguments):
     eval_steps: int | None = arg(
         None, "steps between evaluations on the validation set", at_least=1, default_text="--save_steps"
     )
+    early_stop_interval: int | None = arg(
+        None,
+        "stop after this many saves in a row without a lower validation loss than that of the best checkpoint",
+        at_least=1,
+        default_text="train to the last step",
+    )
+
+    def check(self) -> Iterator[UserError]:
+        has_data = getattr(self, "val_dataset", None) or getattr(self, "split_dataset_ratio", 0) > 0
+        is_off = getattr(self, "eval_iters", -1) == 0 or getattr(self, "eval_strategy", None) == "no"
+        if self.early_stop_interval is not None and (is_off or not has_data):
+            yield UserError(
+                f"--early_stop_interval {self.early_stop_interval} compares evaluations, and there are none",
+                "drop --eval_strategy no and --eval_iters 0"
+                if has_data
+                else "add --val_dataset or --split_dataset_ratio",
+            )
 
 
 @dataclasses.dataclass(kw_only=True)

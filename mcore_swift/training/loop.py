@@ -38,7 +38,7 @@ class Run:
 
 
 def train(run: Run) -> TrainState:
-    """Train from `run.state` to the last step; returns the final state.
+    """Train from `run.state` to the last step, or until `--early_stop_interval` is reached; returns the final state.
 
     Raises TrainingStopped, naming the step, if the loss or the gradient is not finite; that step is not saved.
     """
@@ -62,7 +62,8 @@ def train(run: Run) -> TrainState:
             now = time.perf_counter()
             _report(run, result, lr, seconds=now - started, data_wait=batches.wait_seconds)
             _collect(run.args, state.step)
-            _evaluate_and_save(run)
+            if _evaluate_and_save(run) and state.has_stalled(run.args.early_stop_interval):
+                break
             started = time.perf_counter()
         run.checkpoints.poll(wait=True)
     return state
@@ -93,7 +94,8 @@ def evaluate(run: Run) -> StepResult:
         )
 
 
-def _evaluate_and_save(run: Run) -> None:
+def _evaluate_and_save(run: Run) -> bool:
+    """Evaluate and save if they are due; returns whether a checkpoint was saved."""
     state = run.state
     save_is_due = state.step == run.data.total_steps or _save_is_due(run)
     if _evaluation_is_due(run, save_is_due):
@@ -102,14 +104,14 @@ def _evaluate_and_save(run: Run) -> None:
         result = evaluate(run)
         loss = result.loss
         run.log.after_eval(state.step, {"loss": loss} | result.metrics)
-        # the best checkpoint, not the best step: a step that is not saved cannot be used
-        if save_is_due and (state.best_loss is None or loss < state.best_loss):
-            state.best_loss, state.best_step = loss, state.step
+        if save_is_due:
+            state.judge(loss)
     if save_is_due:
         state.data = run.data.state_dict(state.step)
         run.checkpoints.save(state)
     else:
         run.checkpoints.poll()
+    return save_is_due
 
 
 def _evaluation_is_due(run: Run, save_is_due: bool) -> bool:

@@ -281,6 +281,11 @@ def _say_what_ended(run: Run, state: TrainState) -> None:
     best = (
         f"; best loss {state.best_loss:.4f} at step {state.best_step}" if state.best_loss is not None else ""
     )
+    stopped = ""
+    if state.step < run.data.total_steps:
+        stopped = (
+            f" of {run.data.total_steps}, stopped early: {state.saves_since_best} saves without a lower loss"
+        )
     logger.info(
-        f"done: step {state.step}{best}; checkpoint in {run.checkpoints.run_dir / f'checkpoint-{state.step}'}"
+        f"done: step {state.step}{stopped}{best}; checkpoint in {run.checkpoints.run_dir / f'checkpoint-{state.step}'}"
     )

@@ -40,7 +40,9 @@ def merge_adapter(
     Raises UserError if the base is missing, quantized, or does not fit the adapter.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     config, base = _config_and_base(adapter, model)
     check_start(config, adapter)
     if method := stored_method(read_config(Path(base))):

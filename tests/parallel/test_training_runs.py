@@ -56,6 +56,15 @@ def test_epochs_and_iterations_are_two_names_of_one_length(trained):
     assert saved == ["checkpoint-3", "checkpoint-6"], "--save_strategy epoch"
 
 
+def test_a_run_that_has_stalled_stops_early(trained):
+    """Weights that do not move: no checkpoint is better than the first."""
+    saved = sorted(path.name for path in trained["stalled"].glob("checkpoint-*"))
+    assert saved == ["checkpoint-1", "checkpoint-2", "checkpoint-3"], (
+        "the best one and --early_stop_interval 2"
+    )
+    assert sorted(curve(trained["stalled"])) == [1, 2, 3]
+
+
 def test_equal_samples_have_one_loss_however_they_are_laid_out(trained):
     packed, end_to_end, padded = (
         curve(trained[f"eight-{how}"])[1] for how in ("packed", "end-to-end", "padded")

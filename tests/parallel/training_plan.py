@@ -74,6 +74,7 @@ TRAIN: dict[int, dict[str, dict]] = {
         "pp2-first-to-letters": PP2
         | {"pipeline_model_parallel_layout": "E|tt|t|tL"}
         | checkpoint("pp2-first"),
+        "stalled": PP2 | STILL | {"val_dataset": "{val}", "save_steps": 1, "early_stop_interval": 2},
         "random-tp2": RANDOM | TP2,
         "random-pp2": RANDOM | PP2,
     },

@@ -26,7 +26,7 @@ def make(folder, step, **fields):
 
 class TestManifest:
     def test_comes_back_as_it_was(self, tmp_path):
-        state = TrainState(7, 56, 1.25, 4, {"fingerprint": "abc", "step": 7})
+        state = TrainState(7, 56, 1.25, 4, 1, {"fingerprint": "abc", "step": 7})
         manifest = Manifest(
             holds=["weights", "rng"],
             step=7,
@@ -44,6 +44,15 @@ class TestManifest:
         assert back == manifest
         assert TrainState(**back.train_state) == state
         assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+    def test_counts_the_checkpoints_since_the_best_one(self):
+        state = TrainState()
+        stalled = []
+        for state.step, loss in enumerate((2.0, 3.0, 1.0, 1.5, 1.0), start=1):
+            state.judge(loss)
+            stalled.append((state.best_step, state.has_stalled(2), state.has_stalled(None)))
+        expected = [(1, False), (1, False), (3, False), (3, False), (3, True)]
+        assert stalled == [(best, stop, False) for best, stop in expected]
 
     def test_names_the_versions_that_wrote_it(self):
         import torch
