@@ -262,7 +262,7 @@ def main(folder: Path) -> None:
     world_size = int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo")
     cases = {}
-    for layout in ALL_LAYOUTS[world_size]:
+    for place, layout in enumerate(ALL_LAYOUTS[world_size]):
         for number, variant in enumerate(VARIANTS):
             thorough = variant in THOROUGH
             some = SOME_LAYOUTS[world_size]
@@ -271,8 +271,8 @@ def main(folder: Path) -> None:
             some = [*some, *MORE.get(variant, [])]
             if (not thorough and layout not in some) or not possible(layout, folder / variant):
                 continue
-            both = world_size == 1
-            for packed in (False, True) if both else [(number + len(cases)) % 2 == 0]:
+            # in one process both ways; else in turns among the cases of a layout, and not as in the layout before it
+            for packed in (False, True) if world_size == 1 else [(place + len(cases)) % 2 == 0]:
                 name = f"{variant} {layout} {'packed' if packed else 'unpacked'}"
                 # Both optimizers and both exchanges are covered without doubling the grid.
                 flags = {"cp_comm_type": CP_COMM_TYPES[(number + packed) % len(CP_COMM_TYPES)]}
