@@ -1,6 +1,6 @@
 """Sizes and estimates in plain Python: nothing here imports torch or transformers.
 
-A bad layout or a broken checkpoint folder is refused here, before a process is started.
+A bad layout or a broken checkpoint folder is refused here, before any process is started.
 """
 
 from .check import check_layout, nearest_layout, notices

@@ -1,4 +1,4 @@
-"""What a PEFT folder says of itself, read before anything heavy: its config, and names and shapes of its tensors."""
+"""What a PEFT folder contains, read without heavy imports: its config and the names and shapes of its tensors."""
 
 import difflib
 import json
@@ -34,7 +34,7 @@ _KNOWN: dict[str, tuple[Any, ...]] = {
     "kasa_config": (None,),
     "megatron_config": (None,),
     "layer_replication": (None,),
-    # other starts take a part out of the frozen weights, and the adapter fits what is left
+    # other initializations subtract a part from the frozen weights, and the adapter fits only the remainder
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
 }
 """Options of peft's that would change what the matrices mean, with the values that megatron-core's layers know."""
@@ -44,7 +44,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class PeftFolder:
-    """config: adapter_config.json. shapes: of the tensors, by the names in the file."""
+    """config: contents of adapter_config.json. shapes: tensor name in the file -> shape."""
 
     folder: Path
     config: Mapping[str, Any]
@@ -56,17 +56,17 @@ class PeftFolder:
 
     @property
     def kind(self) -> str:
-        """peft's name of the kind of adapter, such as LORA."""
+        """peft's name for the kind of adapter, such as LORA."""
         return str(self.config.get("peft_type"))
 
     @cached_property
     def modules(self) -> dict[str, dict[str, Shape]]:
-        """Module of the base with low-rank matrices -> shapes of its 'A' and 'B', as far as they are there."""
+        """Module of the base model -> shapes of its low-rank matrices 'A' and 'B', as far as the file has them."""
         return self._matched(_MATRIX)
 
     @cached_property
     def embeddings(self) -> dict[str, dict[str, Shape]]:
-        """The same of embeddings, whose weight has B A lying on its side."""
+        """The same for embeddings, whose weight gets the transpose of B A."""
         return self._matched(_EMBEDDING)
 
     def _matched(self, pattern: re.Pattern[str]) -> dict[str, dict[str, Shape]]:
@@ -78,7 +78,7 @@ class PeftFolder:
 
     @property
     def names(self) -> set[str]:
-        """Of the low-rank matrices, in the file."""
+        """Names of the low-rank matrices in the file."""
         return {
             f"{PREFIX}{name}.lora_{matrix}.weight" for name, held in self.modules.items() for matrix in held
         }
@@ -89,14 +89,14 @@ class PeftFolder:
         return {name: (held["B"][0], held["A"][-1]) for name, held in self.modules.items()}
 
     def rank_of(self, module: str) -> int:
-        """Rank that the config means for a module; patterns are peft's: ends of names, or expressions for them."""
+        """Rank that the config sets for a module. As in peft, patterns are suffixes of names or regular expressions."""
         return self._by_pattern("rank_pattern", module, self.config.get("r", 8))
 
     def alpha_of(self, module: str) -> float:
         return self._by_pattern("alpha_pattern", module, self.config.get("lora_alpha", 8))
 
     def scaling_of(self, module: str, rank: int) -> float:
-        """What B A of a module counts, with `rank` rows in its A."""
+        """The factor that B A of a module is multiplied by, where its A has `rank` rows."""
         alpha = self.alpha_of(module)
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
@@ -108,7 +108,7 @@ class PeftFolder:
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """adapter_config.json of a folder. Raises UserError if it is missing or makes no sense."""
+    """adapter_config.json of a folder. Raises UserError if it is missing or invalid."""
     path = Path(folder) / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -122,7 +122,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def read_peft_folder(folder: str | Path) -> PeftFolder:
-    """A PEFT folder by its config and the header of its weights.
+    """Read the config of a PEFT folder and the header of its weights.
 
     Raises UserError for a file that is missing, truncated or damaged.
     """
@@ -147,10 +147,10 @@ def read_peft_folder(folder: str | Path) -> PeftFolder:
 
 
 def folder_problems(folder: str | Path, base: Path | None, *, only_lora: bool = False) -> list[UserError]:
-    """What shows in the files of an adapter that is to be used beside the model in the folder `base`.
+    """Problems in the files of an adapter for the model in the folder `base` (None: the model is not checked).
 
-    only_lora: what megatron-core's layers do not take is refused; else of kinds other than LoRA is told only whether
-    the files are whole.
+    only_lora: refuse what megatron-core's layers do not support. Otherwise, adapters other than LoRA are only checked
+    for complete files.
     """
     try:
         adapter = read_peft_folder(folder)
@@ -170,9 +170,9 @@ def folder_problems(folder: str | Path, base: Path | None, *, only_lora: bool = 
 
 
 def option_problems(config: Mapping[str, Any], path: Path) -> list[UserError]:
-    """Whether an adapter is of a kind, or has an option, that is not supported on megatron-core's layers.
+    """Errors for a kind or an option of adapter that megatron-core's layers do not support.
 
-    path: of the file that `config` is from.
+    path: the file that `config` was read from.
     """
     refused = [
         f"{name} {config[name]!r}" for name, fine in _KNOWN.items() if config.get(name, fine[0]) not in fine
@@ -188,7 +188,7 @@ def option_problems(config: Mapping[str, Any], path: Path) -> list[UserError]:
 
 
 def matrix_problems(adapter: PeftFolder) -> list[UserError]:
-    """Whether every A has its B, and both the rank that the config tells."""
+    """Errors for an A without its B or the reverse, and for ranks that differ from the config."""
     if not adapter.modules and not adapter.embeddings:
         return [UserError(f"{adapter.weights}: holds no low-rank matrices", "is it a LoRA adapter?")]
     alone = [name for name, shapes in adapter.modules.items() if len(shapes) < 2]
@@ -207,17 +207,17 @@ def matrix_problems(adapter: PeftFolder) -> list[UserError]:
 
 
 def base_problems(adapter: PeftFolder, base: Path) -> list[UserError]:
-    """Whether the adapter's modules are those of the model whose safetensors files are in `base`."""
+    """Errors for modules of the adapter that the model, whose safetensors files are in `base`, does not have."""
     stored = _headers(base)
     if not stored:
-        return []  # said by whoever looks at the base
+        return []  # reported by the checks of the base
     remedy = "it is an adapter of another base model"
     if named := adapter.config.get("base_model_name_or_path"):
         remedy += f": it says {named}; give that to --model"
     missing, shaped = [], []
     for module, shapes in adapter.modules.items():
         weight = stored.get(f"{module}.weight")
-        if weight is None:  # Mixtral's router, by the name that transformers 5 and peft have for it
+        if weight is None:  # Mixtral's router, under the name that transformers 5 and peft use
             weight = stored.get(f"{module.replace('.mlp.gate', '.block_sparse_moe.gate')}.weight")
         if weight is None:
             if not _in_one_tensor(module, stored):
@@ -247,12 +247,12 @@ def base_problems(adapter: PeftFolder, base: Path) -> list[UserError]:
 
 
 def _of_experts(module: str) -> bool:
-    """Whether its matrices are those of all experts of a layer, one below the other."""
+    """Whether the module's matrices are those of all experts of a layer, stacked."""
     return module.endswith((".experts", ".experts.base_layer"))
 
 
 def _in_one_tensor(module: str, stored: Mapping[str, Any]) -> bool:
-    """Whether the module may be a part of a tensor that holds all experts of a layer, or the other way round."""
+    """Whether the module may be part of a tensor that holds all experts of a layer, or the other way round."""
     if _of_experts(module):
         prefix = module.removesuffix(".base_layer").rpartition(".")[0].rpartition(".")[0]
         return any(name.startswith(f"{prefix}.") and ".experts." in name for name in stored)
@@ -263,7 +263,7 @@ def _in_one_tensor(module: str, stored: Mapping[str, Any]) -> bool:
 
 
 def _headers(base: Path) -> dict[str, Any]:
-    """Every tensor of a checkpoint folder as its safetensors header tells it; {} if that cannot be read."""
+    """Header entry of every tensor in a folder's safetensors files; {} if they cannot be read."""
     tensors: dict[str, Any] = {}
     try:
         for path in _files(base):

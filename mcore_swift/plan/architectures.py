@@ -1,27 +1,28 @@
 """What transformers' configuration and model classes fix for each architecture, as plain data.
 
-A config.json names only part of a model: defaults of missing keys, which layers have biases, how many norms
-a layer has are written in transformers' classes. The facts below are taken from them (transformers 4.57 and
-5.19); `tests/unit/test_plan_parameters.py` counts the parameters of transformers' own models against them.
+A config.json describes only part of a model: the defaults of missing keys, which layers have biases, and how many
+norms a layer has are in transformers' classes. The facts below are taken from them (transformers 4.57 and 5.19);
+`tests/unit/test_plan_parameters.py` checks them against the parameter counts of transformers' own models.
 """
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-Bias = bool | str  # always, never, or what this key of config.json says
+Bias = bool | str  # True: always; False: never; a string: the key of config.json that decides
 
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
     """A family as `ModelShape.from_config_dict` reads it.
 
-    defaults: keys that a config.json may leave out. qkv_bias, output_bias, mlp_bias: of linear layers.
+    defaults: keys that a config.json may leave out. qkv_bias, output_bias, mlp_bias: biases of linear layers.
     norms_per_layer: norms of hidden size in a layer, one less where the key `one_less_if` of config.json is true;
-    norm_bias: they have a bias. gated: the MLP has a gate.
-    qk_norm: of each head's queries and keys, or what a key says; qk_norm_full: with a weight for every head.
-    windows: 'none'; 'all' layers have `sliding_window`, or 'types': those that layer_types (or its default, every
-    layer but each `full_every`-th) calls sliding.
+    norm_bias: these norms have a bias. gated: the MLP has a gate.
+    qk_norm: each head's queries and keys are normalized, or the key of config.json that decides; qk_norm_full: with a
+    weight for every head.
+    windows: 'none'; 'all': every layer has `sliding_window`; 'types': the layers that layer_types (by default all but
+    every `full_every`-th) calls sliding.
     experts: 'none', 'mixtral' (every layer, of intermediate_size), 'qwen' (decoder_sparse_step and
     mlp_only_layers), 'deepseek' (first_k_dense_replace, shared experts). mla: multi-head latent attention.
     """

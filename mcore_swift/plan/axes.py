@@ -1,4 +1,4 @@
-"""What tensor, context and expert parallelism ask of a model; pipelines are looked at elsewhere."""
+"""What tensor, context and expert parallelism require of a model; for pipelines see `stages_check`."""
 
 from collections.abc import Callable, Iterable, Iterator
 from math import gcd
@@ -19,7 +19,7 @@ FLAGS = {
 
 
 def axis_problems(layout: Layout, shape: ModelShape, args: Any) -> Iterator[UserError]:
-    """Why the model cannot be cut along the axes of this layout, each with the nearest size that is possible."""
+    """An error for each reason why this layout cannot divide the model, with the nearest size that is possible."""
     yield from _tensor_problems(layout, shape)
     yield from _context_problems(layout, shape, args)
     if shape.is_moe:
@@ -29,10 +29,10 @@ def axis_problems(layout: Layout, shape: ModelShape, args: Any) -> Iterator[User
 
 
 def length_multiple(layout: Layout) -> int:
-    """Every row's length is padded to a multiple of this.
+    """Number of tokens that every row's length is padded to a multiple of.
 
-    Zigzag context parallelism cuts a sequence into 2 * cp pieces; sequence parallelism cuts what is left of it
-    among the tensor-parallel ranks.
+    Zigzag context parallelism cuts a sequence into 2 * cp chunks; sequence parallelism divides each rank's part among
+    the tensor-parallel ranks.
     """
     return layout.segment_multiple * (layout.tp if layout.sequence_parallel else 1)
 
@@ -58,9 +58,9 @@ def _tensor_problems(layout: Layout, shape: ModelShape) -> Iterator[UserError]:
 
 
 def _context_problems(layout: Layout, shape: ModelShape, args: Any) -> Iterator[UserError]:
-    """All-to-all (Ulysses, arXiv:2309.14509) gives each context-parallel rank some of the heads.
+    """All-to-all (Ulysses, arXiv:2309.14509) gives each context-parallel rank a share of the heads.
 
-    Key heads are repeated where there are too few.
+    Key/value heads are repeated where there are too few.
     """
     kinds = getattr(args, "cp_comm_type", None) or []
     kinds = kinds if isinstance(kinds, list) else [kinds]
@@ -116,7 +116,7 @@ def _expert_problems(layout: Layout, shape: ModelShape, args: Any) -> Iterator[U
 
 
 def _capacity_problems(shape: ModelShape, args: Any) -> Iterator[UserError]:
-    """Padding to a capacity beyond all tokens: megatron-core's dispatcher fails in the first step."""
+    """Refuse padding to a capacity above the number of tokens: megatron-core's dispatcher fails on it in step 1."""
     factor, seen = getattr(args, "moe_expert_capacity_factor", None), shape.num_experts_per_token
     padded = getattr(args, "moe_pad_expert_input_to_capacity", False)
     if factor and padded and factor * seen > shape.num_experts:
@@ -129,12 +129,12 @@ def _capacity_problems(shape: ModelShape, args: Any) -> Iterator[UserError]:
 
 
 def is_training(args: Any) -> bool:
-    """Whether these are the arguments of a command that trains: those have a batch size."""
+    """Whether these are the arguments of a training command, which is one with a batch size."""
     return bool(getattr(args, "global_batch_size", None))
 
 
 def nearest_size(value: int, is_possible: Callable[[int], bool], limit: int) -> int:
-    """The possible number closest to `value`, the smaller one of two; 1 where none is."""
+    """The possible number up to `limit` that is closest to `value`, the smaller one on a tie; 1 if there is none."""
     possible: Iterable[int] = (number for number in range(1, limit + 1) if is_possible(number))
     return min(possible, key=lambda number: (abs(number - value), number), default=1)
 

@@ -1,4 +1,4 @@
-"""What `--backend auto` becomes: megatron-core's layers or transformers' model, whole or sharded; and why."""
+"""What `--backend auto` selects and why: megatron-core's layers, or transformers' model, replicated or sharded."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,9 +19,9 @@ _ROOM = 0.6
 
 
 def choose_backend(args: Any, world_size: int, memory_bytes: float | None) -> tuple[str, str]:
-    """(megatron, fsdp or ddp; why). memory_bytes: of one process's device, None where it is not known.
+    """('megatron', 'fsdp' or 'ddp'; the reason). memory_bytes: memory of one process's device; None if unknown.
 
-    The same on every process of a run on equal machines.
+    On identical machines, every process of a run gets the same answer.
     """
     if args.backend != "auto":
         return args.backend, "as --backend says"
@@ -48,7 +48,7 @@ def choose_backend(args: Any, world_size: int, memory_bytes: float | None) -> tu
 
 
 def _why_transformers(args: Any) -> str | None:
-    """Why the Megatron engine is out of the question; None if it is not."""
+    """Why the Megatron engine cannot be used; None if it can."""
     if args.tuner_type != "full":
         return f"{args.tuner_type} goes with transformers' model"
     if args.device_map:
@@ -67,7 +67,7 @@ def _why_transformers(args: Any) -> str | None:
 
 
 def _megatron(args: Any, world_size: int, memory_bytes: float | None) -> tuple[str, str]:
-    """Whether each process has room for a copy of the model, as a layout without model parallelism needs."""
+    """Megatron if a process has memory for a full copy of the model: the default layout has no model parallelism."""
     shape = read_shape(model_folder(args.model))
     needed = parameters(shape) * (_REPLICATED + _SHARDED / world_size)
     if memory_bytes is None or needed > _ROOM * memory_bytes:
@@ -84,9 +84,9 @@ def _megatron(args: Any, world_size: int, memory_bytes: float | None) -> tuple[s
 
 
 def _bytes_of_a_copy(args: Any) -> float | None:
-    """Bytes of weights, and of what training keeps beside them, on a process that has all; None if nobody knows.
+    """Bytes of weights, gradients and optimizer on a process with a full copy of the model; None if unknown.
 
-    Adapters are counted as nothing beside the weights they stand beside.
+    Adapters are neglected: they are small compared with the frozen weights.
     """
     values = _values(args)
     if values is None:
@@ -97,7 +97,7 @@ def _bytes_of_a_copy(args: Any) -> float | None:
 
 
 def _values(args: Any) -> float | None:
-    """Parameters of the model: by its shape where the family is known, else by the size of its files."""
+    """Number of parameters: from the model's shape if the family is known, else from the size of its files."""
     try:
         folder = model_folder(args.model)
         try:

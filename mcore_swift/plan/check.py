@@ -16,10 +16,10 @@ from .stages_check import stage_problems
 def check_layout(
     layout: Layout, shape: ModelShape, args: Any, world_size: int | None = None
 ) -> list[UserError]:
-    """Everything that keeps this layout from running; empty if it can.
+    """Everything that keeps this layout from running; empty if nothing does.
 
-    Each error names the flag, the reason and the nearest value that is possible. world_size: the processes
-    there are, if the layout was made for another number of them.
+    Each error names the flag, the reason and the nearest value that is possible. world_size: the actual number of
+    processes, if the layout was made for another one.
     """
     world_size = world_size or layout.world_size
     stages = stage_problems(layout, shape, args)
@@ -32,7 +32,7 @@ def check_layout(
     ]
     if problems:
         nearest = nearest_layout(layout, shape, args, world_size)
-        # flags of an uneven pipeline are for the stages there are: their remedy is not another layout
+        # flags of an uneven pipeline are for a given number of stages: another layout is no remedy
         if nearest is not None and not (is_uneven(args) and problems == stages):
             last = problems[-1]
             hint = f"the nearest layout for this model on {_processes(world_size)} is {nearest}"
@@ -44,7 +44,7 @@ def check_layout(
 def nearest_layout(layout: Layout, shape: ModelShape, args: Any, world_size: int) -> Layout | None:
     """The possible layout on `world_size` processes that changes the sizes least, or None.
 
-    The distance of two sizes is how often one must be doubled to reach the other.
+    The distance between two sizes is the number of doublings from one to the other.
     """
 
     def distance(other: Layout) -> float:
@@ -59,7 +59,7 @@ def nearest_layout(layout: Layout, shape: ModelShape, args: Any, world_size: int
         return has_stages and not list(axis_problems(other, shape, args))
 
     possible = [candidate for candidate in _candidates(layout, shape, world_size) if is_possible(candidate)]
-    # one that needs no other batch size comes first, however far
+    # layouts that keep the batch size come first, whatever their distance
     fitting = [candidate for candidate in possible if not list(_batch_problems(candidate, args))]
     return min(fitting or possible, key=lambda other: (distance(other), str(other)), default=None)
 
@@ -67,8 +67,8 @@ def nearest_layout(layout: Layout, shape: ModelShape, args: Any, world_size: int
 def _candidates(layout: Layout, shape: ModelShape, world_size: int) -> Iterator[Layout]:
     """All ways to divide `world_size` processes along the axes that `layout` uses.
 
-    Interleaved, context-parallel and expert-parallel only if `layout` is. Experts with tensor parallelism come
-    with sequence parallelism, without which they do not train.
+    They are interleaved, context-parallel or expert-parallel only if `layout` is. With experts, tensor parallelism
+    implies sequence parallelism, without which megatron-core does not train experts.
     """
     divisors = _divisors(world_size)
     experts = [divisors if shape.is_moe and size > 1 else [1] for size in (layout.ep, layout.etp)]
@@ -86,7 +86,7 @@ def _candidates(layout: Layout, shape: ModelShape, world_size: int) -> Iterator[
 
 
 def notices(shape: ModelShape, args: Any) -> list[str]:
-    """What a user should know of a layout that runs, one line each."""
+    """What a user should know about a layout that can run, one line each."""
     lines = []
     max_length = getattr(args, "max_length", None)
     if max_length and max_length > shape.max_position_embeddings:
@@ -148,7 +148,7 @@ def _batch_problems(layout: Layout, args: Any) -> Iterator[UserError]:
     if not total:  # not a training command
         return
     micro = args.micro_batch_size
-    # an interleaved pipeline hands microbatches on in groups of pp, and every group must be full
+    # an interleaved pipeline processes microbatches in groups of pp, and every group must be full
     group = layout.pp if layout.vpp else 1
     share = micro * layout.dp * group
     if total % share == 0:

@@ -1,4 +1,4 @@
-"""Parameters of a model, counted by how the layout divides them. Exact: see tests/unit/test_plan_parameters.py."""
+"""Parameter counts of a model, by how the layout divides them. Exact: see tests/unit/test_plan_parameters.py."""
 
 from dataclasses import dataclass
 
@@ -7,10 +7,10 @@ from .shape import ModelShape
 
 @dataclass(frozen=True)
 class Sizes:
-    """Parameters of a layer (or a sum of layers) by what divides them.
+    """Parameters of one or more layers, by what divides them.
 
-    split: by tensor parallelism. whole: every tensor-parallel rank has a copy (norms, routers, biases of row
-    parallel layers, down projections of latent attention). experts: of all routed experts, by expert and
+    split: divided by tensor parallelism. whole: copied on every tensor-parallel rank (norms, routers, biases of
+    row-parallel layers, down projections of latent attention). experts: of all routed experts, divided by expert and
     expert tensor parallelism.
     """
 
@@ -30,7 +30,7 @@ class Sizes:
 
 
 def attention_sizes(shape: ModelShape) -> Sizes:
-    """Attention of one layer with the norms that belong to it."""
+    """Parameters of one layer's attention, with the norms inside it."""
     h, out = shape.hidden_size, shape.num_heads * shape.value_dim
     whole = shape.output_bias * h
     if shape.is_mla:
@@ -47,7 +47,7 @@ def attention_sizes(shape: ModelShape) -> Sizes:
 
 
 def _latent_sizes(shape: ModelShape) -> tuple[int, int]:
-    """(split, whole) parameters of the projections to queries, keys and values of latent attention."""
+    """(split, whole) parameters of latent attention's projections to queries, keys and values."""
     h, rank = shape.hidden_size, shape.kv_lora_rank or 0
     down = h * (rank + shape.qk_rope_head_dim) + rank  # with the norm of the latent
     bias = shape.qkv_bias * (rank + shape.qk_rope_head_dim)
@@ -65,7 +65,7 @@ def expert_parameters(shape: ModelShape) -> int:
 
 
 def mlp_sizes(shape: ModelShape, index: int) -> Sizes:
-    """The MLP of layer `index`, or its router, experts and shared experts."""
+    """Parameters of the MLP of layer `index`, or of its router, experts and shared experts."""
     h = shape.hidden_size
     if not shape.is_moe_layer(index):
         width = shape.ffn_hidden_size
@@ -80,7 +80,7 @@ def mlp_sizes(shape: ModelShape, index: int) -> Sizes:
 
 
 def norm_parameters(shape: ModelShape) -> int:
-    """Of one norm of hidden size."""
+    """Parameters of one norm of hidden size."""
     return (1 + shape.norm_bias) * shape.hidden_size
 
 
@@ -91,41 +91,41 @@ def layer_sizes(shape: ModelShape, index: int) -> Sizes:
 
 
 def mtp_sizes(shape: ModelShape) -> Sizes:
-    """One multi-token-prediction layer: a decoder layer, the projection of embedding and hidden state beside
-    each other, and three norms (arXiv:2412.19437, section 2.2); embeddings are the model's own."""
+    """One multi-token-prediction layer: a decoder layer, the projection of the concatenated embedding and hidden
+    state, and three norms (arXiv:2412.19437, section 2.2). The embeddings are shared with the model."""
     h = shape.hidden_size
     return layer_sizes(shape, shape.num_layers) + Sizes(split=2 * h * h, whole=3 * h)
 
 
 def embedding_parameters(shape: ModelShape) -> int:
-    """Of the input embedding, and of the output embedding as well."""
+    """Parameters of one embedding, the input's or the output's."""
     return shape.vocab_size * shape.hidden_size
 
 
 def parameters(shape: ModelShape) -> int:
-    """Number of parameters, as transformers counts them: a tied embedding once, no padding, no MTP layers."""
+    """Number of parameters as transformers counts them: a tied embedding once, no padding, no MTP layers."""
     layers = sum(layer_sizes(shape, index).total for index in range(shape.num_layers))
     return embedding_parameters(shape) * (1 if shape.tied else 2) + layers + norm_parameters(shape)
 
 
 def active_parameters(shape: ModelShape) -> int:
-    """Parameters that one token uses: all but the routed experts it does not see."""
+    """Parameters that one token uses: all except the routed experts it is not sent to."""
     idle = shape.num_experts - shape.num_experts_per_token
     return parameters(shape) - sum(shape.moe_layers) * idle * expert_parameters(shape)
 
 
 def matmul_parameters(shape: ModelShape) -> int:
-    """Weights that each token is multiplied with: linear layers and the output embedding, no biases.
+    """Number of weights that each token is multiplied by: linear layers and the output embedding, no biases.
 
-    The input embedding is a look-up and does not count; the output embedding does, tied or not. Of the routed experts,
-    only those that a token is sent to count. Without MTP layers.
+    The input embedding is a look-up and does not count; the output embedding does, tied or not. Only the routed
+    experts that a token is sent to count. Without MTP layers.
     """
     layers = sum(layer_matmuls(shape, index) for index in range(shape.num_layers))
     return layers + shape.vocab_size * shape.hidden_size
 
 
 def layer_matmuls(shape: ModelShape, index: int) -> int:
-    """Weights of layer `index` that each token is multiplied with: no biases, no norms, active experts only."""
+    """Weights of layer `index` that each token is multiplied by: no biases, no norms, active experts only."""
     h = shape.hidden_size
     if shape.is_mla:
         split, whole = _latent_sizes(shape)
@@ -142,6 +142,6 @@ def layer_matmuls(shape: ModelShape, index: int) -> int:
 
 
 def mtp_matmuls(shape: ModelShape) -> int:
-    """Weights a token is multiplied with in one multi-token-prediction layer, its output embedding included."""
+    """Weights that a token is multiplied by in one multi-token-prediction layer, with the output embedding."""
     h = shape.hidden_size
     return layer_matmuls(shape, shape.num_layers) + 2 * h * h + embedding_parameters(shape)

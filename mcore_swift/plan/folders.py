@@ -1,4 +1,4 @@
-"""What a folder holds, to tell those who give another than they mean what it is and where it belongs."""
+"""What a folder holds, for messages to users who pass the wrong kind: what it is, and which flag takes it."""
 
 import difflib
 import json
@@ -13,7 +13,7 @@ _NOT_ENOUGH = {"special_tokens_map.json", "added_tokens.json"}
 
 
 def missing_folder(flag: str, folder: str, remedy: str) -> UserError:
-    """The error for a folder that is not there; with the nearest name beside it, if one is near."""
+    """The error for a folder that does not exist; it suggests a sibling with a similar name, if there is one."""
     path = Path(folder).expanduser()
     names = sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, names, n=1)
@@ -23,7 +23,7 @@ def missing_folder(flag: str, folder: str, remedy: str) -> UserError:
 
 
 def no_model(folder: Path) -> UserError:
-    """The error for a folder that `--model` names and that has no config.json."""
+    """The error for a `--model` folder without config.json."""
     message = f"--model {folder}: holds no {_MODEL}"
     if (folder / _ADAPTER).is_file():
         base = _base_of(folder)
@@ -45,7 +45,7 @@ def no_model(folder: Path) -> UserError:
 
 
 def no_adapter(folder: Path) -> UserError:
-    """The error for a folder that `--adapters` names and that has no adapter_config.json."""
+    """The error for an `--adapters` folder without adapter_config.json."""
     message = f"--adapters {folder}: holds no {_ADAPTER}"
     if (folder / _MODEL).is_file():
         return UserError(f"{message}: it is a whole model", "give it to --model, without --adapters")
@@ -55,7 +55,7 @@ def no_adapter(folder: Path) -> UserError:
 
 
 def no_checkpoint(flag: str, folder: Path) -> UserError | None:
-    """The error for a folder to resume from in which no checkpoint is; None if there is one."""
+    """The error for a folder to resume from that contains no checkpoint; None if it contains one."""
     if (folder / _CHECKPOINT).is_file() or newest_checkpoint(folder):
         return None
     message = f"{flag} {folder} holds no complete checkpoint"
@@ -70,14 +70,14 @@ def no_checkpoint(flag: str, folder: Path) -> UserError | None:
 
 
 def is_plain_model(folder: Path) -> bool:
-    """Whether a folder is a Hugging Face checkpoint, and no checkpoint of a run beside that."""
+    """Whether a folder is a Hugging Face checkpoint and not also a checkpoint of a run."""
     return (
         (folder / _MODEL).is_file() and not (folder / _CHECKPOINT).is_file() and not newest_checkpoint(folder)
     )
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint written last in a run folder, or in the newest run of an output folder, as training finds it."""
+    """The last checkpoint written to a run folder, or to the newest run of an output folder, as training finds it."""
     found = [
         (_version(manifest.parent.parent), _written(manifest), manifest.parent)
         for place in ("checkpoint-*", "v*-*/checkpoint-*")
@@ -87,7 +87,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def tokenizer_problems(model: str | Path) -> list[UserError]:
-    """Whether the folder of a model holds a tokenizer: transformers makes an empty one where it does not."""
+    """Errors for a model folder without a tokenizer, for which transformers would silently make an empty one."""
     folder = Path(model).expanduser()
     files = (path.name for pattern in _OF_A_TOKENIZER for path in folder.glob(pattern))
     if not (folder / _MODEL).is_file() or any(name not in _NOT_ENOUGH for name in files):
@@ -101,7 +101,7 @@ def tokenizer_problems(model: str | Path) -> list[UserError]:
 
 
 def output_problems(output: Path, *, may_exist: bool) -> list[UserError]:
-    """Whether `--output_dir` is in the way of what would be written, or cannot be written to."""
+    """Errors for an `--output_dir` that would be overwritten or cannot be written to. may_exist: it may have files."""
     if output.exists() and not output.is_dir():
         return [UserError(f"--output_dir {output} is a file", "give a folder, or one to be made")]
     if not may_exist and output.is_dir() and any(output.iterdir()):
@@ -131,4 +131,4 @@ def _written(manifest: Path) -> float:
     try:
         return float(json.loads(manifest.read_text(encoding="utf-8")).get("written", 0))
     except (OSError, ValueError, AttributeError):
-        return 0.0  # broken: the run says so when it reads it
+        return 0.0  # broken: reported when the run reads it

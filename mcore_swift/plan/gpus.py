@@ -1,4 +1,4 @@
-"""GPU kinds as the planner knows them: memory, bandwidths and the links between them."""
+"""The kinds of GPU that the planner knows: memory, bandwidths and links."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,12 +9,11 @@ from .peaks import peak_tflops
 
 @dataclass(frozen=True)
 class Gpu:
-    """One kind of GPU in the server it is usually sold in.
+    """One kind of GPU, in the server it is usually sold in.
 
-    name: as the driver writes it, for `peak_tflops`. memory_gib: what the driver reports. hbm_tbs: memory
+    name: as the driver writes it, for `peak_tflops`. memory_gib: as the driver reports it. hbm_tbs: memory
     bandwidth, TB/s. node_gbs: to GPUs of the same node, GB/s in one direction (NVLink; PCIe where there is none).
-    network_gbs: to other nodes, GB/s of one GPU's share in one direction. gpus_per_node: that reach each other
-    at node_gbs.
+    network_gbs: to other nodes, GB/s per GPU in one direction. gpus_per_node: GPUs that reach each other at node_gbs.
     """
 
     name: str
@@ -32,8 +31,8 @@ class Gpu:
 
 # NVIDIA data sheets (H100, H200, H20, A100, L40S, A40, A10, L4, RTX), DGX and HGX reference designs (one 400 Gb/s
 # adapter for each H100 and B200, 200 Gb/s for each A100, 800 Gb/s for each GB300), Blackwell architecture brief,
-# AMD CDNA 3 white paper (seven xGMI links of 64 GB/s). Memory is a little under the sheets' figure: what is left
-# after ECC and page retirement, as nvidia-smi and rocm-smi show it. PCIe 4.0 x16: 25 GB/s, 5.0: 50 GB/s in practice.
+# AMD CDNA 3 white paper (seven xGMI links of 64 GB/s). Memory is a little below the data sheets: what nvidia-smi and
+# rocm-smi report after ECC and page retirement. PCIe x16 in practice: 25 GB/s for 4.0, 50 GB/s for 5.0.
 GPUS: dict[str, Gpu] = {
     "h100": Gpu("H100", 79.1, 3.35, 450, 50),
     "h100-pcie": Gpu("H100 PCIe", 79.1, 2.0, 50, 25),

@@ -16,16 +16,16 @@ _ALIASES = {
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of every kind of parallelism, in megatron-core's meaning.
+    """Sizes of every kind of parallelism, as megatron-core defines them.
 
     tp: tensor parallel; pp: pipeline stages; vpp: model chunks of each stage (None: not interleaved);
-    cp: context parallel; ep: expert parallel; etp: tensor parallel of experts; dp: copies of the model
-    (cp not counted); sequence_parallel: the activations between tensor-parallel regions are split too.
+    cp: context parallel; ep: expert parallel; etp: tensor parallel of experts; dp: copies of the model, not
+    counting cp; sequence_parallel: the activations between tensor-parallel regions are split too.
 
     Ranks are numbered in megatron-core's order tp-cp-ep-dp-pp, the first varying fastest:
-    `rank = t + tp * (c + cp * (d + dp * p))`. Expert layers of the same processes are divided as
-    `rank = t' + etp * (e + ep * (d' + edp * p))`: the pipeline stage is the same, what lies inside a
-    stage is cut in another way.
+    `rank = t + tp * (c + cp * (d + dp * p))`. For expert layers, the same processes are divided as
+    `rank = t' + etp * (e + ep * (d' + edp * p))`: the pipeline stages are the same, only the processes within a
+    stage are divided differently.
     """
 
     tp: int = 1
@@ -41,9 +41,9 @@ class Layout:
     def from_args(cls, args: Any, world_size: int) -> Self:
         """The layout that the flags ask for on `world_size` processes.
 
-        dp is what is left over, rounded down and at least 1: where the sizes do not divide, `world_size`
-        of the result differs from the one given, and `check_layout` says why. Sequence parallelism without
-        tensor parallelism has nothing to split and is off, as in ms-swift.
+        dp is the remaining factor, rounded down and at least 1. If the sizes do not divide `world_size`, that of the
+        result differs from the one given, and `check_layout` says why. Sequence parallelism is turned off without
+        tensor parallelism, since there is nothing to split, as in ms-swift.
         """
         tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
         cp = getattr(args, "context_parallel_size", 1)
@@ -71,7 +71,7 @@ class Layout:
 
     @property
     def segment_multiple(self) -> int:
-        """What the length of each sample in a row is padded to: two chunks for each context-parallel rank."""
+        """Each sample of a row is padded to a multiple of this: two chunks per context-parallel rank."""
         return 2 * self.cp if self.cp > 1 else 1
 
     @property
@@ -99,11 +99,11 @@ class Layout:
         return [[base + offset for offset in _offsets(inside)] for base in _offsets(outside)]
 
     def group_of(self, kind: str, rank: int) -> list[int]:
-        """Ranks of the group of this kind that `rank` is in."""
+        """Ranks of the group of this kind that contains `rank`. Raises as `groups` does."""
         return next(group for group in self.groups(kind) if rank in group)
 
     def coordinates(self, rank: int) -> dict[str, int]:
-        """Index of a rank along tp, cp, dp and pp. Raises IndexError for a rank outside of the layout."""
+        """Index of a rank along tp, cp, dp and pp. Raises IndexError for a rank outside the layout."""
         if not 0 <= rank < self.world_size:
             raise IndexError(f"rank {rank} of {self.world_size} processes")
         sizes = [getattr(self, name) for name in _DENSE_ORDER]
@@ -113,7 +113,7 @@ class Layout:
         }
 
     def __str__(self) -> str:
-        """Such as 'TP2·PP2·VPP2·SP·DP2': what is more than one, and 'DP1' for a single process."""
+        """All sizes above 1, such as 'TP2·PP2·VPP2·SP·DP2'; 'DP1' for a single process."""
         parts = [
             f"{name.upper()}{size}"
             for name in ("tp", "pp", "vpp", "cp", "ep", "etp")

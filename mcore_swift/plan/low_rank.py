@@ -1,7 +1,7 @@
-"""Low-rank adapters in the planner: their parameters, and what the frozen matrices beside them take.
+"""Low-rank adapters in the planner: their parameters, and the memory of the frozen matrices.
 
-Counted are adapters on every matrix of attention, MLPs and experts (--target_modules all-linear), A and B of each
-Hugging Face weight; fewer targets take less. See `tuners/lora.py` for what each rank holds of them.
+Counts adapters on every matrix of attention, MLPs and experts (--target_modules all-linear), with an A and a B for
+each Hugging Face weight; fewer targets need less. See `tuners/lora.py` for the parts that each rank holds.
 """
 
 from collections.abc import Iterator
@@ -16,24 +16,26 @@ BITS_BLOCK, SCALES_BLOCK = 64, 256
 
 @dataclass(frozen=True)
 class LowRank:
-    """Adapters of a rank beside frozen weights. matrix_bytes: of one frozen weight of a linear layer in the decoder;
-    None: as all weights."""
+    """Adapters of a given rank beside frozen weights.
+
+    matrix_bytes: bytes per frozen weight in the decoder's linear layers; None: the same as for other weights.
+    """
 
     rank: int
     matrix_bytes: float | None = None
 
 
 def four_bit_bytes(double: bool) -> float:
-    """Bytes of a weight in 4 bits with its scales: fp32 each, or 8 bits with fp32 for each 256 of them (`double`)."""
+    """Bytes per 4-bit weight including scales, which are fp32, or (`double`) 8-bit with an fp32 scale per 256."""
     scale = 1 + 4 / SCALES_BLOCK if double else 4
     return 0.5 + scale / BITS_BLOCK
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight `[rows, columns]`. split: what tensor parallelism divides, 'rows', 'columns' or nothing (None).
+    """A weight `[rows, columns]`. split: the dimension that tensor parallelism divides, 'rows', 'columns' or None.
 
-    count: how many such there are in the layer. expert: of routed experts, which expert parallelism divides.
+    count: number of such matrices in the layer. expert: they belong to routed experts, divided by expert parallelism.
     """
 
     rows: int
@@ -43,31 +45,34 @@ class Matrix:
     expert: bool = False
 
     def held(self, layout: Layout) -> float:
-        """Elements on a rank, of all `count`."""
+        """Elements of all `count` matrices that a rank holds."""
         size, copies = self._shares(layout)
         return self.rows * self.columns * copies / (1 if self.split is None else size)
 
     def adapters(self, layout: Layout, rank: int) -> float:
-        """Elements of A `[rank, columns]` and B `[rows, rank]` on a rank, of all `count`: one of both is divided."""
+        """Elements of the A `[rank, columns]` and B `[rows, rank]` of all `count` matrices that a process holds.
+
+        Only one of A and B is divided.
+        """
         size, copies = self._shares(layout)
         rows = self.rows / (size if self.split == "rows" else 1)
         columns = self.columns / (size if self.split == "columns" else 1)
         return rank * (rows + columns) * copies
 
     def _shares(self, layout: Layout) -> tuple[int, float]:
-        """(ranks that a matrix is divided over, matrices on a rank)."""
+        """(ranks that a matrix is divided over, matrices per rank)."""
         return (layout.etp, self.count / layout.ep) if self.expert else (layout.tp, self.count)
 
 
 def matrices(shape: ModelShape, index: int) -> Iterator[Matrix]:
-    """Those of layer `index` that adapters are put on."""
+    """The matrices of layer `index` that get adapters."""
     h = shape.hidden_size
     yield from _latent(shape) if shape.is_mla else _projections(shape)
     yield Matrix(h, shape.num_heads * shape.value_dim, "columns")
     if not shape.is_moe_layer(index):
         yield from _mlp(h, shape.ffn_hidden_size, shape.gated)
         return
-    if not shape.expert_bias:  # gpt-oss: its experts are in one tensor, in which no adapter is
+    if not shape.expert_bias:  # gpt-oss keeps its experts in one tensor, which gets no adapter
         yield from _mlp(h, shape.moe_ffn_hidden_size, True, count=shape.num_experts, expert=True)
     if shape.shared_ffn_hidden_size:
         yield from _mlp(h, shape.shared_ffn_hidden_size, True)

@@ -1,24 +1,25 @@
 """Memory of each rank while training: weights, gradients, optimizer, activations, logits, and a stated overhead.
 
-An estimate, computed from the layout alone. What each part counts, in bytes:
+An estimate, computed from the layout alone. Bytes of each part:
 
-* weights: w each (2 in bf16, 4 in fp32), what tensor parallelism splits / TP, routed experts / (EP x ETP).
+* weights: w each (2 in bf16, 4 in fp32), divided by TP where tensor parallelism splits them, by EP x ETP for routed
+  experts.
 * gradients: megatron-core's contiguous buffer, 4 each (2 with accumulate_allreduce_grads_in_fp32 false).
-* optimizer: Adam's two moments and, where weights are not fp32, their fp32 copy: 12 or 8 each, shared by
-  DP x CP ranks for dense parameters and by EDP ranks for experts (distributed optimizer = ZeRO stage 1,
+* optimizer: Adam's two moments and, where weights are not fp32, their fp32 copy: 12 or 8 each, sharded over the
+  DP x CP ranks for dense parameters and over the EDP ranks for experts (distributed optimizer = ZeRO stage 1,
   arXiv:1910.02054).
-* activations: what the backward pass needs, after Korthikanti et al., arXiv:2205.05198, section 4, adapted to
-  grouped queries, SwiGLU, no dropout, attention kernels that keep queries, keys, values, output and one number a
-  row (arXiv:2205.14135), latent attention and experts: `layer_bytes`.
-* adapters beside frozen weights: gradients and optimizer are of the adapters alone; frozen matrices in 4 bits take
-  their packed bytes, and one of them at a time is there in full precision. Activations are taken to be as many: A keeps
-  what the weight it is beside would keep.
-* microbatches in flight: pp - p under 1F1B on stage p, and interleaved 2 (pp - p - 1) + (vpp - 1) pp + 1 chunks of
+* activations (`layer_bytes`): what the backward pass needs, after Korthikanti et al., arXiv:2205.05198, section 4,
+  adapted to grouped queries, SwiGLU, no dropout, attention kernels that keep queries, keys, values, output and one
+  number per row (arXiv:2205.14135), latent attention and experts.
+* adapters beside frozen weights: only the adapters have gradients and optimizer state; frozen 4-bit matrices take
+  their packed bytes, plus one matrix at a time in full precision. Activations are assumed to be the same: A keeps the
+  input that its frozen weight would keep.
+* microbatches in flight: pp - p on stage p under 1F1B; if interleaved, 2 (pp - p - 1) + (vpp - 1) pp + 1 chunks of
   1 / vpp stage (same paper, section 4.2.3; Narayanan et al., arXiv:2104.04473, section 2.2).
-* logits: of our fused output layer and loss at their widest, `logit_bytes`.
-* overhead: CUDA context, communication buffers, kernel workspaces, fragmentation: OVERHEAD_BYTES, a plain guess.
+* logits (`logit_bytes`): the peak of our fused output layer and loss.
+* overhead: OVERHEAD_BYTES for CUDA context, communication buffers, kernel workspaces and fragmentation; a guess.
 
-Experts are taken to be evenly loaded; early in training they are not, and the busiest rank needs more.
+Experts are assumed to be evenly loaded. Early in training they are not, and the busiest rank needs more.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,7 +41,7 @@ T = TypeVar("T")
 
 
 def remembered(cache: Cache | None, key: Any, compute: Callable[[], T]) -> T:
-    """What `compute` gives, from the cache where there is one and it has been asked before."""
+    """The result of `compute`, from the cache if there is one and it has it."""
     if cache is None:
         return compute()
     if key not in cache:
@@ -50,9 +51,10 @@ def remembered(cache: Cache | None, key: Any, compute: Callable[[], T]) -> T:
 
 @dataclass(frozen=True)
 class Recompute:
-    """What the backward pass computes again: granularity none, selective or full, as the flags name it.
+    """What the backward pass recomputes: granularity none, selective or full, as in the flags.
 
-    modules: of core_attn, layernorm, mlp, moe, moe_act, mla_up_proj. num_layers: layers a chunk under full.
+    modules: under selective, some of core_attn, layernorm, mlp, moe, moe_act, mla_up_proj. num_layers: under full,
+    layers per recomputed chunk.
     """
 
     granularity: str = "selective"
@@ -70,11 +72,11 @@ class Recompute:
 
 @dataclass(frozen=True)
 class Run:
-    """What a training run asks of memory and time beside model and layout.
+    """What determines the memory and time of a training run, besides model and layout.
 
-    sequence_length: tokens of a row; num_microbatches: of each data-parallel rank in a step.
-    weight_bytes: 2 (bf16) or 4 (fp32). optimizer_states: fp32 numbers that the optimizer keeps for a parameter.
-    adapters: what trains beside frozen weights; None: all weights train.
+    sequence_length: tokens per row; num_microbatches: per data-parallel rank and step.
+    weight_bytes: 2 (bf16) or 4 (fp32). optimizer_states: fp32 numbers that the optimizer keeps per parameter.
+    adapters: trained beside frozen weights; None: all weights train.
     """
 
     micro_batch_size: int = 1
@@ -90,15 +92,15 @@ class Run:
     adapters: LowRank | None = None
 
     def tokens(self, layout: Layout) -> float:
-        """Tokens of a microbatch on one rank: a context-parallel rank has its share of each row."""
+        """Tokens of a microbatch on one rank; a context-parallel rank has its share of each row."""
         return self.micro_batch_size * self.sequence_length / layout.cp
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What the chunks of one pipeline rank hold: layers and the model's ends.
+    """What the chunks of one pipeline rank hold: layers, and possibly the embedding and the loss.
 
-    kinds: (number of a layer, how many such layers) for each kind of layer (experts or not, window or not).
+    kinds: for each kind of layer (experts or not, window or not), (number of one such layer, how many there are).
     """
 
     rank: int
@@ -109,7 +111,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank, by what they hold."""
+    """Memory of one rank in bytes, by use."""
 
     stage: int
     weights: float
@@ -126,7 +128,7 @@ class Memory:
 
 
 def stages_of(shape: ModelShape, layout: Layout, counts: Sequence[int]) -> list[Stage]:
-    """Pipeline ranks of a layout. counts: decoder layers of each of the pp * vpp chunks, in the model's order."""
+    """One Stage per pipeline rank. counts: decoder layers of each of the pp * vpp chunks, in the model's order."""
     ends = [sum(counts[: index + 1]) for index in range(len(counts))]
     chunks = [range(end - count, end) for end, count in zip(ends, counts, strict=True)]
     alike: dict[tuple[bool, int | None], int] = {}
@@ -145,8 +147,8 @@ def stages_of(shape: ModelShape, layout: Layout, counts: Sequence[int]) -> list[
 def peak_memory(
     shape: ModelShape, layout: Layout, run: Run, stages: list[Stage], cache: Cache | None = None
 ) -> Memory:
-    """Memory of the stage that needs most. cache: keeps what layouts have in common, for one model and length."""
-    # of stages that hold the same, the first keeps most microbatches
+    """Memory of the stage that needs most. cache: reuses what layouts share, for one model and sequence length."""
+    # of stages with the same layers, the first keeps the most microbatches
     first = {(stage.kinds, stage.has_embedding, stage.has_loss): stage for stage in reversed(stages)}
     all_of_them = (stage_memory(shape, layout, run, stage, cache) for stage in first.values())
     return max(all_of_them, key=lambda memory: memory.total)
@@ -173,7 +175,7 @@ def stage_memory(
 def trained_parameters(
     shape: ModelShape, layout: Layout, run: Run, stage: Stage, cache: Cache | None = None
 ) -> tuple[float, float]:
-    """(dense, expert) parameters of a rank that train: all of them, or those of adapters."""
+    """(dense, expert) trained parameters on a rank: all of them, or those of the adapters."""
     if run.adapters is None:
         return held_parameters(shape, layout, stage, cache)
     dense, experts = 0.0, 0.0
@@ -187,7 +189,7 @@ def trained_parameters(
 def frozen_bytes(
     shape: ModelShape, layout: Layout, run: Run, stage: Stage, cache: Cache | None = None
 ) -> float:
-    """Bytes of the weights of a rank that stay as they are beside adapters; 0 where all train."""
+    """Bytes of the frozen weights on a rank beside adapters; 0 if all weights train."""
     if run.adapters is None:
         return 0
     total = run.weight_bytes * sum(held_parameters(shape, layout, stage, cache))
@@ -202,14 +204,14 @@ def frozen_bytes(
 
 
 def _with_ahead(shape: ModelShape, stage: Stage) -> list[tuple[int, int]]:
-    """A stage's layers by kind, with those that predict tokens further ahead."""
+    """A stage's layers by kind, multi-token-prediction layers included."""
     return [*stage.kinds, (shape.num_layers, shape.num_mtp_layers if stage.has_loss else 0)]
 
 
 def held_parameters(
     shape: ModelShape, layout: Layout, stage: Stage, cache: Cache | None = None
 ) -> tuple[float, float]:
-    """(dense, expert) parameters in the memory of a rank; the vocabulary padded, a tied embedding on both ends."""
+    """(dense, expert) parameters in a rank's memory: vocabulary padded, a tied embedding on first and last stage."""
     each = (
         remembered(cache, ("sizes", kind), lambda kind=kind: layer_sizes(shape, kind)) * count
         for kind, count in stage.kinds
@@ -222,7 +224,7 @@ def held_parameters(
         for _ in range(shape.num_mtp_layers):
             sizes += mtp_sizes(shape)
         if shape.num_mtp_layers and not stage.has_embedding:
-            tables += 1  # predicted tokens are embedded here
+            tables += 1  # multi-token prediction needs the input embedding too
     if shape.tied and layout.pp == 1:
         tables = 1
     dense = sizes.split / layout.tp + sizes.whole + tables * rows * shape.hidden_size / layout.tp
@@ -230,7 +232,7 @@ def held_parameters(
 
 
 def microbatches_in_flight(layout: Layout, rank: int, num_microbatches: int) -> float:
-    """Microbatches whose activations pipeline rank `rank` keeps at its peak, in units of the whole stage."""
+    """Microbatches whose activations pipeline rank `rank` keeps at its peak; a chunk counts as 1 / vpp of one."""
     if layout.pp == 1:
         return 1
     if layout.vpp is None:
@@ -242,7 +244,7 @@ def microbatches_in_flight(layout: Layout, rank: int, num_microbatches: int) -> 
 def activation_bytes(
     shape: ModelShape, layout: Layout, run: Run, stage: Stage, cache: Cache | None = None
 ) -> float:
-    """Activations of all microbatches in flight on one rank of a stage, and what one layer's backward pass adds."""
+    """Bytes of activations on one rank of a stage: all microbatches in flight, and one layer's backward pass."""
     tokens = run.tokens(layout)
     kinds = {shape.is_moe_layer(kind): 0 for kind, _ in stage.kinds}
     for kind, count in stage.kinds:
@@ -269,7 +271,7 @@ def activation_bytes(
 
 
 def layer_bytes(shape: ModelShape, layout: Layout, run: Run, is_moe: bool) -> tuple[float, float]:
-    """(kept until the backward pass, needed at once while it runs) by one layer, in bytes for each token."""
+    """Bytes per token of one layer: (kept until its backward pass, needed at once while that runs)."""
     w, recompute = run.weight_bytes, run.recompute
     attention = _attention_bytes(shape, layout, run)
     inside = (_expert_bytes if is_moe else _mlp_bytes)(shape, layout, run)
@@ -289,27 +291,33 @@ def layer_bytes(shape: ModelShape, layout: Layout, run: Run, is_moe: bool) -> tu
 
 
 def logit_bytes(shape: ModelShape, layout: Layout, run: Run) -> float:
-    """Logits and what the loss makes of them: in bf16 the logits, their fp32 copy and its exponentials (2 + 4 + 4),
-    in fp32 the last two. One for each multi-token-prediction layer too, which are done one after the other."""
+    """Bytes of the logits and of what the loss computes from them.
+
+    Per logit 2 + 4 + 4 in bf16 (logits, their fp32 copy and its exponentials), 4 + 4 in fp32. Multi-token-prediction
+    layers have their own losses, computed one after another.
+    """
     rows = padded_vocab_size(shape.vocab_size, VOCABULARY_MULTIPLE, layout.tp) / layout.tp
-    kept = 4 * shape.num_mtp_layers  # of each loss the fp32 logits stay until the backward pass
+    kept = 4 * shape.num_mtp_layers  # each loss keeps its fp32 logits until the backward pass
     return run.tokens(layout) * rows * ((10 if run.weight_bytes == 2 else 8) + kept)
 
 
 def _split(layout: Layout) -> int:
-    """Ranks among which activations outside of tensor-parallel regions are spread."""
+    """Number of ranks that activations outside tensor-parallel regions are divided over."""
     return layout.tp if layout.sequence_parallel else 1
 
 
 def _norm_bytes(run: Run) -> int:
-    """What a norm keeps of each number that goes in; unfused the number in fp32 and the normalised one."""
+    """Bytes that a norm keeps per input element; unfused, the element in fp32 and its normalized value."""
     return run.weight_bytes if run.fused else 4 + run.weight_bytes
 
 
 def _attention_bytes(shape: ModelShape, layout: Layout, run: Run) -> float:
-    """Output of the projection to queries, keys and values, which the values as a view of it keep whole; queries and
-    keys turned by rotary positions; the attention's output; a number for each row and head; the latents of latent
-    attention and what is made of them."""
+    """Bytes that attention keeps per token.
+
+    The output of the projection to queries, keys and values, kept whole because the values are a view of it; rotated
+    queries and keys; the output of attention; one number per row and head; in latent attention, the latents and their
+    up projections.
+    """
     w, recompute, heads = run.weight_bytes, run.recompute, shape.num_heads / layout.tp
     output = w * heads * shape.value_dim
     rows = 4 * heads * (not recompute.drops("core_attn"))
@@ -323,19 +331,24 @@ def _attention_bytes(shape: ModelShape, layout: Layout, run: Run) -> float:
 
 
 def _mlp_bytes(shape: ModelShape, layout: Layout, run: Run) -> float:
-    """Gate, up projection and their product; unfused the gate's own activation and its input again.
+    """Bytes that an MLP keeps per token.
 
-    Without a gate the input of the activation and of the second matrix."""
+    With a gate: gate, up projection and their product; unfused, also the gate's activation and its input.
+    Without: the inputs of the activation and of the second matrix.
+    """
     parts = (3 if run.fused else 5) if shape.gated else 2
     return run.weight_bytes * parts * shape.ffn_hidden_size / layout.tp
 
 
 def _expert_bytes(shape: ModelShape, layout: Layout, run: Run) -> float:
-    """For each token the router's scores in fp32 (logits, probabilities, mask), and of each of its copies, one for
-    every expert that sees it, the input, gate, up projection and product; the same of shared experts.
+    """Bytes that a layer of experts keeps per token.
 
-    Copies are spread evenly: a rank sends those of its tokens, and receives as many; with expert tensor parallelism
-    every one of ETP ranks holds the tokens of all."""
+    The router's fp32 logits, probabilities and mask; for each of the token's copies (one per expert it is sent to)
+    the input, gate, up projection and product; the same for shared experts.
+
+    Loads are assumed even: a rank receives as many copies as it sends. With expert tensor parallelism, each of the ETP
+    ranks holds the tokens of all of them.
+    """
     copies = shape.num_experts_per_token / _split(layout) * layout.etp
     parts = 3 if run.fused else 5
     width = shape.moe_ffn_hidden_size / layout.etp * (2 if run.recompute.drops("moe_act") else parts)

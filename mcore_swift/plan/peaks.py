@@ -1,10 +1,10 @@
-"""Peak arithmetic of devices, to divide by for MFU."""
+"""Peak arithmetic throughput of devices, the denominator of MFU."""
 
 # Dense (no 2:4 sparsity) TFLOP/s of the tensor cores in bf16 with fp32 accumulation, as each vendor's data
 # sheet or architecture paper states: NVIDIA H100, H200, H20, A100, A40, A10, L4, L40, L40S data sheets
 # (sparse figures halved), Blackwell architecture brief (B200, GB200, B300), Ampere GA102 and Ada whitepapers
 # and the RTX Blackwell whitepaper for GeForce and RTX cards; AMD CDNA 2 and CDNA 3 papers.
-# The first name that occurs in the name the driver gives is taken: the special before the general.
+# The first entry that occurs in the driver's name for the device is taken, so specific names come before general ones.
 BF16_TFLOPS: tuple[tuple[str, float], ...] = (
     ("GB300", 2500.0),
     ("GB200", 2500.0),
@@ -42,9 +42,9 @@ BF16_TFLOPS: tuple[tuple[str, float], ...] = (
 
 
 def peak_tflops(device_name: str) -> float | None:
-    """Dense bf16 peak in TFLOP/s of a device by the name its driver gives, or None if it is not known.
+    """Dense bf16 peak in TFLOP/s of a device, by the driver's name for it; None if it is not known.
 
-    A CPU has no entry: its peak depends on clock and instruction set, so its MFU needs a peak given.
+    CPUs have no entry, since their peak depends on clock and instruction set: for MFU, the user must give it.
     """
     name = " ".join(device_name.replace("-", " ").split()).lower()
     padded = f" {name} "

@@ -1,4 +1,4 @@
-"""From the arguments of `mcore-swift plan` to its answer; and the memory of a run that is about to start."""
+"""Computing the answer of `mcore-swift plan`, and the memory of a run that is about to start."""
 
 import dataclasses
 import json
@@ -19,15 +19,15 @@ from .stages import stage_layers
 from .timing import Cluster
 
 HEADROOM = 0.95  # share of a GPU's memory that a plan may fill: it is an estimate, and allocators fragment
-_MOST_GPUS = 16384  # how far to look for a number of GPUs that would do
+_MOST_GPUS = 16384  # limit of the search for a sufficient number of GPUs
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """Answer of `mcore-swift plan`.
 
-    options: the best few that fit, the fastest first; empty if nothing does. closest: what needs the least memory.
-    enough_gpus: a number of GPUs of this kind that would do where these do not, if one was found.
+    options: the best few that fit, fastest first; empty if nothing fits. closest: the one that needs least memory.
+    enough_gpus: if nothing fits, a sufficient number of GPUs of this kind; None if none was found.
     """
 
     shape: ModelShape
@@ -40,7 +40,7 @@ class Plan:
 
 
 def make_plan(args: Any) -> Plan:
-    """Plan what `args` (config.plan.PlanArguments) ask for. Raises UserError where nothing could run at all."""
+    """Plan what `args` (config.plan.PlanArguments) ask for. Raises UserError if no layout could run at all."""
     shape = read_any_shape(args.model)
     gpu = gpu_of(args.gpu)
     cluster = Cluster(gpu, args.gpus_per_node or gpu.gpus_per_node)
@@ -54,7 +54,10 @@ def make_plan(args: Any) -> Plan:
 
 
 def read_any_shape(model: str) -> ModelShape:
-    """Sizes of a model by its folder or its config.json; also of one that we can plan and not train yet."""
+    """Sizes of a model, by its folder or config.json. Also accepts models that we can plan but not train yet.
+
+    Raises UserError if it cannot be read or its architecture is not known.
+    """
     path = Path(model).expanduser()
     if path.is_file() and path.suffix == ".json":
         return ModelShape.from_config_dict(_config_file(path), str(path))
@@ -63,7 +66,7 @@ def read_any_shape(model: str) -> ModelShape:
 
 
 def wish_of(args: Any) -> Wish:
-    """What the arguments of `mcore-swift plan` wish for."""
+    """The arguments of `mcore-swift plan` as a Wish."""
     granularity = args.recompute_granularity
     return Wish(
         num_gpus=args.num_gpus,
@@ -77,13 +80,13 @@ def wish_of(args: Any) -> Wish:
 
 
 def recompute_of(args: Any) -> Recompute:
-    """What the flags ask to recompute."""
+    """The recomputation that the flags ask for."""
     selective = args.recompute_granularity == "selective"
     return Recompute(args.recompute_granularity, frozenset(args.recompute_modules if selective else ()))
 
 
 def run_of(args: Any, sequence_length: int, dtype: str | None = None) -> Run:
-    """Precision and optimizer that the flags ask for. dtype: where the flags give none."""
+    """A run with the precision and optimizer of the flags. dtype: the precision if the flags give none."""
     weight_bytes = 4 if (args.torch_dtype or dtype) == "float32" else 2
     wide = weight_bytes == 4 or args.accumulate_allreduce_grads_in_fp32
     return Run(
@@ -97,7 +100,7 @@ def run_of(args: Any, sequence_length: int, dtype: str | None = None) -> Run:
 
 
 def adapters_of(args: Any) -> LowRank | None:
-    """What trains beside frozen weights, if that is what the flags ask for."""
+    """The adapters that the flags ask for; None if all weights train."""
     if args.tuner_type != "lora":
         return None
     return LowRank(
@@ -108,11 +111,10 @@ def adapters_of(args: Any) -> LowRank | None:
 def memory_notice(
     args: Any, shape: ModelShape, world_size: int, gpu: Gpu, dtype: str | None = None
 ) -> str | None:
-    """A line for a training run whose estimated memory is clearly more than the GPU has, else None.
+    """A warning if a training run's estimated memory clearly exceeds the GPU's, else None.
 
-    args: of a training command that the checks have nothing against. An estimate is no reason to refuse a run:
-    it is told, with the nearest thing that is estimated to fit.
-    dtype: the checkpoint's own precision, for where the flags give none.
+    An estimate is no reason to refuse a run, so this only warns and suggests the nearest settings estimated to fit.
+    args: of a training command, already checked. dtype: the checkpoint's precision, used if the flags give none.
     """
     length = getattr(args, "packing_length", None) or getattr(args, "max_length", None)
     if not length or not getattr(args, "global_batch_size", None):
@@ -137,8 +139,10 @@ def memory_notice(
 
 
 def of_driver(line: str) -> Gpu:
-    """The GPU that a line of nvidia-smi names: 'NVIDIA H100 80GB HBM3, 81559 MiB'. Of a kind that is not known
-    the memory counts, and the rest is a guess that only serves to rank layouts."""
+    """The GPU in a line of nvidia-smi, such as 'NVIDIA H100 80GB HBM3, 81559 MiB'.
+
+    For an unknown kind, only the memory is right; the rest is a guess that only serves to rank layouts.
+    """
     name, _, memory = line.rpartition(",")
     peak = peak_tflops(name)
     alike = [gpu for gpu in GPUS.values() if peak is not None and peak_tflops(gpu.name) == peak]
@@ -148,7 +152,7 @@ def of_driver(line: str) -> Gpu:
 
 
 def nearest_fitting(shape: ModelShape, layout: Layout, run: Run, batch: int, gpu: Gpu) -> str | None:
-    """The same layout with full recomputation, if that fits, else the fastest one that does."""
+    """The same layout with full recomputation if that fits, else the fastest one that does; None if nothing does."""
     again = dataclasses.replace(run, recompute=Recompute("full", frozenset()))
     stages = stages_of(shape, layout, spread_layers(shape.num_layers, layout))
     if peak_memory(shape, layout, again, stages).total <= HEADROOM * gpu.memory_gib * GIB:
@@ -165,13 +169,16 @@ def nearest_fitting(shape: ModelShape, layout: Layout, run: Run, batch: int, gpu
 
 
 def describe(memory: Memory) -> str:
-    """The parts of it in GiB."""
+    """The parts of `memory`, in GiB."""
     parts = ("weights", "gradients", "optimizer", "activations", "logits", "overhead")
     return ", ".join(f"{name} {getattr(memory, name) / GIB:.1f}" for name in parts)
 
 
 def _enough_gpus(shape: ModelShape, wish: Wish, cluster: Cluster, capacity: float) -> int | None:
-    """The first doubling of the GPUs, and of the batch where that is too small, with which something fits."""
+    """The smallest number of GPUs, doubling from the given one, with which something fits; None if none does.
+
+    The global batch grows with it where it would be too small.
+    """
     count = wish.num_gpus
     while 2 * count <= _MOST_GPUS:
         count *= 2

@@ -1,4 +1,4 @@
-"""Looks at a model folder and a layout before any process is started: milliseconds, no torch."""
+"""Checks of a model folder and a layout before any process is started: in milliseconds, without torch."""
 
 import json
 from collections.abc import Iterator
@@ -17,11 +17,11 @@ from .weights import multi_token_names, tensor_names, weight_problems
 
 
 def preflight(args: Any, world_size: int) -> list[UserError]:
-    """Everything wrong with `args.model` and with the layout on `world_size` processes, found together.
+    """Everything wrong with `args.model` and with the layout on `world_size` processes.
 
-    Reads config.json, the safetensors index and the headers of the safetensors files, no weights. The weight
-    files are left alone where they are not read (a Megatron checkpoint takes their place, or a run is
-    continued) and with `args.check_model` false. Without `args.model` there is nothing to look at.
+    Reads config.json, the safetensors index and the headers of the safetensors files, but no weights. The weight files
+    are skipped if the run does not load them (it is resumed, or starts from a Megatron checkpoint) or if
+    `args.check_model` is false. Without `args.model` there is nothing to check.
     """
     if not getattr(args, "model", None):
         return []
@@ -44,9 +44,9 @@ def preflight(args: Any, world_size: int) -> list[UserError]:
 
 
 def preflight_swift(args: Any, world_size: int = 1) -> list[UserError]:
-    """Everything wrong with `args.model` for a run on transformers' model, found together.
+    """Everything wrong with `args.model` for a run on transformers' model.
 
-    Any architecture may be there; with `args.backend` megatron only what `preflight` lets pass.
+    Any architecture is accepted; with `args.backend` megatron, only those that pass `preflight`.
     """
     if not args.model:
         return []
@@ -72,7 +72,7 @@ def preflight_swift(args: Any, world_size: int = 1) -> list[UserError]:
 
 
 def _shared_rows(args: Any, config: dict[str, Any], world_size: int) -> Iterator[UserError]:
-    """Whether the processes go with --device_map, and are divided as --sequence_parallel_size says."""
+    """Errors if the number of processes does not fit --device_map or --sequence_parallel_size."""
     size = args.sequence_parallel_size
     if args.device_map and world_size > 1:
         yield UserError(
@@ -99,12 +99,12 @@ def _quantization(folder: Path) -> list[UserError]:
     try:
         config = read_config(folder)
     except UserError:
-        return []  # said already
+        return []  # reported already
     return quantization_problems(config, str(folder / "config.json"))
 
 
 def preflight_notices(args: Any) -> list[str]:
-    """What a user should know before a run that `preflight` has nothing against, one line each."""
+    """What a user should know before a run that passed `preflight`, one line each."""
     if not getattr(args, "model", None):
         return []
     shape = read_shape(model_folder(args.model))
@@ -126,14 +126,14 @@ def model_folder(model: str) -> Path:
     if folder.exists():
         raise UserError(f"--model {model} is a file", f"give the folder it is in: {folder.parent}")
     remedy = "give the folder that holds config.json and the safetensors files"
-    # one slash, and no folder of what is before it: looks like a name on the hub
+    # one slash, and the part before it is no folder: looks like a name on the hub
     if model.count("/") == 1 and not model.startswith((".", "~", "/")) and not folder.parent.is_dir():
         remedy += f"; to fetch it from the hub: hf download {model} --local-dir {folder.name}"
     raise missing_folder("--model", model, remedy)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a checkpoint folder as a dict. Raises UserError if it is missing or no JSON object."""
+    """config.json of a checkpoint folder as a dict. Raises UserError if it is missing or not a JSON object."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -151,14 +151,14 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_shape(folder: Path) -> ModelShape:
-    """Sizes of the model in a checkpoint folder. Raises UserError, also for a model that we cannot train."""
+    """Sizes of the model in a checkpoint folder. Raises UserError if it cannot be read, or is one we cannot train."""
     config, source = read_config(folder), str(folder / "config.json")
     family_of(config, source)
     return as_held(ModelShape.from_config_dict(config, source), folder)
 
 
 def as_held(shape: ModelShape, folder: Path) -> ModelShape:
-    """Without multi-token layers if config.json tells of them and the weights beside it lack them."""
+    """`shape`, without multi-token layers if config.json lists them but the weights in `folder` lack them."""
     names = tensor_names(folder) if shape.num_mtp_layers else []
     if names and not multi_token_names(names, shape.num_layers, shape.num_mtp_layers):
         return replace(shape, num_mtp_layers=0)

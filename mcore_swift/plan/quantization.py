@@ -1,4 +1,4 @@
-"""Which quantized Hugging Face checkpoints can be read: config.json says how its weights are stored."""
+"""Which quantized Hugging Face checkpoints can be read, judged by what config.json says about storage."""
 
 import importlib.util
 from typing import Any
@@ -26,7 +26,10 @@ REMEDY = "give the checkpoint of the same model that is not quantized (bfloat16)
 
 
 def quantization_problems(config: dict[str, Any], source: str) -> list[UserError]:
-    """What keeps the weights beside a config.json from being read; source names the file in messages."""
+    """Why the weights that a config.json describes cannot be read; empty if they can.
+
+    source: names the file in messages.
+    """
     settings = config.get("quantization_config") or config.get("compression_config")
     if settings is None:
         return []
@@ -60,7 +63,7 @@ def _fp8_problems(settings: dict[str, Any], source: str) -> list[UserError]:
 
 
 def stored_method(config: dict[str, Any]) -> str | None:
-    """`quant_method` of weights that only transformers can compute with as they are stored; None for others."""
+    """`quant_method` if the weights stay quantized, which only transformers can compute with; None for others."""
     settings = config.get("quantization_config") or config.get("compression_config")
     if not isinstance(settings, dict):
         return None
@@ -71,9 +74,9 @@ def stored_method(config: dict[str, Any]) -> str | None:
 
 
 def problems_beside_adapters(args: Any, config: dict[str, Any], source: str) -> list[UserError]:
-    """What keeps a transformers run from the weights beside a config.json, quantized as they are or to be.
+    """Why a transformers run cannot use the weights that a config.json describes, stored quantized or to be quantized.
 
-    Those that are read as plain weights go with everything; others with adapters only.
+    Formats that are read as plain weights have no restriction; the others can only be trained with adapters.
     """
     method = stored_method(config)
     if method not in PACKAGES:
@@ -95,7 +98,7 @@ def problems_beside_adapters(args: Any, config: dict[str, Any], source: str) -> 
 
 
 def package_problems(method: str | None, source: str = "--quant_method") -> list[UserError]:
-    """The packages that a `quant_method` of `source`, a flag or file, needs and that are not installed."""
+    """Errors for packages that `method` needs and that are not installed. source: the flag or file that names it."""
     needed = PACKAGES.get(_METHOD_OF_FLAG.get(method or "", method or ""), ())
     missing = [name for name in needed if not _installed(_MODULES.get(name, name))]
     if not missing:

@@ -38,7 +38,7 @@ def report(plan: Plan, args: Any) -> list[str]:
 
 
 def as_json(plan: Plan, args: Any) -> dict[str, Any]:
-    """The same for programs. Bytes, seconds, FLOP/s; times are of a step."""
+    """The answer for programs, in bytes, seconds and FLOP/s; times are per step."""
     return {
         "model": args.model,
         "family": plan.shape.family,
@@ -58,7 +58,7 @@ def as_json(plan: Plan, args: Any) -> dict[str, Any]:
 
 
 def command_line(plan: Plan, option: Option, args: Any) -> str:
-    """The command that runs an option. The place of the data is left open."""
+    """The command that runs an option, with a placeholder for the dataset."""
     host = 4 if plan.cluster.gpus_per_node == 72 else plan.cluster.gpus_per_node  # NVL72 is 18 hosts of 4
     per_host = min(host, args.num_gpus)
     nodes = -(-args.num_gpus // per_host)
@@ -73,13 +73,13 @@ def _quoted(value: Any) -> str:
 
 
 def folder_of(model: str) -> str:
-    """What --model of a training command takes, where the plan was given a config.json."""
+    """The value for --model of a training command: the folder, if the plan was given its config.json."""
     path = Path(model)
     return str(path.parent) if path.suffix == ".json" else model
 
 
 def flags_of(shape: ModelShape, option: Option, args: Any) -> list[tuple[str, Any]]:
-    """Flags of a training command that ask for an option; what is a default is left out."""
+    """Flags of a training command that select an option, without those that are at their defaults."""
     layout, run = option.layout, option.run
     flags: list[tuple[str, Any]] = [
         ("num_train_epochs", 1), ("packing", "true"), ("max_length", args.max_length),

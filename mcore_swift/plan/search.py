@@ -1,4 +1,4 @@
-"""The layouts of a model on so many GPUs that fit into memory, ranked by estimated tokens per second."""
+"""The layouts of a model that fit into memory on a number of GPUs, ranked by estimated tokens per second."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -14,7 +14,7 @@ from .memory import Cache, Memory, Recompute, Run, Stage, peak_memory, remembere
 from .shape import ModelShape
 from .timing import Cluster, StepTime, step_time
 
-_WIDEST_TP = 8  # beyond, matrices get narrow and every layer talks over more links
+_WIDEST_TP = 8  # beyond, matrices get narrow and every layer communicates over more links
 _INTERLEAVINGS = (2, 3, 4, 5, 6, 8, 10)
 _MICRO_BATCHES = (1, 2, 4, 8)
 _SHORTEST_SHARE = 4096  # tokens that context parallelism leaves to a rank, unless it is asked for
@@ -25,8 +25,8 @@ _DEEPEST = 64
 class Wish:
     """What to plan for.
 
-    run: everything but micro batch and recomputation. fixed: sizes by axis (tp, pp, vpp, cp, ep, etp) that the
-    user gave; vpp 1 is "not interleaved". micro_batch_size, recompute: None leaves them open.
+    run: everything but micro batch and recomputation. fixed: the sizes that the user gave, by axis (tp, pp, vpp, cp,
+    ep, etp); vpp 1 means not interleaved. micro_batch_size, recompute: None leaves them to the search.
     """
 
     num_gpus: int
@@ -39,7 +39,7 @@ class Wish:
     cp_comm_type: str | None = None
 
     def args(self) -> Any:
-        """As the checks of a command line want it."""
+        """The wish in the form that the checks of a command line take."""
         return SimpleNamespace(
             global_batch_size=self.global_batch_size,
             micro_batch_size=self.micro_batch_size or 1,
@@ -50,7 +50,7 @@ class Wish:
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """One way to run. counts: decoder layers of each of the pp * vpp chunks of the pipeline."""
+    """One way to run. counts: decoder layers in each of the pp * vpp chunks of the pipeline."""
 
     layout: Layout
     run: Run
@@ -65,7 +65,7 @@ class Option:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """Options that fit, the fastest first, one for each division of the GPUs; and what needs the least memory."""
+    """The options that fit, fastest first, at most one per layout; and the one that needs least memory."""
 
     options: list[Option]
     smallest: Option
@@ -74,8 +74,10 @@ class Found:
 def search(
     shape: ModelShape, wish: Wish, cluster: Cluster, capacity_bytes: float, *, first_only: bool = False
 ) -> Found:
-    """Go through all layouts, or only until one fits. Raises UserError where the fixed sizes leave none that
-    could run."""
+    """Try all layouts, or with first_only stop at the first that fits. capacity_bytes: memory that a GPU may use.
+
+    Raises UserError if the fixed sizes leave no layout that could run.
+    """
     best: dict[tuple[int, ...], Option] = {}
     smallest: tuple[float, Layout, Run] | None = None
     cache: Cache = {}
@@ -98,12 +100,12 @@ def search(
             if smallest is None or memory.total < smallest[0]:
                 smallest = memory.total, layout, run
             if memory.total > capacity_bytes:
-                break  # nor do larger micro batches fit
+                break  # larger micro batches do not fit either
             for recompute in recomputations:
                 run = dataclasses.replace(plain, recompute=recompute)
                 memory = peak_memory(shape, layout, run, stages(layout), cache)
                 if memory.total <= capacity_bytes:
-                    break  # what recomputes more would only be slower
+                    break  # recomputing more would only be slower
             key = (layout.tp, layout.pp, layout.cp, layout.ep, layout.etp)
             found = option(layout, run, memory)
             if key not in best or _speed(found) > _speed(best[key]):
@@ -118,8 +120,10 @@ def search(
 
 
 def spread_layers(layers: int, layout: Layout) -> list[int]:
-    """Decoder layers of each chunk in the model's order, as even as can be: where there are fewer, they are in the
-    last chunk, which has the loss, then in the first, which has the embedding."""
+    """Decoder layers of each chunk in the model's order, as even as possible.
+
+    Chunks with fewer layers are the last one, which has the loss, then the first one, which has the embedding.
+    """
     chunks = layout.pp * (layout.vpp or 1)
     base, more = divmod(layers, chunks)
     middle_first = [*range(1, chunks - 1), 0, chunks - 1]
@@ -131,7 +135,7 @@ def _speed(option: Option) -> float:
 
 
 def _runs(wish: Wish, layout: Layout) -> Iterator[Run]:
-    """A layout's runs with every micro batch size that the global batch allows, the smallest first."""
+    """One run of a layout for every micro batch size that the global batch allows, smallest first."""
     for micro in [wish.micro_batch_size] if wish.micro_batch_size else _MICRO_BATCHES:
         count, rest = divmod(wish.global_batch_size, micro * layout.dp)
         if count and not rest and not (layout.vpp and count % layout.pp):
@@ -139,7 +143,7 @@ def _runs(wish: Wish, layout: Layout) -> Iterator[Run]:
 
 
 def layouts(shape: ModelShape, wish: Wish, cluster: Cluster) -> Iterator[Layout]:
-    """All layouts of the wished-for GPUs that the model can be cut into and the fixed sizes allow."""
+    """All layouts on the wished-for GPUs that suit the model and the fixed sizes."""
     world, fixed, args = wish.num_gpus, wish.fixed, wish.args()
     divisors = [number for number in range(1, world + 1) if world % number == 0]
     widest = min(_WIDEST_TP, cluster.gpus_per_node)
@@ -191,7 +195,7 @@ def _interleavings(shape: ModelShape, wish: Wish, pp: int) -> Iterator[int | Non
 
 
 def _recomputations(shape: ModelShape, wish: Wish) -> list[Recompute]:
-    """From the fastest to the one that saves most."""
+    """The recomputations to try, from the fastest to the one that saves most memory."""
     if wish.recompute is not None:
         return [wish.recompute]
     modules = {"moe"} if shape.is_moe else {"mlp"}

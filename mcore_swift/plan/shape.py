@@ -23,15 +23,15 @@ class ModelShape:
     gated: the MLP has a gate beside its first matrix; norm_bias: norms of hidden size have a bias;
     max_position_embeddings: longest sequence the checkpoint was trained for; rope_type: 'default', 'llama3' ...
     norms_per_layer: norms of hidden size. sinks: a learnt attention sink for each head.
-    sliding_layers: for each layer whether its attention sees `sliding_window` tokens only; empty: none does.
+    sliding_layers: for each layer, whether its attention is limited to `sliding_window` tokens; empty: none is.
 
-    Experts: num_experts routed ones (0: a dense model), of which a token sees num_experts_per_token, each
-    moe_ffn_hidden_size wide; shared_ffn_hidden_size: width of all shared experts together (0: none), behind
-    a gate of their own with shared_expert_gate; moe_layers: for each layer whether its MLP has experts;
+    Experts: num_experts routed ones (0: a dense model), each moe_ffn_hidden_size wide; a token is sent to
+    num_experts_per_token of them. shared_ffn_hidden_size: width of all shared experts together (0: none), behind
+    a gate of their own with shared_expert_gate; moe_layers: for each layer, whether its MLP has experts;
     expert_bias: router and experts have biases. num_mtp_layers: multi-token-prediction layers.
 
-    Latent attention (kv_lora_rank not None; arXiv:2405.04434, section 2.1): q_lora_rank None means queries are
-    projected directly; head_dim = qk_nope_head_dim + qk_rope_head_dim; v_head_dim: of values.
+    Latent attention (kv_lora_rank not None; arXiv:2405.04434, section 2.1): q_lora_rank None means that queries are
+    projected directly; head_dim = qk_nope_head_dim + qk_rope_head_dim; v_head_dim: width of a value head.
     """
 
     family: str
@@ -73,10 +73,10 @@ class ModelShape:
 
     @classmethod
     def from_config_dict(cls, config: Mapping[str, Any], source: str = "config.json") -> Self:
-        """Read the dict that config.json holds, as transformers 4 or 5 wrote it.
+        """Read the contents of a config.json written by transformers 4 or 5.
 
-        source: path for messages. Raises UserError for an architecture that is not known, and for every
-        size that is missing or no positive integer (together).
+        source: its path, for messages. Raises UserError for an unknown architecture, or one that names every size
+        that is missing or not a positive integer.
         """
         facts = architecture_of(config, source)
         given = {**_defaults(facts, config), **config}
@@ -123,7 +123,7 @@ class ModelShape:
 
     @property
     def kv_size(self) -> int:
-        """Width of all key heads together (and of all value heads, but for latent attention)."""
+        """Width of all key heads together (and, except in latent attention, of all value heads)."""
         return self.num_query_groups * self.head_dim
 
     @property
@@ -133,23 +133,23 @@ class ModelShape:
 
     @property
     def has_dense_layers(self) -> bool:
-        """Whether any layer has an MLP in place of experts."""
+        """Whether any layer has a plain MLP instead of experts."""
         return not self.is_moe or not all(self.moe_layers)
 
     def is_moe_layer(self, index: int) -> bool:
-        """Whether layer `index` (from 0) has experts. Layers after the last are MTP layers, built like it."""
+        """Whether layer `index` (from 0) has experts. Indices beyond the last layer are MTP layers, built like it."""
         return self.is_moe and self.moe_layers[min(index, self.num_layers - 1)]
 
     def window(self, index: int) -> int | None:
-        """Tokens that attention of layer `index` sees; None: all before."""
+        """Number of tokens that attention of layer `index` is limited to; None: no limit."""
         sliding = bool(self.sliding_layers) and self.sliding_layers[min(index, self.num_layers - 1)]
         return self.sliding_window if sliding else None
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int, tp: int) -> int:
-    """Rows of the embedding in memory: the next multiple of `divisible_by` that `tp` ranks share evenly.
+    """Rows of the embedding in memory: the next common multiple of `divisible_by` and `tp`.
 
-    megatron-core multiplies the two; the least common multiple is enough for both and pads less.
+    megatron-core rounds to a multiple of their product; the least common multiple suffices and pads less.
     """
     multiple = lcm(max(1, divisible_by), tp)
     return -(-vocab_size // multiple) * multiple
@@ -161,7 +161,7 @@ def architecture_of(config: Mapping[str, Any], source: str = "config.json") -> A
 
 
 def family_of(config: Mapping[str, Any], source: str = "config.json") -> str:
-    """Our family that trains the architecture a config.json names. Raises UserError if there is none."""
+    """Our model family for the architecture that a config.json names. Raises UserError if there is none."""
     return SUPPORTED_ARCHITECTURES[_named(config, SUPPORTED_ARCHITECTURES, source)]
 
 
@@ -205,7 +205,7 @@ def _heads(given: Mapping[str, Any], facts: Architecture) -> dict[str, Any]:
         nope, rope = given["qk_nope_head_dim"], given["qk_rope_head_dim"]
         return {
             "num_heads": heads,
-            "num_query_groups": heads,  # keys and values are made for every head
+            "num_query_groups": heads,  # keys and values are computed for every head
             "head_dim": nope + rope,
             "kv_lora_rank": given["kv_lora_rank"],
             "q_lora_rank": given["q_lora_rank"],
@@ -215,7 +215,7 @@ def _heads(given: Mapping[str, Any], facts: Architecture) -> dict[str, Any]:
         }
     return {
         "num_heads": heads,
-        # null means "as many as heads"; a key that is not there means the family's default
+        # null means "as many as heads"; a missing key means the family's default
         "num_query_groups": given.get("num_key_value_heads") or heads,
         "head_dim": given.get("head_dim") or given["hidden_size"] // heads,
     }
@@ -237,7 +237,7 @@ def _windows(given: Mapping[str, Any], facts: Architecture) -> dict[str, Any]:
 
 
 def _defaults(facts: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The architecture's defaults; a number of experts counts under whichever name it is given."""
+    """The architecture's defaults; not that of the number of experts if `config` gives one, under whichever name."""
     if any(name in config for name in _EXPERT_COUNTS):
         return {key: value for key, value in facts.defaults.items() if key not in _EXPERT_COUNTS}
     return dict(facts.defaults)

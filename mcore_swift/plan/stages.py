@@ -1,11 +1,11 @@
-"""Which layers each pipeline stage holds: evenly spread, or as the flags of an uneven pipeline say.
+"""Which layers each pipeline stage holds: spread evenly, or as the flags of an uneven pipeline say.
 
-A model of `pp * vpp` stages passes them in order; stage i is chunk `i // pp` of pipeline rank `i % pp`. What a
-stage holds is written in megatron-core's letters, of `--pipeline_model_parallel_layout`:
+A model has `pp * vpp` stages; stage i is chunk `i // pp` of pipeline rank `i % pp`. The contents of a stage are written
+in the letters of megatron-core's `--pipeline_model_parallel_layout`:
 
     E  the embedding        t  a decoder layer        m  a layer of multi-token prediction        L  output and loss
 
-`stage_letters` is the one place that decides; the checks, the estimates and the model that is built all ask it.
+`stage_letters` alone decides; the checks, the estimates and the code that builds the model all call it.
 """
 
 import json
@@ -29,16 +29,16 @@ LAYOUT, FIRST, LAST, EMBEDDING, LOSS = UNEVEN_FLAGS = (
 )
 _NAMES = {"E": "embedding", "t": "decoder", "m": "mtp", "L": "loss"}
 _LETTERS = {name: letter for letter, name in _NAMES.items()}
-_MOST = 1000  # repetitions: no model is deeper, and a slip of the finger should not fill the memory
+_MOST = 1000  # repetitions: no model is deeper, and a typo should not exhaust memory
 _GROUP = re.compile(r"\(([^()]*)\)\*(\d+)")
 _ONE = re.compile(r"([^*()])\*(\d+)")
 
 
 def stage_layers(layout: "Layout", shape: "ModelShape", args: Any) -> list[list[int]]:
-    """Numbers of the decoder layers, counted from 0 over the whole model, of each stage in the model's order.
+    """The decoder layers of each stage in the model's order, numbered from 0 over the whole model.
 
-    The result has `pp * vpp` lists; those of pipeline rank p are `result[p::pp]`. Raises UserError where the
-    flags make no sense for this model; `stages_check.stage_problems` says all that is wrong.
+    The result has `pp * vpp` lists; those of pipeline rank p are `result[p::pp]`. Raises UserError if the flags do not
+    fit this model; `stages_check.stage_problems` lists everything that is wrong.
     """
     letters = stage_letters(layout, shape.num_layers, args, mtp=predicted_tokens(args, shape))
     counts = [stage.count("t") for stage in letters]
@@ -49,8 +49,8 @@ def stage_layers(layout: "Layout", shape: "ModelShape", args: Any) -> list[list[
 def stage_letters(layout: "Layout", num_layers: int, args: Any, *, mtp: int = 0) -> list[str]:
     """What each of the `pp * vpp` stages holds, in the model's order, such as ['Ettt', 'tt', 'ttL'].
 
-    mtp: layers of multi-token prediction, on the last stage unless the flags say so. Raises UserError if the
-    decoder layers do not add up to `num_layers` in whole layers a stage.
+    mtp: number of multi-token-prediction layers, on the last stage unless the flags say otherwise. Raises UserError if
+    the stages cannot hold exactly `num_layers` decoder layers.
     """
     given = getattr(args, LAYOUT, None)
     if given:
@@ -71,10 +71,10 @@ def stage_letters(layout: "Layout", num_layers: int, args: Any, *, mtp: int = 0)
 
 
 def megatron_stages(layout: "Layout", num_layers: int, args: Any, *, mtp: int = 0) -> list[list[str]] | None:
-    """What megatron-core takes as `pipeline_model_parallel_layout`: names by stage; None for an even pipeline.
+    """megatron-core's `pipeline_model_parallel_layout`: layer names by stage; None for an even pipeline.
 
-    Every kind of uneven pipeline is given to megatron-core in this one form, so that what was planned is what is
-    built: its own arithmetic for first and last stages has cases that fail (two interleaved stages, both given).
+    Every uneven pipeline is passed to megatron-core in this form, so that the model is built as it was planned:
+    megatron-core's own arithmetic for first and last stages fails in some cases (two interleaved stages, both given).
     """
     if layout.pp == 1 or not is_uneven(args):
         return None
@@ -84,7 +84,7 @@ def megatron_stages(layout: "Layout", num_layers: int, args: Any, *, mtp: int = 
 
 
 def prediction_rank(args: Any) -> int | None:
-    """The pipeline rank with multi-token layers where `--pipeline_model_parallel_layout` has them before the last."""
+    """The pipeline rank of the multi-token layers if `--pipeline_model_parallel_layout` puts them before the last."""
     pp = args.pipeline_model_parallel_size
     stages = parse_stages(getattr(args, LAYOUT, None) or "")
     holders = [number % pp for number, stage in enumerate(stages) if "m" in stage]
@@ -92,17 +92,17 @@ def prediction_rank(args: Any) -> int | None:
 
 
 def is_uneven(args: Any) -> bool:
-    """Whether any flag asks for something else than equal stages."""
+    """Whether any flag asks for unequal stages."""
     return any(getattr(args, name, None) not in (None, False, "") for name in UNEVEN_FLAGS)
 
 
 def predicted_tokens(args: Any, shape: "ModelShape") -> int:
-    """Layers of multi-token prediction that the model is built with: those it has, or none if that is asked."""
+    """Number of multi-token-prediction layers to build: those of the model, or none if the flags say so."""
     return 0 if getattr(args, "mtp_num_layers", None) == 0 else shape.num_mtp_layers
 
 
 def with_ends(counts: Sequence[int], *, mtp: int = 0) -> list[str]:
-    """Letters of stages that hold so many decoder layers, with embedding and loss in their places."""
+    """Letters of stages with these numbers of decoder layers, with embedding and loss in their places."""
     stages = ["t" * count for count in counts]
     stages[0] = "E" + stages[0]
     stages[-1] += "m" * mtp + "L"
@@ -112,9 +112,9 @@ def with_ends(counts: Sequence[int], *, mtp: int = 0) -> list[str]:
 def parse_stages(text: str) -> list[str]:
     """The stages of a layout, in letters.
 
-    text: megatron-core's string ('Et*3|(tt|)*29,m|L': `|` ends a stage, `x*3` is xxx, `(...)*3` repeats what it
-    holds, commas and blanks mean nothing), or a JSON list of lists of the names embedding, decoder, mtp, loss.
-    Raises UserError.
+    text: megatron-core's string ('Et*3|(tt|)*29,m|L': `|` ends a stage, `x*3` means xxx, `(...)*3` repeats its
+    contents, commas and blanks are ignored), or a JSON list of lists of the names embedding, decoder, mtp, loss.
+    Raises UserError if it cannot be parsed.
     """
     if text.lstrip().startswith("["):
         return _parse_lists(text)
@@ -152,7 +152,7 @@ def _parse_lists(text: str) -> list[str]:
 
 
 def render_stages(stages: Iterable[str]) -> str:
-    """The shortest usual way to write stages: the inverse of `parse_stages`, such as 'Ettt|(tttt|)*2tttL'."""
+    """Stages as a compact string such as 'Ettt|(tttt|)*2tttL': the inverse of `parse_stages`."""
     parts = [(stage, len(list(same))) for stage, same in groupby(stages)]
     text = ""
     for index, (stage, times) in enumerate(parts):
@@ -169,7 +169,7 @@ def _repeated(letter: str, times: int) -> str:
 
 
 def _ends_given(layers: int, pp: int, first: int | None, last: int | None) -> list[int]:
-    """Layers of each pipeline rank where those of the first, the last or both are given."""
+    """Layers of each pipeline rank if those of the first rank, the last or both are given."""
     middle = pp - (first is not None) - (last is not None)
     rest = layers - (first or 0) - (last or 0)
     each = [_share(rest, middle, "stages between")] * middle if middle else []

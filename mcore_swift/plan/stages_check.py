@@ -1,4 +1,4 @@
-"""Refuse a pipeline whose stages cannot hold the model's layers, with flags that would do."""
+"""Refuse a pipeline whose stages cannot hold the model's layers, and suggest flags that work."""
 
 from collections.abc import Iterator
 from itertools import product
@@ -25,7 +25,7 @@ _PP, _VPP = "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_siz
 
 
 def flag_problems(args: Any) -> Iterator[UserError]:
-    """What is wrong with the flags of an uneven pipeline whatever the model is."""
+    """What is wrong with the flags of an uneven pipeline, whatever the model."""
     pp, vpp = getattr(args, _PP), getattr(args, _VPP)
     given = [
         name for name in (LAYOUT, FIRST, LAST, EMBEDDING, LOSS) if getattr(args, name) not in (None, False)
@@ -76,7 +76,7 @@ def stages_of_layout(args: Any) -> int | None:
 def stage_problems(layout: Layout, shape: ModelShape, args: Any) -> list[UserError]:
     """Why the model's layers cannot be spread over the stages as the flags ask; empty if they can.
 
-    The flags are those that `flag_problems` has nothing against. Each remedy names flags that work.
+    The flags must have passed `flag_problems`. Each remedy names flags that work.
     """
     if layout.pp == 1:
         return []
@@ -95,7 +95,7 @@ def stage_problems(layout: Layout, shape: ModelShape, args: Any) -> list[UserErr
 
 
 def working_flags(layout: Layout, layers: int, mtp: int = 0) -> str:
-    """Flags that spread `layers` over the stages of `layout` as evenly as can be, the simplest that do."""
+    """The simplest flags that spread `layers` over the stages of `layout` as evenly as possible."""
     stages = layout.pp * (layout.vpp or 1)
     if layers % stages == 0:
         return ""
@@ -112,14 +112,14 @@ def balanced(layers: int, stages: int, mtp: int = 0) -> list[str]:
     weights[0] += 1
     weights[-1] += 1 + mtp
     for _ in range(layers):
-        # the least loaded; of equal ones the middle, where no embedding is
+        # the least loaded; among equals a middle one, which has no embedding
         place = min(range(stages), key=lambda index: (counts[index] + weights[index], -index))
         counts[place] += 1
     return with_ends(counts, mtp=mtp)
 
 
 def _uneven_problem(layout: Layout, layers: int, args: Any, mtp: int) -> UserError:
-    """The layers, with embedding and loss where they count, are not divided by the stages."""
+    """The stages do not divide the layers (with embedding and loss, if the flags count them)."""
     counted = [name for name in (EMBEDDING, LOSS) if getattr(args, name, False)]
     units, vpp = layers + len(counted), layout.vpp or 1
     if units % layout.pp:
@@ -133,7 +133,7 @@ def _uneven_problem(layout: Layout, layers: int, args: Any, mtp: int) -> UserErr
         chunks = nearest_size(vpp, lambda chunks: each % chunks == 0, each)
         chosen = f"--{_VPP} {chunks}" if chunks > 1 else f"no --{_VPP}"
         nearest = f"the nearest possible in equal stages is {chosen}"
-    if layers + 2 < layout.pp * vpp:  # even with stages for embedding and loss alone, some would hold nothing
+    if layers + 2 < layout.pp * vpp:  # even with separate stages for embedding and loss, some would be empty
         return UserError(reason, nearest or f"use --{_PP} 1")
     working = working_flags(layout, layers, mtp).split(" --")
     working = [f"--{flag.removeprefix('--')}" for flag in working if flag]
@@ -144,7 +144,7 @@ def _uneven_problem(layout: Layout, layers: int, args: Any, mtp: int) -> UserErr
 
 
 def _ends_problems(layout: Layout, layers: int, args: Any, mtp: int) -> Iterator[UserError]:
-    """Layers of the first or last stage are given, and the rest cannot be shared by the others."""
+    """The layers of the first or last stage are given, but the rest cannot be divided among the others."""
     first, last = getattr(args, FIRST, None), getattr(args, LAST, None)
     vpp = layout.vpp or 1
     if _ends_fit(layout, layers, first, last):
@@ -189,7 +189,7 @@ def _ends_fit(layout: Layout, layers: int, first: int | None, last: int | None) 
 
 
 def _layout_problems(stages: list[str], pp: int, layers: int, mtp: int) -> Iterator[UserError]:
-    """The layout describes the right number of stages; does it describe this model?"""
+    """Errors for a layout that has the right number of stages but does not fit this model."""
     reasons = list(_layout_reasons(stages, pp, layers, mtp))
     if not reasons:
         return
@@ -220,20 +220,20 @@ def _layout_reasons(stages: list[str], pp: int, layers: int, mtp: int) -> Iterat
 
 
 def _prediction_reasons(stages: list[str], pp: int) -> Iterator[str]:
-    """megatron-core's rules for `m`: behind all layers, together, on the last chunk of a rank but the first."""
+    """megatron-core's rules for `m`: after all layers, all in one stage, the last chunk of any rank but the first."""
     holders = [number for number, stage in enumerate(stages) if "m" in stage]
     if len(holders) > 1:
         yield "the m (multi-token prediction) are in several stages, and must be in one"
     if "t" in "".join(stages).partition("m")[2]:
         yield "a decoder layer (t) follows the multi-token prediction (m)"
-    first = len(stages) - pp + 1  # the last chunks but that of the first rank
+    first = len(stages) - pp + 1  # the last chunks of all ranks but the first
     if holders[0] < first:
         which = "the last" if pp == 2 else f"one of the last {pp - 1}"
         yield f"m (multi-token prediction) is in stage {holders[0] + 1}, and must be in {which}"
 
 
 def _mended(stages: list[str], layers: int, mtp: int) -> list[str]:
-    """The layout with as few layers moved as needed: added where fewest are, taken where most are."""
+    """The layout with as few changes as needed: layers are added where there are fewest, removed where most."""
     counts = [stage.count("t") for stage in stages]
     held = [index for index, stage in enumerate(stages) if "t" in stage or not stage]
     held = held or list(range(len(stages)))

@@ -1,27 +1,27 @@
 """Time of a training step, estimated from sizes: arithmetic, memory traffic, communication, pipeline bubble.
 
-A model of first order, to rank layouts by. What it assumes is in the constants below, the same for every model,
-layout and GPU; benchmarks/README.md compares it with published figures and says how far off it is.
+A first-order model for ranking layouts. Its assumptions are the constants below, which are the same for every model,
+layout and GPU; benchmarks/README.md compares it with published figures and states its errors.
 
 * Linear layers run at GEMM_EFFICIENCY of the bf16 peak, less for narrow ones: a dimension d takes the time of
-  d + GEMM_EDGE (partly filled tiles and waves). Weights are read once a pass, gradients are added in fp32.
-* Attention runs at ATTENTION_EFFICIENCY of the peak on the causal half, the backward pass at 2.5 times the
-  arithmetic of the forward pass, since scores are computed again (arXiv:2205.14135, arXiv:2307.08691).
-* Norms, residuals, activations and the copies of tokens that experts see pass through memory.
+  d + GEMM_EDGE (partly filled tiles and waves). Weights are read once per pass, gradients are accumulated in fp32.
+* Attention runs at ATTENTION_EFFICIENCY of the peak on the causal half. Its backward pass has 2.5 times the arithmetic
+  of the forward pass, since scores are recomputed (arXiv:2205.14135, arXiv:2307.08691).
+* Norms, residuals, activations and the copies of tokens sent to experts cost memory traffic.
 * A layer of experts makes the host wait for token counts: DISPATCH_S each in forward and backward pass.
-* Tensor parallelism with or without sequence parallelism moves as much (arXiv:2205.05198, section 4.2.2): a
-  gather and a scatter of [tokens, h] in each of attention and MLP, forward and backward, with sequence
-  parallelism a gather more in the backward pass. Nothing of it is hidden unless `Overlap` says so.
-* Context parallelism gathers keys and values and scatters their gradients; or exchanges heads, all-to-all.
-* Expert parallelism exchanges every copy of a token twice forward and twice backward, all-to-all.
-* Gradients (fp32) are scattered and weights gathered once a step; what one microbatch's arithmetic covers is
-  hidden (overlap_grad_reduce, overlap_param_gather).
-* Beside adapters no gradient of a weight is computed, and adapters themselves take no time; weights in 4 bits are
-  brought to full precision through memory, forward and backward.
+* Tensor parallelism moves the same amount with and without sequence parallelism (arXiv:2205.05198, section 4.2.2):
+  a gather and a scatter of [tokens, h] in each of attention and MLP, forward and backward. Sequence parallelism adds
+  a gather in the backward pass. None of it is hidden unless `Overlap` says so.
+* Context parallelism gathers keys and values and scatters their gradients, or exchanges heads by all-to-all.
+* Expert parallelism exchanges every copy of a token twice forward and twice backward, by all-to-all.
+* Gradients (fp32) are reduce-scattered and weights gathered once per step, hidden behind the arithmetic of one
+  microbatch (overlap_grad_reduce, overlap_param_gather).
+* With adapters, no weight gradients are computed for frozen weights, and the adapters themselves are neglected; 4-bit
+  weights cost the memory traffic of dequantizing them, forward and backward.
 * The pipeline fills and drains in (pp - 1) / vpp microbatches (Narayanan et al., arXiv:2104.04473, section 2.2);
   stages wait for the slowest one.
-* Transfers reach LINK_EFFICIENCY of a link; a group that leaves the node goes through the adapters of its
-  members there.
+* Transfers reach LINK_EFFICIENCY of a link. A group that spans nodes uses the network adapters of its members in each
+  node.
 """
 
 from dataclasses import dataclass, field, replace
@@ -44,8 +44,8 @@ DISPATCH_S = 0.0005
 
 @dataclass(frozen=True)
 class Overlap:
-    """Shares of communication that arithmetic hides. Our engine's: none but data parallelism's and most messages
-    between interleaved stages."""
+    """Shares of communication that are hidden behind arithmetic. The defaults are our engine's: only data parallelism's
+    communication and most messages between interleaved stages are hidden."""
 
     tp: float = 0.0
     cp: float = 0.0
@@ -56,7 +56,7 @@ class Overlap:
 
 @dataclass(frozen=True)
 class Cluster:
-    """GPUs and how they are joined. linear_speed: of linear layers against bf16 (2 in fp8, for comparisons)."""
+    """GPUs and their links. linear_speed: of linear layers relative to bf16 (2 for fp8, used in comparisons)."""
 
     gpu: Gpu
     gpus_per_node: int
@@ -64,7 +64,7 @@ class Cluster:
     linear_speed: float = 1.0
 
     def gather_s(self, size: float, group: int, stride: int) -> float:
-        """Seconds to gather (or to scatter and sum) `size` bytes over a group whose ranks lie `stride` apart."""
+        """Seconds to gather (or reduce-scatter) `size` bytes over a group whose ranks are `stride` apart."""
         if group == 1:
             return 0.0
         members = self._members(group, stride)
@@ -74,14 +74,14 @@ class Cluster:
         return size * (group - 1) / group / (1e9 * LINK_EFFICIENCY * speed)
 
     def exchange_s(self, size: float, group: int, stride: int) -> float:
-        """Seconds of an all-to-all in which each rank of a group has `size` bytes to give away, evenly."""
+        """Seconds of an all-to-all in which each rank of a group sends `size` bytes, spread evenly."""
         members = self._members(group, stride)
         inside, outside = (members - 1) / group, (group - members) / group
         seconds = inside / self.gpu.node_gbs + outside / self.gpu.network_gbs
         return size * seconds / (1e9 * LINK_EFFICIENCY)
 
     def send_s(self, size: float, stride: int) -> float:
-        """Seconds to send `size` bytes to the rank `stride` further on."""
+        """Seconds to send `size` bytes to the rank at distance `stride`."""
         inside = stride < self.gpus_per_node
         speed = self.gpu.node_gbs if inside else self.gpu.network_gbs
         return size / (1e9 * LINK_EFFICIENCY * speed)
@@ -96,7 +96,7 @@ class Cluster:
         return 2 * padded / (GEMM_EFFICIENCY * self.gpu.peak_flops * self.linear_speed)
 
     def _members(self, group: int, stride: int) -> int:
-        """Ranks of a group that are in one node."""
+        """Number of a group's ranks in one node."""
         return max(1, min(group, self.gpus_per_node // stride))
 
 
@@ -126,10 +126,10 @@ class LayerTime:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one step of the whole run, by what they are spent on; the parts add up to `total`.
+    """Seconds of one step, by use; the parts add up to `total`.
 
-    bubble: stages wait for the pipeline to fill and drain, and for the slowest of them. bubble_share: the part of
-    the step that fill and drain take, (pp - 1) / vpp of (m + (pp - 1) / vpp) microbatches.
+    bubble: waiting for the pipeline to fill and drain, and for its slowest stage. bubble_share: the share of the step
+    spent on filling and draining, (pp - 1) / vpp out of m + (pp - 1) / vpp for m microbatches.
     """
 
     work: float
@@ -169,7 +169,7 @@ def step_time(
     cluster: Cluster,
     cache: Cache | None = None,
 ) -> StepTime:
-    """Estimated time of one step. stages: as `memory.stages_of` gives them; cache: see `memory.peak_memory`."""
+    """Estimated time of one step. stages: from `memory.stages_of`; cache: see `memory.peak_memory`."""
     sizes = (layout.tp, layout.cp, layout.ep, layout.etp, layout.sequence_parallel)
     common = (*sizes, run.micro_batch_size, run.recompute)
 
@@ -233,14 +233,14 @@ def layer_time(shape: ModelShape, layout: Layout, run: Run, index: int, cluster:
         again = LayerTime(recompute=_again_s(run, scores, mlp + dispatch, is_moe, attention, shape))
         if run.recompute.drops("moe" if is_moe else "mlp"):
             again += LayerTime(tp=2 * tp_once * (not is_moe), ep=ep_once)
-    parts = 2 if is_moe else 4  # experts are not tensor parallel with the rest
+    parts = 2 if is_moe else 4  # TP gathers and scatters for attention only: experts are divided by ETP
     more = parts // 2 if layout.sequence_parallel else 0
     times = LayerTime(work=forward + backward, tp=(2 * parts + more) * tp_once, cp=cp, ep=2 * ep_once)
     return times + again
 
 
 def _linear_attention_s(shape: ModelShape, layout: Layout, tokens: float, cluster: Cluster) -> float:
-    """Forward projections of attention, as one product with the width they have together."""
+    """Forward seconds of attention's projections, as one product of their combined width."""
     matmuls = layer_matmuls(replace(shape, num_experts=0, ffn_hidden_size=0, moe_layers=()), 0)
     return cluster.gemm_s(tokens, matmuls / shape.hidden_size / layout.tp / 2, shape.hidden_size) * 2
 
@@ -253,7 +253,7 @@ def _scores_s(shape: ModelShape, layout: Layout, run: Run, index: int, cluster: 
 def _mlp_s(
     shape: ModelShape, layout: Layout, tokens: float, is_moe: bool, cluster: Cluster
 ) -> tuple[float, float]:
-    """(forward seconds, copies of tokens that this rank's experts see)."""
+    """(forward seconds, copies of tokens that this rank's experts receive)."""
     h = shape.hidden_size
     if not is_moe:
         return (2 + shape.gated) * cluster.gemm_s(tokens, shape.ffn_hidden_size / layout.tp, h), 0.0
@@ -267,7 +267,7 @@ def _mlp_s(
 
 
 def _weights_s(shape: ModelShape, layout: Layout, run: Run, index: int, cluster: Cluster) -> float:
-    """Reading and adding to the fp32 gradients of a layer; or making frozen weights of 4 bits whole, twice."""
+    """Seconds to accumulate a layer's fp32 gradients, or to dequantize its frozen 4-bit weights twice."""
     if run.adapters:
         stored = run.adapters.matrix_bytes
         held = 0 if stored is None else sum(matrix.held(layout) for matrix in matrices(shape, index))
@@ -288,7 +288,7 @@ def _again_s(run: Run, scores: float, mlp: float, is_moe: bool, attention: float
 
 
 def _context_s(shape: ModelShape, layout: Layout, run: Run, cluster: Cluster) -> float:
-    """Keys and values gathered forward and backward, and their gradients scattered."""
+    """Seconds to gather keys and values forward and backward, and to scatter their gradients."""
     if layout.cp == 1:
         return 0.0
     size = run.micro_batch_size * run.sequence_length * 2 * shape.kv_size / layout.tp * run.weight_bytes
@@ -296,7 +296,7 @@ def _context_s(shape: ModelShape, layout: Layout, run: Run, cluster: Cluster) ->
 
 
 def _loss_s(shape: ModelShape, layout: Layout, run: Run, cluster: Cluster) -> float:
-    """Output layer and loss, forward and backward; so too of predicted tokens."""
+    """Seconds of output layer and loss, forward and backward, those of multi-token prediction included."""
     rows = padded_vocab_size(shape.vocab_size, 1, layout.tp) / layout.tp
     tokens = run.tokens(layout)
     passes = 2 if run.adapters else 3
@@ -313,7 +313,7 @@ def _data_parallel(
     microbatch_s: float,
     cache: Cache | None,
 ) -> tuple[float, float]:
-    """(exposed communication of gradients and weights, optimizer's memory traffic) of a step, of the worst stage."""
+    """(exposed communication of gradients and weights, optimizer's memory traffic) in seconds per step, worst stage."""
     worst = (0.0, 0.0)
     per_rank = run.gradient_bytes + run.weight_bytes
     for stage in {stages[0], stages[-1]}:

@@ -1,4 +1,4 @@
-"""Are the safetensors files of a folder all there and whole? Reads headers, no weights.
+"""Checks that the safetensors files of a folder are complete. Reads headers, no weights.
 
 File format: 8 bytes little-endian length N of the header, N bytes of JSON (tensor name -> dtype, shape,
 data_offsets relative to the end of the header), then the data without gaps
@@ -20,7 +20,7 @@ _COPY_AGAIN = "copy or download the file again"
 
 
 class BrokenFile(Exception):
-    """A safetensors file that cannot be right; the text says why."""
+    """An invalid safetensors file; the text says why."""
 
 
 def weight_problems(folder: Path) -> list[UserError]:
@@ -44,10 +44,10 @@ def weight_problems(folder: Path) -> list[UserError]:
 
 
 def tensor_names(folder: Path) -> list[str]:
-    """Names of the weights in a checkpoint folder; none if it holds a config only, or files no reader understands.
+    """Names of the weights in a checkpoint folder; none if it has only a config, or files that cannot be read.
 
-    Which form the weights have is all this is for: whether they are complete and sound is for `weight_problems`.
-    Of weights in MXFP4, whose names end in `_blocks`, the plain names, by which they are read.
+    This only tells which form the weights have; `weight_problems` checks whether they are complete. For MXFP4 weights,
+    stored under names that end in `_blocks`, it returns the plain names.
     """
     names: list[str] = []
     with contextlib.suppress(OSError, ValueError, KeyError):
@@ -60,7 +60,7 @@ def tensor_names(folder: Path) -> list[str]:
 
 
 def multi_token_names(names: Iterable[str], num_layers: int, depths: int) -> set[str]:
-    """Those of the multi-token layers, which checkpoints number on behind the decoder's."""
+    """The names that belong to multi-token layers, which checkpoints number after the decoder's layers."""
     prefixes = tuple(f"model.layers.{number}." for number in range(num_layers, num_layers + depths))
     return {name for name in names if name.startswith(prefixes)}
 
@@ -68,7 +68,7 @@ def multi_token_names(names: Iterable[str], num_layers: int, depths: int) -> set
 def read_header(path: Path) -> dict[str, Any]:
     """Tensors of a safetensors file (name -> dtype, shape, data_offsets), after checking the file's size.
 
-    Raises BrokenFile for a header that makes no sense or a file shorter or longer than its header says.
+    Raises BrokenFile for an invalid header, or a file whose size differs from what the header says.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
