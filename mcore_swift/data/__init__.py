@@ -1,8 +1,7 @@
 """From files of rows to the batches of a step: sources -> messages -> token ids with weights -> packs -> batches.
 
 `check_sources` and the readers need neither torch nor transformers, so a launcher can report a wrong path, an
-unknown extension or a file that is no JSON before anything heavy is imported. The rest is loaded on first
-use.
+unknown extension or invalid JSON before anything heavy is imported. The rest is loaded on first use.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""What a forward pass gets: the tensors of one microbatch."""
+"""The input of a forward pass: the tensors of one microbatch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from .corpora import Store
 
 @dataclass
 class Batch:
-    """One microbatch of b rows and s positions. With packing or padding-free b == 1: samples lie end to end.
+    """One microbatch of b rows and s positions. With packing or padding-free, b == 1 and samples are end to end.
 
     input_ids    int64 [b, s]
     labels       int64 [b, s]   next-token ids, already shifted: labels[t] is the target of position t;
@@ -20,13 +20,13 @@ class Batch:
     loss_mask    float32 [b, s] how much the label counts: 1 or a weight; 0 on prompts, padding and the last
                                 token of each sample
     position_ids int64 [b, s]   restart at 0 for each sample
-    cu_seqlens   int32 [n + 1] or None: b == 1, where each sample of the row starts; the last is s.
-                                Padding behind a sample, if its length must divide, belongs to its segment;
-                                padding at the end of the row is a segment of its own. None: every row is one
-                                sample, padded on the right
-    max_seqlen   longest segment of cu_seqlens, None without
-    num_samples  real samples; num_tokens: real tokens, padding not counted
-    padding      bool [b, s]    true at padding; None: not told
+    cu_seqlens   int32 [n + 1] or None: with b == 1, where each sample of the row starts; the last entry is s.
+                                Padding after a sample, if its length must be a multiple, belongs to its
+                                segment; padding at the end of the row is a segment of its own. None: every
+                                row is one sample, padded on the right
+    max_seqlen   length of the longest segment of cu_seqlens; None without cu_seqlens
+    num_samples  real samples; num_tokens: real tokens, without padding
+    padding      bool [b, s]    true at padding; None: unknown
     """
 
     input_ids: torch.Tensor
@@ -74,9 +74,9 @@ class _Rows:
 
 
 def end_to_end(store: Store, samples: Sequence[int], s: int, pad: int, multiple: int = 1) -> Batch:
-    """One row [1, s] with `samples` one after the other, the rest padding. No samples: all padding.
+    """One row [1, s] with `samples` end to end, the rest padding. Without samples, all of it is padding.
 
-    multiple: what each sample's length is padded to, and what divides s.
+    multiple: each sample is padded to a multiple of it; it divides s.
     """
     rows, edges, tokens = _Rows(1, s, pad), [0], 0
     for sample in samples:
@@ -92,7 +92,7 @@ def end_to_end(store: Store, samples: Sequence[int], s: int, pad: int, multiple:
 
 
 def padded_length(length: Any, multiple: int) -> Any:
-    """A length, or an array of lengths, rounded up."""
+    """A length, or an array of lengths, rounded up to a multiple."""
     return -(-length // multiple) * multiple
 
 

@@ -1,4 +1,4 @@
-"""In which order units of one corpus, or of several with weights, are taken: a function of (seed, place) alone."""
+"""The order of the units of one corpus, or of several with weights: a function of seed and position alone."""
 
 import threading
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ from ..errors import UserError
 from .order import EPOCH, permutation
 
 MOST_UNITS = 1 << 31
-_CORPUS = 1 << 32  # epochs of a corpus before its random numbers would meet the next one's
+_CORPUS = 1 << 32  # epochs of a corpus before its random numbers would repeat those of the next one
 
 
 class Order(Protocol):
-    """`len(order)` units make an epoch; `units(places)` names the units at places counted over all epochs."""
+    """`len(order)` units make an epoch; `units(places)` are those at int64 [n] positions counted over all epochs."""
 
     def __len__(self) -> int: ...
 
@@ -22,9 +22,9 @@ class Order(Protocol):
 
 
 class Shuffled:
-    """All of `n` units once an epoch, each epoch in an order of its own; in the same order if not `shuffle`.
+    """Each of `n` units once per epoch, in a different order in each epoch; in their own order if not `shuffle`.
 
-    number: which corpus of several this is, so that they are not shuffled alike.
+    number: index of the corpus among several, so that they are shuffled differently.
     """
 
     def __init__(self, n: int, seed: int, shuffle: bool, number: int = 0) -> None:
@@ -46,7 +46,7 @@ class Shuffled:
     def _order(self, epoch: int) -> np.ndarray:
         if not self._shuffle:
             epoch = 0
-        with self._lock:  # the prefetch thread and the loop both ask
+        with self._lock:  # both the prefetch thread and the training loop call this
             if epoch not in self._orders:
                 number = self._number + epoch
                 order = (
@@ -58,14 +58,15 @@ class Shuffled:
 
 
 class Blended:
-    """Units of several corpora in the proportions of `weights`, at every place as near to them as can be.
+    """Units of several corpora, interleaved as close to the proportions of `weights` as possible at every position.
 
-    sizes: units of each corpus, which are numbered one corpus after the other. An epoch ends where the first corpus
-    is used up (`first_exhausted`), or when each has been used up once and smaller ones have come again
-    (`all_exhausted`). The next epoch goes on in each corpus where the last one has left it.
+    sizes: number of units of each corpus; units are numbered corpus after corpus. An epoch ends when the first corpus
+    is exhausted (`first_exhausted`), or when every corpus has been exhausted once, smaller ones being repeated
+    (`all_exhausted`). In each corpus, the next epoch continues where the last one stopped. Raises UserError if an
+    epoch would have too many units.
 
-    Unit k of corpus c is due at time (k + 1/2) / weight, and units are taken by the time they are due: the order of
-    Sainte-Laguë's method for handing out seats, which keeps every beginning of the sequence in proportion.
+    Unit k of corpus c is due at time (k + 1/2) / weight, and units are sorted by that time. This is the order of the
+    Sainte-Laguë method of apportioning seats, which keeps every prefix of the sequence in proportion.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Blended:
         self.sizes, self.weights = np.asarray(sizes), np.asarray(weights, float) / sum(weights)
         is_first = stopping == "first_exhausted"
         if is_first:
-            asked = self.sizes + 1  # one more than there is: where a corpus asks for that, the epoch ends
+            asked = self.sizes + 1  # one more than exists: the epoch ends where a corpus would need it
         else:
             asked = ((self.sizes - 0.5) / self.weights).max() * self.weights + 2
         if asked.sum() > MOST_UNITS:

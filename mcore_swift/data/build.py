@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 _BLOCK_ROWS, _BLOCK_BYTES = 512, 4 << 20  # a block ends at whichever comes first
 _POOL_WORTH = 16 << 20  # bytes of files from which starting processes (seconds of imports) pays
-_WORKER_LIMIT = 1800.0  # seconds a block may take, a minute's work at most if the machine is alive
+_WORKER_LIMIT = 1800.0  # seconds for a block, which takes a minute at most on a working machine
 
 
 def build_part(
@@ -34,7 +34,7 @@ def build_part(
 ) -> None:
     """Tokenize `part` into a store at `path` (a folder that does not exist yet).
 
-    Raises UserError(s): rows that cannot be used (unless --strict false), files without a usable row, nothing
+    Raises UserError(s): rows that cannot be used (unless --strict false), files without a usable row, no sample
     left, a file that cannot be read.
     """
     _Build(part, path, tokenizer, settings, max_length).run(key)
@@ -50,7 +50,7 @@ class _Build:
         self._held_back = path / "rows.jsonl" if part.held_back else None
         self._errors, self._dropped = Tally(), Tally()
         self._report = PartReport()
-        self._parsed: dict[Path, list[int]] = {}  # file -> [rows, of them JSON]
+        self._parsed: dict[Path, list[int]] = {}  # file -> [rows, rows that parsed]
         self._bases: list[int] = []  # number of each source's first row
         self._started = self._told = time.monotonic()
 
@@ -71,7 +71,7 @@ class _Build:
         self._writer.finish(key, index, self._report.to_json(), [self._held_back] if self._held_back else [])
 
     def _blocks(self) -> Iterator[tuple[Path, list[RawRow]]]:
-        """Blocks of wanted rows, no block across files; writes down the rows of a validation set on the way."""
+        """Blocks of wanted rows, none of which spans files. Also stores the rows of a validation set."""
         number = 0
         save = self._held_back.open("wb") if self._held_back else None
         try:
@@ -102,7 +102,7 @@ class _Build:
     def _take(self, file: Path, rows: int, future: Any) -> None:
         result: Encoded | list[Problem] = future() if callable(future) else wait_for(future, file)
         counts = self._parsed.setdefault(file, [0, 0])
-        if isinstance(result, list):  # only checked
+        if isinstance(result, list):  # rows were only checked
             problems, parsed = result, rows
         else:
             problems, parsed = result.problems, result.parsed
@@ -141,7 +141,7 @@ class _Build:
             raise UserErrors(errors)
 
     def _index(self) -> np.ndarray | None:
-        """Samples in the order of the wanted rows; None if that is the order they were written in."""
+        """Sample numbers in the order of the wanted rows; None if they were written in that order."""
         if all(rows is None for rows in self._part.rows):
             return None
         of_sample = self._writer.rows()
@@ -166,7 +166,7 @@ class _Build:
 
 
 def wait_for(future: Future, file: Path) -> Encoded | list[Problem]:
-    """The result of a block of rows of `file`. Raises RuntimeError if the process that has it hangs."""
+    """The result of a block of rows of `file`. Raises RuntimeError if its worker process hangs."""
     try:
         return future.result(timeout=_WORKER_LIMIT)
     except TimeoutError:
@@ -189,11 +189,12 @@ def _remedy(dropped: Tally) -> str:
 
 # --- workers ------------------------------------------------------------------------------------------------
 
-_encoder: Encoder | None = None  # of a worker process
+_encoder: Encoder | None = None  # in a worker process
 
 
 class BlocksEncoder:
-    """Gives `submit(rows, check_only)`: a Future, or with one process a function to call for the result."""
+    """Context manager that gives `submit(rows, check_only)`, which returns a Future or, with one process, a function
+    that computes the result."""
 
     def __init__(self, num_bytes: int, *made_of: Any) -> None:
         self._bytes, self._made_of = num_bytes, made_of  # arguments of Encoder
@@ -217,7 +218,7 @@ class BlocksEncoder:
             workers = list((self._pool._processes or {}).values())
             self._pool.shutdown(wait=error is None, cancel_futures=True)
             for worker in workers if error is not None else ():
-                worker.terminate()  # it may hang, and has nothing left to do
+                worker.terminate()  # it may hang, and its work is no longer needed
         if isinstance(error, BrokenProcessPool):
             raise UserError(
                 "a process that tokenizes was killed, most likely because memory ran out",
@@ -229,7 +230,7 @@ def _start_worker(tokenizer: Any, settings: DataSettings, max_length: int | None
     global _encoder
     import os
 
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores already
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the worker processes already use the cores
     _encoder = Encoder(tokenizer, settings, max_length)
 
 

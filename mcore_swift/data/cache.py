@@ -1,4 +1,4 @@
-"""The token cache: samples on disk, memory-mapped, complete or not there.
+"""The token cache: samples on disk, memory-mapped; a store is either complete or absent.
 
 A folder `<key>` holds one data set; the key is a hash of everything its tokens depend on. It is written under
 a temporary name and renamed when complete, so a killed run leaves at most a `.tmp-` folder, which the next
@@ -7,8 +7,8 @@ builder removes.
     ids.bin      int32 [tokens]             token ids of all samples, end to end
     weights.bin  uint8 or float32 [tokens]  how much each token counts as a target
     offsets.bin  int64 [samples + 1]        where each sample starts
-    index.bin    int64 [n]                  the samples of the data set in order; only where it is not all of them
-    rows.jsonl   the rows themselves, of a validation set that was split off
+    index.bin    int64 [n]                  the samples of the data set in order; absent if it is 0, 1, 2, ...
+    rows.jsonl   the original rows; only for a validation set that was split off
     meta.json    sizes, checksums, report
 """
 
@@ -29,12 +29,12 @@ from ..errors import UserError
 from .encode import Encoded
 from .report import PartReport
 
-FORMAT = 1  # raise it when rows give other tokens, or the files change
+FORMAT = 1  # increase it when the same rows give different tokens, or the file format changes
 _CHECKED_WHOLE = 256 << 20  # files up to this many bytes are checked against their checksum when opened
 
 
 class TokenStore:
-    """A complete cache folder, memory-mapped. Sample i is `ids(i)` and `weights(i)`, of `lengths[i]` tokens."""
+    """A complete cache folder, memory-mapped. Sample i has `lengths[i]` tokens: `ids(i)` and `weights(i)`."""
 
     def __init__(self, path: Path, meta: dict[str, Any]) -> None:
         self.path, self.meta = path, meta
@@ -55,7 +55,7 @@ class TokenStore:
 
     @property
     def report(self) -> PartReport:
-        """What became of the rows it was made of."""
+        """What happened to the rows that it was built from."""
         report = PartReport(**self.meta["report"])
         report.longest = int(self.lengths.max())
         return report
@@ -78,7 +78,7 @@ def _map(path: Path, dtype: Any) -> np.ndarray:
 
 
 def open_store(path: Path, check: bool = False) -> TokenStore | None:
-    """The store at `path`, or None if there is none that is complete; `check` compares checksums, too."""
+    """The store at `path`, or None if there is no complete one. check: compare checksums, too."""
     try:
         meta = json.loads((path / "meta.json").read_text())
         if meta["format"] != FORMAT or meta["key"] != path.name:
@@ -121,7 +121,7 @@ class _File:
 
 
 class TokenWriter:
-    """Writes one store into the folder `path`, sample by sample; `finish` leaves it complete."""
+    """Writes one store into the folder `path`, sample by sample; `finish` completes it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -146,11 +146,11 @@ class TokenWriter:
         self.samples += len(encoded.lengths)
 
     def rows(self) -> np.ndarray:
-        """The row each sample is from, int64 [samples], not descending."""
+        """The row that each sample is from, int64 [samples], ascending with repeats."""
         return np.concatenate(self._rows) if self._rows else np.zeros(0, np.int64)
 
     def _to_floats(self) -> None:
-        """The first weight that is neither 0 nor 1: write what is there again with four bytes each."""
+        """Rewrite all weights as float32, when the first one that is neither 0 nor 1 comes."""
         self._floats = True
         self._weights.close()
         old = self.path / "weights.uint8"
@@ -164,7 +164,7 @@ class TokenWriter:
     def finish(
         self, key: str, index: np.ndarray | None, report: dict[str, Any], others: Sequence[Path] = ()
     ) -> None:
-        """Write the index and `meta.json`, which makes the folder a store, with `others` that are in it already."""
+        """Write the index and `meta.json`, which makes the folder a store. others: files that it already contains."""
         files = [self._ids, self._weights, self._offsets]
         if index is not None:
             files.append(_File(self.path / "index.bin"))
@@ -184,18 +184,18 @@ class TokenWriter:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that becomes `path` if all goes well, and goes away if not.
+    """A temporary folder beside `path`, renamed to `path` on success and removed on failure.
 
-    Raises UserError when the disk is full or cannot be written.
+    Raises UserError if the disk is full or cannot be written.
     """
     temporary = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
         for left_over in path.parent.glob(
             f"{path.name}.tmp-*"
-        ):  # of killed builders: this one holds the lock
+        ):  # left by killed builders: no other is active, since this one holds the lock
             shutil.rmtree(left_over, ignore_errors=True)
         yield temporary
-        if path.exists():  # broken, or to be built again
+        if path.exists():  # broken, or to be rebuilt
             broken = path.with_name(f"{temporary.name}.old")
             path.rename(broken)
             temporary.rename(path)
@@ -211,7 +211,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def disk_error(error: OSError, folder: Path) -> UserError:
-    """The message for a disk that is full, or cannot be written for another reason."""
+    """The error for a disk that is full, or cannot be written for another reason."""
     remedy = "free some space, or give another place with --cache_dir DIR or MCORE_SWIFT_CACHE=DIR"
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return UserError(f"{folder}: the disk is full, the token cache could not be written", remedy)

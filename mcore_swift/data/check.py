@@ -1,4 +1,4 @@
-"""Look at the sources in milliseconds, before anything heavy is imported."""
+"""Check the sources in milliseconds, before anything heavy is imported."""
 
 from pathlib import Path
 from typing import Any
@@ -9,14 +9,14 @@ from .readers import parse_row, read_rows
 from .settings import DataSettings
 from .sources import INDEX, parse_sources
 
-_LOOKED_AT = 20  # first rows whose columns are compared with --columns
+_LOOKED_AT = 20  # number of first rows whose columns are compared with --columns
 
 
 def check_sources(args: Any) -> list[UserError]:
     """Everything wrong with the sources of `args` that their first rows show.
 
-    Finds missing paths, unknown extensions, empty or broken files (first row), names in `--columns` that no
-    first row has. Imports neither torch nor transformers (parquet needs pyarrow). Never raises UserError.
+    Finds missing paths, unknown extensions, empty files, files with a broken first row, and names in `--columns` that
+    none of the first rows has. Imports neither torch nor transformers (parquet needs pyarrow). Never raises UserError.
     """
     try:
         settings = DataSettings.from_args(args)
@@ -58,7 +58,7 @@ def check_sources(args: Any) -> list[UserError]:
 
 
 def unknown_columns(columns: dict[str, str], names: set[str]) -> list[UserError]:
-    """An error for each name that `--columns` renames and no row has."""
+    """An error for each column that `--columns` renames but no row has."""
     return [
         UserError(f"--columns: no row has a column {old!r}", f"the rows have: {', '.join(sorted(names))}")
         for old in columns
@@ -67,7 +67,7 @@ def unknown_columns(columns: dict[str, str], names: set[str]) -> list[UserError]
 
 
 def _look(path: Path, settings: DataSettings) -> set[str]:
-    """Columns of the first rows. Raises UserError if there is no row or it is broken (strict false: all are)."""
+    """Columns of the first rows. Raises UserError if there are none, or the first (strict false: each) is broken."""
     names: set[str] = set()
     if path.suffix == INDEX:
         from .indexed import IndexedTokens  # reads the whole index, and needs numpy
@@ -87,7 +87,7 @@ def _look(path: Path, settings: DataSettings) -> set[str]:
             break
     if (
         broken and not names and number < _LOOKED_AT
-    ):  # that is all of it; a longer file is judged when it is read
+    ):  # the whole file was seen; a longer one is judged when it is read
         raise broken
     if number == 0:
         raise UserError(f"{path}: the file has no rows")

@@ -1,4 +1,4 @@
-"""Stores beside the token cache, with its interface: indexed datasets, several stores as one, rows cut of a stream.
+"""Other stores with the interface of the token cache: indexed datasets, joined stores, rows cut from a stream.
 
 A store has `lengths` (int64 [samples]), `ids(sample)` and `weights(sample)` (1-D, of that length), and a `report`.
 """
@@ -15,7 +15,7 @@ from .report import PartReport
 
 _CHECKED_WHOLE = (
     1 << 30
-)  # tokens of a corpus that are all looked at before training; beyond, each as it is read
+)  # so many tokens of a corpus are checked before training, the others when they are read
 _BLOCK = 1 << 24
 
 
@@ -33,8 +33,8 @@ class Store(Protocol):
 class IndexedStore:
     """The documents of a Megatron dataset, longer ones cut into pieces of `max_length` tokens.
 
-    documents: numbers of those to take, in order; None: all. truncation_strategy: `left` and `right` keep the end or
-    the beginning of a long document only; any other cuts it into pieces, which is what such corpora are made for.
+    documents: numbers of the documents to take, in order; None: all. truncation_strategy: `left` and `right` keep only
+    the end or the beginning of a long document; any other cuts it into pieces, as is usual for such corpora.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class IndexedStore:
             if truncation_strategy in ("left", "right"):
                 cut = int((lengths > max_length).sum())
             starts, lengths = _cut(starts, lengths, max_length, truncation_strategy)
-        learnable = lengths > 1  # the first token is nobody's target
+        learnable = lengths > 1  # the first token is never a target
         self._starts, self.lengths = starts[learnable], lengths[learnable]
         tokens = int(self.lengths.sum())
         longest = int(self.lengths.max(initial=0))
@@ -64,7 +64,7 @@ class IndexedStore:
             self.report.examples["nothing to learn"] = [f"{idx}: documents or ends of one token or none"]
 
     def check(self) -> None:
-        """Raise UserError for a token that is no id of the model, as far as looking at all of them is cheap."""
+        """Raise UserError for a token outside the model's vocabulary, among the first `_CHECKED_WHOLE`."""
         for start in range(0, min(len(self._source.tokens), _CHECKED_WHOLE), _BLOCK):
             self._source.refuse_ids(start, start + _BLOCK, self._vocab_size)
 
@@ -90,7 +90,7 @@ def _cut(starts: np.ndarray, lengths: np.ndarray, limit: int, strategy: str) -> 
 
 
 class JoinedStore:
-    """Several stores, their samples numbered one after the other."""
+    """Several stores as one, with their samples numbered store after store."""
 
     def __init__(self, stores: Sequence[Store]) -> None:
         self.stores = list(stores)
@@ -112,10 +112,10 @@ class JoinedStore:
 
 
 class StreamStore:
-    """Rows of `length` tokens cut from all samples of a store laid end to end, as Megatron's GPT datasets do.
+    """Rows of `length` tokens cut from the samples of a store laid end to end, as in Megatron's GPT datasets.
 
-    Neighbouring rows share a token, so that every token but the very first is a target once. A document may go on
-    in the next row, and within a row attention sees the documents before. seed: shuffles the documents; None keeps
+    Adjacent rows share a token, so that every token except the very first is a target once. A document may continue
+    in the next row, and attention within a row crosses document boundaries. seed: shuffles the documents; None keeps
     their order. The last row may be shorter.
     """
 

@@ -15,17 +15,17 @@ from .settings import DataSettings
 from .template import ChatTemplate
 
 Span = tuple[int, int, float]  # characters [start, end) and their weight
-# not the user's mistake: dropped and counted, also where other bad rows are errors
+# not the user's mistake: dropped and counted, even where other bad rows are errors
 DROPPED = ("longer than max_length", "nothing to learn", "empty document")
 
 
 @dataclass
 class Encoded:
-    """Samples of a run of rows, laid end to end.
+    """Samples of consecutive rows, laid end to end.
 
     ids int32 [n]; weights uint8 or float32 [n] (weight of a token as a target); lengths int64 [samples];
-    rows int64 [samples]: the number of the row each sample is from; truncated: samples that were cut.
-    parsed: rows that were JSON (or need not be).
+    rows int64 [samples]: the number of the row that each sample is from; truncated: number of samples that were cut;
+    parsed: number of rows that were valid JSON, or of a format that is not JSON.
     """
 
     ids: np.ndarray
@@ -39,7 +39,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class RawRow:
-    """A row on its way to a worker: its number in the source, its place for messages, and its data."""
+    """A row to be sent to a worker: its number in the source, its place for messages, and its data."""
 
     number: int
     where: str
@@ -47,7 +47,7 @@ class RawRow:
 
 
 class Encoder:
-    """Turns raw rows into samples; one for each process. `max_length` None keeps every length."""
+    """Turns raw rows into samples; one per process. max_length: in tokens; None: no limit."""
 
     def __init__(self, tokenizer: Any, settings: DataSettings, max_length: int | None) -> None:
         self._settings, self._max_length = settings, max_length
@@ -57,11 +57,11 @@ class Encoder:
         self._tokens = _Tokens(tokenizer)
 
     def check(self, rows: Sequence[RawRow]) -> list[Problem]:
-        """Only look for mistakes in the form of the rows, which is cheap: for a run that cannot start any more."""
+        """Only look for mistakes in the format of the rows, which is cheap: for a run that has already failed."""
         return [problem for _, problem in self._conversations(rows) if isinstance(problem, Problem)]
 
     def encode(self, rows: Sequence[RawRow]) -> Encoded:
-        """Samples of `rows`, with the problems of those that give none."""
+        """The samples of `rows`, with the problems of rows that give none."""
         problems: list[Problem] = []
         texts: list[tuple[RawRow, str, list[Span]]] = []
         parsed = 0
@@ -122,7 +122,7 @@ class Encoder:
         return rendered.text, spans
 
     def _plain(self, conversation: Conversation) -> tuple[str, list[Span]]:
-        """Pre-training: the messages end to end, no template."""
+        """Pre-training: the messages concatenated, without a template."""
         if conversation.tools or any(turn.tool_calls for turn in conversation.turns):
             raise RowError("tool calls in plain text", "tools and tool calls need the chat template (drop "
                            "--use_chat_template false)")  # fmt: skip
@@ -162,7 +162,7 @@ class Encoder:
                 pieces = [(ids[:limit], weights[:limit])]
             else:
                 pieces = [(ids[a : a + limit], weights[a : a + limit]) for a in range(0, len(ids), limit)]
-        pieces = [(i, w) for i, w in pieces if w[1:].any()]  # the first token is nobody's target
+        pieces = [(i, w) for i, w in pieces if w[1:].any()]  # the first token is never a target
         if not pieces:
             cut = " after it was cut to --max_length" if limit is not None and len(ids) > limit else ""
             raise RowError("nothing to learn", f"no token of it is learnt{cut}")
@@ -170,7 +170,7 @@ class Encoder:
 
 
 class _Tokens:
-    """Text -> ids and weights per token. With a fast tokenizer in its own threads, by character offsets."""
+    """Text -> ids and weights per token. A fast tokenizer uses its own threads and gives character offsets."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -181,7 +181,7 @@ class _Tokens:
     def __call__(
         self, texts: list[str], spans: list[list[Span]], document: bool
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(ids int32 [n], weights [n]) of each text; a `document` also gets the tokenizer's BOS, and EOS."""
+        """(ids int32 [n], weights [n]) of each text; a `document` also gets the tokenizer's BOS and EOS."""
         if self._fast is None:
             pairs = [self._slow(text, own) for text, own in zip(texts, spans, strict=True)]
         else:
@@ -194,7 +194,7 @@ class _Tokens:
         return [self._document(*pair) for pair in pairs] if document else pairs
 
     def _document(self, ids: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        last = weights[-1] if len(weights) else np.uint8(1)  # EOS is learnt as what it ends
+        last = weights[-1] if len(weights) else np.uint8(1)  # EOS has the weight of the text that it ends
         if self._bos:
             ids = np.concatenate([np.array(self._bos, np.int32), ids])
             weights = np.concatenate([np.zeros(len(self._bos), weights.dtype), weights])
@@ -204,7 +204,8 @@ class _Tokens:
         return ids, weights
 
     def _slow(self, text: str, spans: list[Span]) -> tuple[np.ndarray, np.ndarray]:
-        """Without offsets: a place in the text is where the ids of one of its sides join those of the whole."""
+        """For tokenizers without offsets: find a character's token by comparing the ids of the text before or after
+        it with those of the whole text."""
         ids = self._ids(text)
 
         def place(at: int) -> int:
@@ -213,7 +214,7 @@ class _Tokens:
                 return len(before)
             if len(after) <= len(ids) and np.array_equal(after, ids[len(ids) - len(after) :]):
                 return len(ids) - len(after)
-            n = min(len(before), len(ids))  # a token goes across: the first that differs
+            n = min(len(before), len(ids))  # a token spans the place: take the first that differs
             differ = np.flatnonzero(before[:n] != ids[:n])
             return int(differ[0]) if len(differ) else n
 
@@ -253,13 +254,13 @@ def _weights(offsets: list[tuple[int, int]], n: int, spans: list[Span]) -> np.nd
 
 
 def _small(weights: np.ndarray) -> np.ndarray:
-    """uint8 where all weights are 0 or 1, as nearly always."""
+    """The weights as uint8 if all are 0 or 1, as they nearly always are."""
     small = weights.astype(np.uint8)
     return small if np.array_equal(small, weights) and small.max(initial=0) <= 1 else weights
 
 
 def _prefix_ids(tokenizer: Any) -> list[int]:
-    """What the tokenizer itself puts before a text (BOS, for the models that were trained with it)."""
+    """The ids that the tokenizer itself puts before a text (BOS, for models that were trained with it)."""
     bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
     full = list(tokenizer("a", add_special_tokens=True)["input_ids"])
     for at in range(len(full) - len(bare) + 1):

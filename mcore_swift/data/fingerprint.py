@@ -1,4 +1,4 @@
-"""Hashes of all that the tokens of a data set depend on."""
+"""Hashes of everything that the tokens of a data set depend on."""
 
 import hashlib
 import json
@@ -40,7 +40,7 @@ def store_key(part: Part, tokenizer_hash: str, settings: DataSettings, max_lengt
 
 
 def indexed_key(part: Part, settings: DataSettings, max_length: int | None) -> str:
-    """The same for a corpus of token ids, which is used where it lies and only tells whether it has changed."""
+    """The same for a corpus of token ids. It is used in place, so this key only tells whether it has changed."""
     idx = part.sources[0].files[0]
     return digest(
         {
@@ -62,7 +62,7 @@ def _array(array: np.ndarray) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """Hash of a file's contents; above 256 MiB of its size, time of change and 64 pieces spread over it."""
+    """Hash of a file's contents; above 256 MiB, of its size, modification time and 64 pieces spread over it."""
     stat = path.stat()
     with path.open("rb") as file:
         if stat.st_size <= _HASHED_WHOLE:

@@ -1,6 +1,6 @@
-"""Token ids that Megatron has written: `corpus.bin` and `corpus.idx`, read where they lie.
+"""Token ids written by Megatron, `corpus.bin` and `corpus.idx`, read in place.
 
-The format is that of megatron-core's `core/datasets/indexed_dataset.py` (version 1), little-endian. `.bin` is the
+The format is that of megatron-core's `core/datasets/indexed_dataset.py` (version 1), little-endian. `.bin` holds the
 token ids of all sequences end to end; `.idx` says where they are:
 
     9 bytes   MMIDIDX 0 0        uint64   version, 1        uint8   type of a token, see DTYPES
@@ -30,8 +30,8 @@ _WRITE_AGAIN = "write both files again with Megatron's preprocessing, or copy th
 class IndexedTokens:
     """One pair of files, memory-mapped: documents of token ids.
 
-    tokens: all ids, `[tokens]`, in the type they are stored in. starts, lengths: first token and number of tokens of
-    each document, int64 `[documents]`. Raises UserError if a file is missing, cut short or of another kind.
+    tokens: all ids `[tokens]`, in the type they are stored in. starts, lengths: first token and number of tokens of
+    each document, int64 `[documents]`. Raises UserError if a file is missing, truncated or of another format.
     """
 
     def __init__(self, idx: Path) -> None:
@@ -90,7 +90,7 @@ class IndexedTokens:
         return len(self.lengths)
 
     def refuse_ids(self, start: int, stop: int, vocab_size: int) -> None:
-        """Raise UserError if one of the tokens `[start, stop)` is no id of a vocabulary of `vocab_size`."""
+        """Raise UserError if one of the tokens `[start, stop)` is outside a vocabulary of `vocab_size`."""
         part = self.tokens[start:stop]
         if not part.size or (int(part.max()) < vocab_size and int(part.min()) >= 0):
             return
@@ -106,7 +106,7 @@ class IndexedTokens:
 def write_indexed(prefix: Path, documents: Iterable[Iterable[int]], dtype: Any = np.int32) -> None:
     """Write `<prefix>.bin` and `<prefix>.idx`, each document as one sequence.
 
-    Megatron takes uint16 for vocabularies below 65500, int32 above. Raises ValueError for an id that does not fit.
+    Megatron uses uint16 for vocabularies below 65500, int32 above. Raises ValueError for an id that does not fit.
     """
     code = next(number for number, known in DTYPES.items() if np.dtype(known) == np.dtype(dtype))
     lengths = []

@@ -1,4 +1,4 @@
-"""One builder at a time: a lock file that the system lets go when its holder dies."""
+"""One builder at a time: a lock file that the system releases when its holder dies."""
 
 import fcntl
 import logging
@@ -15,9 +15,9 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def lock(path: Path, limit: float, what: str) -> Iterator[None]:
-    """Hold the lock `path`. Waits up to `limit` seconds, says every half minute what it waits for (`what`).
+    """Hold the lock `path`. Waits up to `limit` seconds; every half minute it logs what it waits for (`what`).
 
-    Raises UserError, which names the holder, when the time is over.
+    Raises UserError, which names the holder, when the time is up.
     """
     with path.open("a+") as file:
         start, told = time.monotonic(), 0.0

@@ -1,4 +1,4 @@
-"""One conversation in the form all dataset formats become, and the chat templates take."""
+"""The form of a conversation that all dataset formats are converted to and that chat templates take."""
 
 import json
 from contextlib import suppress
@@ -30,7 +30,7 @@ ROLES = {
 class Turn:
     """One message: role system, user, assistant or tool.
 
-    tool_calls: `{"id": str, "type": "function", "function": {"name": str, "arguments": dict | str}}` each.
+    tool_calls: a list of `{"id": str, "type": "function", "function": {"name": str, "arguments": dict | str}}`.
     loss: whether an assistant turn is learnt (None: the run's strategy decides); loss_scale: its weight.
     """
 
@@ -54,7 +54,7 @@ class Turn:
 
 @dataclass
 class Conversation:
-    """What one row says: its turns, the tools it may call, and variables for the chat template."""
+    """One row: its turns, the tools that it may call, and variables for the chat template."""
 
     turns: list[Turn]
     tools: list[dict[str, Any]] | None = None
@@ -67,8 +67,8 @@ class Conversation:
 def read_messages(messages: Any) -> list[Turn]:
     """Turns of a `messages` / `conversations` value: role/content, from/value, or human/assistant pairs.
 
-    Tool calls in every known spelling become `tool_calls` of an assistant turn; neighbouring assistant turns
-    are joined. Raises RowError.
+    Tool calls in every known spelling become `tool_calls` of an assistant turn; adjacent assistant turns are joined.
+    Raises RowError.
     """
     if not isinstance(messages, list) or not messages:
         raise RowError("messages is no list", "messages is not a list of messages")
@@ -125,7 +125,7 @@ _PAIR = ("system", "human", "user", "assistant", "gpt", "bot")
 
 
 def _think(text: str) -> str:
-    """Reasoning as part of the text, in the form that the templates of reasoning models take apart again."""
+    """Reasoning as part of the text, in the form that templates of reasoning models split off again."""
     text = text.strip("\n")
     return f"<think>\n{text}\n</think>\n\n"
 
@@ -158,7 +158,7 @@ def _text(number: int, content: Any) -> str:
 
 
 def _read_parts(number: int, role: str, parts: list[Any]) -> list[Turn]:
-    """A content list: text, reasoning, tool calls and results, under OpenAI's and Anthropic's names."""
+    """The turns of a content list: text, reasoning, tool calls and results, under OpenAI's or Anthropic's names."""
     turn, results = Turn(role, ""), []
     for part in parts:
         part = {"type": "text", "text": part} if isinstance(part, str) else part
@@ -208,7 +208,7 @@ def _call(number: int, call: Any) -> dict[str, Any]:
     if not isinstance(name, str) or not name:
         raise RowError("tool call without a name", f"message {number}: a tool call names no function")
     if isinstance(arguments, str):
-        with suppress(json.JSONDecodeError):  # not JSON: what the model is to say is that very text
+        with suppress(json.JSONDecodeError):  # not JSON: the model learns this exact text
             arguments = json.loads(arguments)
     call_id = call.get("id")
     arguments = {} if arguments is None else arguments
@@ -216,7 +216,7 @@ def _call(number: int, call: Any) -> dict[str, Any]:
 
 
 def _append(turns: list[Turn], turn: Turn) -> None:
-    """Add a turn; an assistant turn after another joins it, as both are one answer."""
+    """Add a turn; consecutive assistant turns are joined, since they are one answer."""
     last = turns[-1] if turns else None
     if last is None or turn.role != "assistant" or last.role != "assistant":
         turns.append(turn)
@@ -234,7 +234,7 @@ def _append(turns: list[Turn], turn: Turn) -> None:
 
 
 def _name_calls(turns: list[Turn]) -> None:
-    """Give each tool call an id of nine characters (some templates insist), and each response its call's."""
+    """Give each tool call an id of nine characters, as some templates require, and each response its call's id."""
     waiting: list[dict[str, Any]] = []
     number = 0
     for turn in turns:

@@ -1,4 +1,4 @@
-"""Who the model is, in rows that leave it open: {{NAME}} and {{AUTHOR}} of ms-swift's self-cognition data."""
+"""The model's name and author, for {{NAME}} and {{AUTHOR}} in ms-swift's self-cognition data."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,10 +7,10 @@ NAME, AUTHOR = "{{NAME}}", "{{AUTHOR}}"
 
 
 def with_names(row: dict[str, Any], names: Sequence[str], authors: Sequence[str]) -> dict[str, Any]:
-    """The row with both placeholders filled in wherever they stand.
+    """The row with both placeholders replaced wherever they occur.
 
-    names, authors: the Chinese one and the English one, or one for both; a row's `tag` 'en' asks for the English.
-    Empty: its placeholder stays.
+    names, authors: the Chinese and the English one, or one for both; rows with `tag` 'en' get the English one.
+    Empty: the placeholder is kept.
     """
     number = 1 if row.get("tag") == "en" else 0
     given = {

@@ -1,4 +1,4 @@
-"""From stores on disk to the steps of a run: stores joined or blended, samples packed, orders drawn."""
+"""From stores on disk to the steps of a run: joining or blending stores, packing samples, drawing orders."""
 
 import logging
 import shutil
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class PreparedData:
-    """The steps to train on, those to evaluate on (None: no validation data), and what became of the rows."""
+    """Steps for training and evaluation (None: no validation data), and a report of what happened to the rows."""
 
     train: "Steps | StreamedSteps"
     val: EvalSteps | None
@@ -39,8 +39,8 @@ class PreparedData:
 class Corpus:
     """Rows that share a store, or one indexed dataset.
 
-    key: hash of all that its samples depend on, the name of its cache folder. max_length: where samples are cut.
-    vocab_size: token ids must be below it.
+    key: hash of everything that its samples depend on, and name of its cache folder. max_length: tokens at which
+    samples are cut. vocab_size: token ids must be below it.
     """
 
     part: Part
@@ -53,7 +53,7 @@ class Corpus:
         return ", ".join(source.spec for source in self.part.sources)
 
     def indexed(self, settings: DataSettings) -> IndexedStore:
-        """The store of an indexed dataset. Raises UserError if its files are broken, or nothing is left of them."""
+        """The store of an indexed dataset. Raises UserError if its files are broken or no sample is left."""
         (source,), (rows,) = self.part.sources, self.part.rows
         idx, how = source.files[0], settings.truncation_strategy
         store = IndexedStore(idx, rows, self.max_length, how, self.vocab_size)
@@ -93,8 +93,8 @@ class Opener:
     ) -> PreparedData:
         """The steps of all corpora.
 
-        built: key -> whether it was there before. output_dir: gets the rows that were held back, if not None.
-        Raises UserError for a store that is not there.
+        built: key -> whether the store was already cached. output_dir: receives the rows that were held back, unless
+        None. Raises UserError for a missing store.
         """
         report = DataReport(PartReport())
         train = [corpus for corpus in corpora if corpus.part.name == "train"]
@@ -119,7 +119,7 @@ class Opener:
     def open_validation(
         self, corpora: Sequence[Corpus], built: Mapping[str, bool], report: DataReport, is_builder: bool
     ) -> EvalSteps | None:
-        """The steps of the validation corpora among these, None if there are none; `report` is told of them."""
+        """The steps of the validation corpora among these; None if there are none. Adds them to `report`."""
         own = [corpus for corpus in corpora if corpus.part.name == "val"]
         if not own:
             return None
@@ -134,7 +134,7 @@ class Opener:
         report: DataReport,
         is_builder: bool,
     ) -> tuple[Store, list[Units], list[int]]:
-        """Store and units of train or val (the units of each corpus of a blend), and the tokens of each corpus."""
+        """(store, units, tokens of each corpus) of train or val; in a blend, the units of each corpus separately."""
         stores = [self._store(corpus) for corpus in corpora]
         setattr(report, name, PartReport.sum(store.report for store in stores))
         folders = [str(store.path) for store in stores if isinstance(store, TokenStore)]
@@ -210,14 +210,14 @@ class Opener:
             if units.tokens.sum() == store.lengths.sum():
                 return units
         except (OSError, ValueError, KeyError):
-            pass  # not there, or broken: the plan is a function of the lengths, any rank can make it
+            pass  # missing or broken: the plan depends only on the lengths, so any rank can make it
         units = pack(store.lengths, **how)
         if is_builder:
             _save(plan, units)
         return units
 
     def _write_held_back(self, corpora: Sequence[Corpus], output_dir: Path) -> None:
-        """val_dataset.jsonl: the rows of validation that were split off. Documents of token ids have no rows."""
+        """Write val_dataset.jsonl: the validation rows that were split off. Documents of token ids have no rows."""
         paths = [
             self._settings.cache_root / corpus.key / "rows.jsonl"
             for corpus in corpora
@@ -233,7 +233,7 @@ class Opener:
 
 
 def _shares(corpora: Sequence[Corpus], tokens: Sequence[int], blend: Blended | None) -> list[str]:
-    """A line for each of several corpora: its share of the tokens of an epoch, and how often it comes in one."""
+    """A line for each of several corpora: its share of an epoch's tokens, and how often it is repeated in one."""
     times = [1.0] * len(tokens) if blend is None else list(blend.counts / blend.sizes)
     taken = [count * often for count, often in zip(tokens, times, strict=True)]
     weights = [""] * len(tokens) if blend is None else [f"weight {weight:.4g}, " for weight in blend.weights]
@@ -249,6 +249,6 @@ def _save(plan: Path, units: Units) -> None:
         plan.parent.mkdir(parents=True, exist_ok=True)
         np.savez(temporary, starts=units.starts, members=units.members, tokens=units.tokens)
         temporary.replace(plan)
-    except OSError as error:  # only saves time next run
+    except OSError as error:  # the file would only save time in the next run
         temporary.unlink(missing_ok=True)
         logger.warning("%s: the packing plan could not be saved: %s", plan, error)

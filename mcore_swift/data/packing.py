@@ -8,16 +8,16 @@ import numpy as np
 
 from .order import PACK, permutation
 
-WINDOW = 4096  # samples considered together; bounds the work and how far a sample moves
+WINDOW = 4096  # samples packed together; limits the work and how far a sample moves from its position
 _CARRIED = 256  # bins that may stay open from one window to the next
-_FULL = 0.99  # a bin filled to this share is closed
+_FULL = 0.99  # a bin that is full to this share is closed
 
 
 @dataclass(frozen=True)
 class Units:
-    """What a global batch counts: single samples, or packs of them.
+    """The units that a global batch is counted in: single samples, or packs of them.
 
-    Unit u holds the samples `members[starts[u]:starts[u + 1]]`, of `tokens[u]` tokens together.
+    Unit u holds the samples `members[starts[u]:starts[u + 1]]`, with `tokens[u]` tokens in total.
     """
 
     starts: np.ndarray  # int64 [units + 1]
@@ -48,11 +48,11 @@ def joined_units(parts: Sequence[Units]) -> Units:
 
 
 def pack(lengths: np.ndarray, capacity: int, strategy: str, seed: int | None) -> Units:
-    """Packs of at most `capacity` tokens that hold every sample once.
+    """Packs of at most `capacity` tokens that hold every sample once. Deterministic.
 
     lengths: tokens of each sample, none above `capacity`. strategy: "binpack" fills rows best, "sequential"
-    keeps neighbours together. seed: shuffle the samples first; None keeps their order (and packs in order of
-    their first sample). Deterministic.
+    keeps adjacent samples together. seed: shuffles the samples first; None keeps their order, and packs are in the
+    order of their first samples.
     """
     lengths = np.asarray(lengths)
     if len(lengths) and lengths.max() > capacity:

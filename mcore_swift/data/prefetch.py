@@ -1,4 +1,4 @@
-"""Prepare the batches of coming steps in threads, and measure how long the loop waits for them."""
+"""Prepare the batches of upcoming steps in threads, and measure how long the loop waits for them."""
 
 import time
 from collections import deque
@@ -12,10 +12,10 @@ from .batch import Batch
 class Prefetcher:
     """Iterates over `(k, batches)` for k = start, start + 1, ... below stop, in order, prepared ahead by threads.
 
-    make: makes the batches of a step, e.g. `lambda k: steps.step(k, dp_rank, dp_size)`. An exception in it is
-    raised where the loop takes that step. workers: threads, 0 prepares each step when it is asked for. ahead: steps
-    kept ready by each. limit: seconds after which a step that is not ready raises TimeoutError.
-    wait_seconds: what the last step was waited for; total_wait_seconds: all of them.
+    make: makes the batches of a step, e.g. `lambda k: steps.step(k, dp_rank, dp_size)`. Its exceptions are raised
+    when the loop takes that step. workers: number of threads; 0 prepares each step on request. ahead: steps that each
+    thread keeps ready. limit: seconds to wait for a step before raising TimeoutError.
+    wait_seconds: time spent waiting for the last step; total_wait_seconds: for all steps.
     Use it in a `with`, or call `close`, so that the threads end with the loop.
     """
 
@@ -71,7 +71,7 @@ class Prefetcher:
         return k, batches
 
     def close(self, wait: bool = True) -> None:
-        """End the threads; waits for the steps in their hands."""
+        """End the threads. wait: until they have finished the steps that they are working on."""
         self._steps = iter(())
         self._ready.clear()
         if self._pool is not None:

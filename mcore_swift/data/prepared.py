@@ -41,21 +41,22 @@ def prepare(
     wait_limit: float = 600.0,
     gather: Callable[[Any], list[Any]] | None = None,
 ) -> PreparedData:
-    """Tokenize what `args` names, or find it in the cache, and lay out the steps.
+    """Tokenize the data that `args` names, or find it in the cache, and lay out the steps.
 
-    Every process calls it. The builder (one for each file system) writes the cache, then all meet in
-    `barrier`, which is called once in each process whatever happens, then all map the files.
+    Every process calls this. The builder (one per file system) writes the cache, then all processes meet in
+    `barrier`, which each of them calls exactly once, even after an error. Then all map the files.
 
     args: namespace with the flags' names, see `DataSettings`.
     output_dir: receives val_dataset.jsonl, the rows that --split_dataset_ratio held back.
-    padding_multiple: sequence lengths are rounded up to it. segment_multiple: so is each sample's in a row of
-    several; it divides padding_multiple.
-    uniform_shapes: one shape for all microbatches of a step, as pipelines need; else each its own, less padding.
-    model_max_length: --max_length where that is not given.
-    vocab_size: ids that the model knows, for token ids of others' making; None: those of the tokenizer.
+    padding_multiple: row lengths are rounded up to a multiple of it. segment_multiple: the same for each sample in a
+    row of several; it divides padding_multiple.
+    uniform_shapes: all microbatches of a step have one shape, as pipelines need; if False, each has its own, with less
+    padding.
+    model_max_length: used if --max_length is not given.
+    vocab_size: size of the model's vocabulary, to check data that is already tokenized; None: the tokenizer's.
     lock_limit: seconds to wait for another run that builds the same cache.
-    wait_limit: of streamed data, seconds to wait for rows. gather: what every process has, on all of them; called once,
-    after the barrier, where data is streamed. None: there is one process.
+    wait_limit: seconds to wait for rows of streamed data. gather: all-gathers a value from all processes; called once,
+    after the barrier, if data is streamed. None: there is only one process.
     Raises UserError(s).
     """
     settings = DataSettings.from_args(args)
@@ -77,7 +78,7 @@ def prepare(
         barrier()
     except Exception:
         if not met:
-            barrier()  # the others must not wait for a builder that has failed
+            barrier()  # the others must not hang because the builder has failed
         raise
     if stream is not None:
         report = DataReport(PartReport())
@@ -109,12 +110,12 @@ def _max_length(settings: DataSettings, tokenizer: Any, model_max_length: int | 
 
 
 def _corpora(settings: DataSettings, tokenizer: Any, max_length: int | None, vocab_size: int) -> list[Corpus]:
-    """What has a store of its own: rows that are joined anyway together, corpora with weights each alone."""
+    """The corpora to keep in stores of their own: each one that has a weight, or all rows that are joined."""
     train, errors = parse_sources(settings.dataset)
     val, val_errors = parse_sources(settings.val_dataset, "--val_dataset")
     raise_together(errors + val_errors)
     tokenizer_hash = tokenizer_digest(tokenizer)
-    cut_to = None if settings.is_stream else max_length  # a stream is cut later, wherever a row ends
+    cut_to = None if settings.is_stream else max_length  # a stream is cut later, where rows end
     corpora = []
     for part in select_parts([] if settings.streaming else train, val, settings):
         if not part.sources:
@@ -129,7 +130,7 @@ def _corpora(settings: DataSettings, tokenizer: Any, max_length: int | None, voc
 
 
 def _build(corpus: Corpus, tokenizer: Any, settings: DataSettings, lock_limit: float) -> bool:
-    """Make sure that a corpus can be opened; True if nothing had to be tokenized."""
+    """Make sure that a corpus can be opened; returns True if nothing had to be tokenized."""
     root, key = settings.cache_root, corpus.key
     if corpus.part.is_indexed:
         corpus.indexed(settings).check()

@@ -1,4 +1,4 @@
-"""What can be wrong with one row, and how many such problems are told at once."""
+"""Problems of single rows, and how they are collected into a report."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 
 from ..errors import UserError
 
-SHOWN = 20  # problems listed one by one; the rest is only counted
+SHOWN = 20  # problems listed individually; the rest are only counted
 
 
 class RowError(Exception):
-    """A row that cannot be used. `kind` groups equal mistakes in the report; `message` says what is wrong here."""
+    """A row that cannot be used. kind: groups equal mistakes in the report; message: says what is wrong here."""
 
     def __init__(self, kind: str, message: str = "") -> None:
         super().__init__(kind, message)
@@ -20,7 +20,7 @@ class RowError(Exception):
 
 @dataclass(frozen=True)
 class Problem:
-    """A row that cannot be used: where it is (`file:line`), the kind of mistake, and the mistake."""
+    """A row that cannot be used: its place (`file:line`), the kind of mistake, and the mistake."""
 
     where: str
     kind: str
@@ -32,7 +32,7 @@ class Problem:
 
 @dataclass
 class Tally:
-    """Counts problems by kind, keeps the first few of all and the first three of each kind."""
+    """Counts problems by kind; keeps the first few overall and the first three of each kind."""
 
     first: list[Problem] = field(default_factory=list)
     counts: Counter = field(default_factory=Counter)
@@ -52,7 +52,7 @@ class Tally:
                 examples.append(str(problem))
 
     def errors(self, remedy: str) -> list[UserError]:
-        """The first problems as errors; the last of them says how many more there are, and the remedy."""
+        """The first problems as errors, the last of which says how many more there are and gives the remedy."""
         errors = [UserError(str(problem)) for problem in self.first]
         more = self.total - len(self.first)
         if more > 0:

@@ -1,7 +1,7 @@
-"""Stream the rows of a file, each with its place. Standard library, and pyarrow for parquet only.
+"""Stream the rows of a file, each with its place. Standard library only, except pyarrow for parquet.
 
-A reader never holds more than a block of rows. Lines of JSON are handed on unparsed (`bytes`), so that
-parsing runs in the processes that tokenize and a broken line is the mistake of one row.
+A reader never holds more than a block of rows. Lines of JSON are passed on unparsed (`bytes`), so that they are
+parsed in the processes that tokenize, and a broken line affects only its own row.
 """
 
 import csv
@@ -22,7 +22,7 @@ _BOM = b"\xef\xbb\xbf"
 class Row(NamedTuple):
     """A row and its place: `line` counts lines from 1 (parquet: rows).
 
-    data: the row, a line of JSON still to be parsed, or what is wrong with the row.
+    data: the row, an unparsed line of JSON, or the error in the row.
     """
 
     line: int
@@ -30,7 +30,7 @@ class Row(NamedTuple):
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """Every row of `path` in order. Raises UserError where the file as a whole cannot be read."""
+    """Every row of `path` in order. Raises UserError if the file itself cannot be read."""
     reader = _READERS[path.suffix.lower()]
     try:
         yield from reader(path)
@@ -43,7 +43,7 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 class Place(NamedTuple):
-    """Where in a file the next row is: rows before it; for formats of lines also bytes and lines before it."""
+    """The position of the next row in a file: rows before it; in line-based formats also bytes and lines before it."""
 
     row: int = 0
     offset: int = 0
@@ -51,9 +51,9 @@ class Place(NamedTuple):
 
 
 def read_rows_from(path: Path, start: Place = Place()) -> Iterator[tuple[Row, Place]]:  # noqa: B008
-    """The rows of `path` from a place on, each with the place behind it. Raises UserError as `read_rows` does.
+    """The rows of `path` from a place on, each with the place after it. Raises UserError as `read_rows` does.
 
-    Lines are gone to at once, row groups of parquet are passed over; other formats are read from their beginning.
+    Line-based formats are seeked, parquet skips row groups; other formats are read from their beginning.
     """
     if path.suffix.lower() in (".jsonl", ".txt"):
         yield from _read_lines_from(path, start)
@@ -85,7 +85,7 @@ def _read_lines_from(path: Path, start: Place) -> Iterator[tuple[Row, Place]]:
 
 
 def _row_groups_from(path: Path, row: int) -> tuple[int, Iterator[Row]]:
-    """(rows before, rows) of the row groups from the one that holds `row` on."""
+    """(number of rows before, rows), starting with the row group that holds `row`."""
     metadata = _parquet(path).metadata
     first, group = 0, 0
     while group < metadata.num_row_groups and first + metadata.row_group(group).num_rows <= row:
@@ -95,7 +95,7 @@ def _row_groups_from(path: Path, row: int) -> tuple[int, Iterator[Row]]:
 
 
 def parse_row(data: dict[str, Any] | bytes | RowError) -> dict[str, Any]:
-    """The row as a dict. Raises RowError for a line that is no JSON, or no JSON object."""
+    """The row as a dict. Raises RowError for a line that is not a JSON object."""
     if isinstance(data, dict):
         return data
     if isinstance(data, RowError):
@@ -112,7 +112,7 @@ def parse_row(data: dict[str, Any] | bytes | RowError) -> dict[str, Any]:
 
 
 def count_rows(path: Path) -> int:
-    """How many rows `read_rows` gives, in the cheapest way the format has; documents of an indexed dataset."""
+    """Number of rows that `read_rows` gives (indexed datasets: documents), found in the format's cheapest way."""
     if path.suffix == INDEX:
         from .indexed import IndexedTokens
 
@@ -143,7 +143,7 @@ def _read_txt(path: Path) -> Iterator[Row]:
 
 
 def _read_json(path: Path) -> Iterator[Row]:
-    """An array of objects, or one object a line."""
+    """An array of objects, or one object per line."""
     first = next(_lines(path), None)
     if first is None:
         return
@@ -161,7 +161,7 @@ def _is_object(line: bytes) -> bool:
 
 
 class _Text:
-    """A window over a text file that knows its line, for decoding one JSON value after the other."""
+    """A window over a text file that knows its line number, for decoding JSON values one by one."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -170,7 +170,7 @@ class _Text:
         self._line, self._counted = 1, 0  # line of text[_counted]
 
     def more(self) -> bool:
-        """Read another block, at least as long as what is unread; False at the end of the file."""
+        """Read another block, at least as long as the unread text; False at the end of the file."""
         self.here()
         rest = self.text[self.at :]
         block = self._file.read(max(_BLOCK, len(rest)))
@@ -191,7 +191,7 @@ class _Text:
                 value, end = decoder.raw_decode(self.text, self.at)
             except json.JSONDecodeError as error:
                 inside = error.pos - self.at
-                if self.more():  # perhaps only cut by the end of the window
+                if self.more():  # the value may only be cut off by the end of the window
                     continue
                 raise self.error(error.msg, inside) from None
             self.at = end
@@ -243,7 +243,7 @@ def _read_csv(path: Path) -> Iterator[Row]:
     """The first line names the columns. Every value stays text: a guessed type would turn "007" into 7."""
     limit = csv.field_size_limit(
         sys.maxsize
-    )  # long documents are normal here; the limit is the process's, so put back
+    )  # long documents are normal here; the limit is global to the process, so it is restored
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file)
@@ -279,7 +279,7 @@ def _parquet(path: Path) -> Any:
 
 
 def _read_parquet(path: Path, groups: range | None = None, number: int = 0) -> Iterator[Row]:
-    """groups: row groups to read, None: all. number: rows before them."""
+    """groups: row groups to read; None: all. number: rows before them."""
     for batch in _parquet(path).iter_batches(batch_size=1024, row_groups=groups and list(groups)):
         for row in batch.to_pylist():
             number += 1

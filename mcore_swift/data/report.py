@@ -1,4 +1,4 @@
-"""What became of the rows: counted, so that nothing is dropped in silence."""
+"""Counts of what happened to the rows, so that nothing is dropped silently."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -9,7 +9,7 @@ from typing import Any
 class PartReport:
     """One data set (train or val): rows read, samples and tokens kept, rows dropped by reason with examples.
 
-    learnt_tokens: tokens that count in the loss. seconds: time to tokenize them, when that was done.
+    learnt_tokens: tokens that count in the loss. seconds: the time that tokenizing took when the cache was built.
     """
 
     rows: int = 0
@@ -24,7 +24,7 @@ class PartReport:
 
     @classmethod
     def sum(cls, reports: Iterable["PartReport"]) -> "PartReport":
-        """Several as one."""
+        """Several reports added up."""
         total = cls()
         for one in reports:
             for name in ("rows", "samples", "tokens", "learnt_tokens", "truncated", "seconds"):
@@ -39,7 +39,7 @@ class PartReport:
         return asdict(self)
 
     def lines(self, name: str) -> list[str]:
-        """The counts as text, one line and one for each reason to drop rows."""
+        """The counts as text: one line, and one for each reason for dropping rows."""
         share = self.learnt_tokens / max(self.tokens, 1)
         mean = self.tokens / max(self.samples, 1)
         text = (
@@ -56,7 +56,7 @@ class PartReport:
 
 @dataclass
 class DataReport:
-    """Reports of the training and validation set, where their tokens are cached, what a user should know."""
+    """Reports of the training and validation set, with the folders of their caches."""
 
     train: PartReport
     val: PartReport | None = None
@@ -64,11 +64,11 @@ class DataReport:
     from_cache: dict[str, bool] = field(default_factory=dict)  # part -> found complete, not built now
     packs: dict[str, int] = field(default_factory=dict)  # part -> packed rows
     corpora: list[str] = field(default_factory=list)  # a line for each of several training corpora
-    stream: str = ""  # what is read and tokenized while training goes on, in place of `train`
+    stream: str = ""  # describes data that is read and tokenized during training; then `train` is empty
     warnings: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
-        """All of it as lines for a log."""
+        """The whole report as lines for a log."""
         lines = []
         for name, part in (("train", self.train), ("val", self.val)):
             if name == "train" and self.stream:
@@ -86,6 +86,6 @@ class DataReport:
                 if self.from_cache.get(name)
                 else f"tokenized in {part.seconds:.1f} s into"
             )
-            if name in self.cache:  # token ids that Megatron has written are used as they are
+            if name in self.cache:  # indexed datasets have none: they are used in place
                 lines.append(f"{name}: {how} {self.cache[name]}")
         return lines + [f"warning: {warning}" for warning in self.warnings]

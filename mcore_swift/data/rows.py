@@ -22,11 +22,11 @@ _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 def to_conversation(
     row: Mapping[str, Any], columns: Mapping[str, str], system: str | None = None
 ) -> Conversation:
-    """The conversation a row stands for.
+    """The conversation of a row.
 
-    Formats are told by their columns: messages / conversation(s), alpaca (instruction, input, output), else a
-    query and a response under any of the usual names (`QUERY`, `RESPONSE`); `columns` renames before that.
-    `system` is for rows without one of their own. Raises RowError.
+    The format is recognized by its columns, after renaming them by `columns`: messages / conversation(s), alpaca
+    (instruction, input, output), or else a query and a response under any of the usual names (`QUERY`, `RESPONSE`).
+    system: the system prompt of rows without their own. Raises RowError.
     """
     row = _renamed(row, columns)
     if media := [name for name in _MEDIA if row.get(name)]:
@@ -55,7 +55,7 @@ def _renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, An
 
 
 def _parsed(name: str, value: Any) -> Any:
-    """A list that CSV, or a careless exporter, has stored as text."""
+    """Parse a list that CSV, or a careless exporter, has stored as text."""
     if not isinstance(value, str):
         return value
     try:

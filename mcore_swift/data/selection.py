@@ -1,4 +1,4 @@
-"""Which rows of each source are trained on (`#N`) and which are held back (`split_dataset_ratio`)."""
+"""Which rows of each source are used for training (`#N`) and which are held back (`split_dataset_ratio`)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -16,8 +16,8 @@ from .sources import Source
 class Part:
     """The rows of one data set, train or val.
 
-    rows: for each source the numbers of the rows it gives, counted from 0 over its files; a row may be named
-    more than once (`#N` above the number of rows). None: every row once. held_back: split off the training rows.
+    rows: for each source, the numbers of its rows to use, counted from 0 over its files; a row may occur more than
+    once (`#N` above the number of rows). None: every row once. held_back: the part was split off the training rows.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Part:
         return self.sources[0].is_indexed
 
     def pieces(self, each_alone: bool) -> Iterator["Part"]:
-        """The part cut where its sources must not share a store: at indexed datasets, or (each_alone) at every one."""
+        """The part, split so that indexed datasets, or with each_alone all sources, have stores of their own."""
         start = 0
         for stop in range(1, len(self.sources) + 1):
             ends = stop == len(self.sources) or each_alone
@@ -42,8 +42,7 @@ class Part:
 def select_parts(train: list[Source], val: list[Source], settings: DataSettings) -> list[Part]:
     """The parts of a run: train, and val if there is a validation set or a ratio to split off.
 
-    Rows are counted only where a number of rows is needed. Raises UserError if a split leaves nothing to
-    train on.
+    Rows are counted only if their number is needed. Raises UserError if a split leaves nothing to train on.
     """
     ratio = 0.0 if val else settings.split_dataset_ratio
     parts = [Part("train", train, []), Part("val", val or train, [], held_back=not val)]
@@ -57,7 +56,7 @@ def select_parts(train: list[Source], val: list[Source], settings: DataSettings)
         if not val:
             parts[1].rows.append(held_back)
     if val:
-        offset = len(train)  # so that equal #N of a train and a val source are different draws
+        offset = len(train)  # so that a train and a val source with the same #N draw different rows
         parts[1].rows = [
             None if source.take is None else _take(source, offset + number, settings)
             for number, source in enumerate(val)
@@ -83,7 +82,7 @@ def _take(source: Source, number: int, settings: DataSettings) -> np.ndarray:
 def _split(
     source: Source, rows: np.ndarray, ratio: float, number: int, settings: DataSettings
 ) -> tuple[np.ndarray, np.ndarray]:
-    different = np.unique(rows)  # copies of one row must not be on both sides
+    different = np.unique(rows)  # copies of a row must not be on both sides of the split
     count = max(1, int(len(different) * ratio))
     if count >= len(different):
         raise UserError(

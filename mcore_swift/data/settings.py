@@ -1,4 +1,4 @@
-"""What the data room reads from the flat namespace of arguments, and its defaults where one is absent."""
+"""The arguments that data/ reads from the flat namespace of flags, with defaults for absent ones."""
 
 import json
 import os
@@ -11,9 +11,9 @@ from ..errors import UserError
 
 @dataclass(frozen=True)
 class DataSettings:
-    """The arguments of `args` that decide which samples are trained on, and in which order.
+    """The arguments that decide which samples are trained on, and in which order.
 
-    Names and meanings are the flags'. `from_args` accepts a namespace that lacks some of them.
+    Names and meanings are those of the flags. `from_args` accepts a namespace that lacks some of them.
     """
 
     dataset: tuple[str, ...] = ()
@@ -27,7 +27,7 @@ class DataSettings:
     load_from_cache_file: bool = True
     cache_dir: str | None = None
     train_dataloader_shuffle: bool = True
-    interleave_prob: tuple[float, ...] = ()  # a weight for each of `dataset`; empty: they are joined
+    interleave_prob: tuple[float, ...] = ()  # a weight for each of `dataset`; empty: they are concatenated
     stopping_strategy: str = "first_exhausted"
     streaming: bool = False
     shuffle_buffer_size: int = 1000  # rows that are shuffled together in a stream
@@ -54,9 +54,9 @@ class DataSettings:
 
     @classmethod
     def from_args(cls, args: Any) -> "DataSettings":
-        """Read the namespace `args`; an attribute that is absent takes the default above.
+        """Read the namespace `args`; absent attributes get the defaults above.
 
-        Raises UserError for values that cannot be used whatever the data is.
+        Raises UserError for values that are invalid whatever the data is.
         """
         values = {f.name: getattr(args, f.name) for f in fields(cls) if hasattr(args, f.name)}
         for name in ("dataset", "val_dataset"):

@@ -1,6 +1,6 @@
-"""`--dataset path#N`: which files a source is made of. Standard library only.
+"""`--dataset path#N`: which files a source consists of. Standard library only.
 
-A source is files of rows, or one dataset that Megatron has tokenized (`.bin` and `.idx`, see `indexed`).
+A source is files of rows, or one dataset that was tokenized for Megatron (`.bin` and `.idx`, see `indexed`).
 """
 
 import re
@@ -13,7 +13,7 @@ EXTENSIONS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 INDEX = ".idx"
 _SAMPLE = re.compile(r"^(?P<path>.*)#(?P<count>[0-9][0-9_]*)$")
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
-# files of a dataset repository that describe the data and are none
+# files of a dataset repository that describe the data and contain none
 _NOT_ROWS = {
     "dataset_info.json",
     "dataset_infos.json",
@@ -25,7 +25,7 @@ _NOT_ROWS = {
 
 @dataclass(frozen=True)
 class Source:
-    """One `--dataset` value: its files in the order they are read, and how many rows to take (None: all)."""
+    """One `--dataset` value: its files in the order of reading, and the number of rows to take (None: all)."""
 
     spec: str
     files: tuple[Path, ...]
@@ -33,14 +33,14 @@ class Source:
 
     @property
     def is_indexed(self) -> bool:
-        """Whether it is token ids, not rows: `files` is then the one .idx."""
+        """Whether it contains token ids instead of rows; `files` is then its single .idx."""
         return self.files[0].suffix == INDEX
 
 
 def parse_source(spec: str, flag: str = "--dataset") -> Source:
-    """Find the files that `spec` (`path`, `folder`, either with `#N`) names.
+    """Find the files that `spec` names: a file or a folder, either with `#N`.
 
-    Raises UserError: no such path, a hub id, an unknown extension, a folder without data, `#0`.
+    Raises UserError for a missing path, a hub id, an unknown extension, a folder without data, and `#0`.
     """
     path, take = Path(spec).expanduser(), None
     if not path.exists() and not _index_of(path) and (match := _SAMPLE.match(spec)):
@@ -64,7 +64,7 @@ def parse_source(spec: str, flag: str = "--dataset") -> Source:
 
 
 def _index_of(path: Path) -> Path | None:
-    """The .idx of an indexed dataset that `path` names: one of its two files, or the beginning of their names."""
+    """The .idx of the indexed dataset that `path` names by one of its two files or by their prefix; None if none."""
     if path.suffix.lower() in (INDEX, ".bin"):
         return path.with_suffix(INDEX)
     if not path.exists() and any(path.with_name(path.name + end).is_file() for end in (INDEX, ".bin")):

@@ -1,4 +1,4 @@
-"""Which samples each step, rank and microbatch gets: random access, and no word between the ranks."""
+"""Which samples each step, rank and microbatch gets: with random access, and without communication between ranks."""
 
 import math
 from collections.abc import Callable
@@ -20,10 +20,10 @@ from .settings import DataSettings
 class Layout:
     """How samples lie in a batch.
 
-    packed_length: tokens of a packed row, None without packing. padding_multiple: of the length of a row.
-    uniform: all microbatches of a step have the longest one's shape (pipelines need that), else each has its own.
-    segment_multiple: of the length of each sample in a row of several, which padding follows. Packs are planned
-    without it, so that a row may become longer than packed_length; it divides padding_multiple.
+    packed_length: tokens of a packed row; None without packing. padding_multiple: rows are padded to a multiple of it.
+    uniform: all microbatches of a step have the longest one's shape, as pipelines need; if False, each has its own.
+    segment_multiple: in a row of several samples, each is padded to a multiple of it; it divides padding_multiple.
+    Packs are planned without this padding, so a row may become longer than packed_length.
     """
 
     padding_free: bool
@@ -40,13 +40,13 @@ class StepInfo:
 
     num_samples: int
     num_tokens: int
-    sum_of_squares: int  # of the samples' lengths: what attention costs
+    sum_of_squares: int  # of the samples' lengths: proportional to the cost of attention
     shape: tuple[int, int]  # [b, s] of the longest microbatch, and of all with uniform shapes
     padding_share: float
 
 
 class Batches:
-    """Steps made of units that a subclass chooses (`_units`: int64 [global_batch_size], -1 is filling)."""
+    """Steps of the units that a subclass chooses (`_units`: int64 [global_batch_size], -1 is a filler)."""
 
     total_steps: int
 
@@ -64,8 +64,8 @@ class Batches:
     def step(self, k: int, dp_rank: int = 0, dp_size: int = 1) -> list[Batch]:
         """The microbatches of data-parallel rank `dp_rank` of `dp_size` in step `k`, counted from 0.
 
-        If the layout is uniform, all microbatches of a step have one shape on all ranks. Raises UserError if the
-        global batch does not divide by micro_batch_size * dp_size.
+        If the layout is uniform, all microbatches of a step have the same shape on all ranks. Raises UserError if
+        micro_batch_size * dp_size does not divide the global batch.
         """
         self.check_divides(dp_size)
         micro = self._microbatches(k)
@@ -82,7 +82,7 @@ class Batches:
         workers: int = 1,
         ahead: int = 2,
     ) -> Prefetcher:
-        """Iterate over `(k, batches)` of this rank, k from `start` to before `stop` (None: the end), prepared ahead."""
+        """Iterate over `(k, batches)` of this rank for k in range(start, stop), prepared ahead; stop None: the end."""
         self.check_divides(dp_size)
         stop = self.total_steps if stop is None else stop
         return Prefetcher(lambda k: self.step(k, dp_rank, dp_size), start, stop, workers, ahead)
@@ -100,10 +100,10 @@ class Batches:
         return StepInfo(len(samples), tokens, squares, shape, 1 - tokens / (b * int(lengths.sum())))
 
     def close(self) -> None:
-        """Let go of what makes steps: nothing, where they are cut from files that are there."""
+        """Release what produces the steps: nothing here, since they are read from existing files."""
 
     def check_divides(self, dp_size: int) -> None:
-        """Raise UserError if a global batch cannot be dealt to `dp_size` ranks in whole microbatches."""
+        """Raise UserError if a global batch cannot be divided among `dp_size` ranks in whole microbatches."""
         unit = self.micro_batch_size * dp_size
         if self.global_batch_size % unit:
             up = -(-self.global_batch_size // unit) * unit
@@ -114,14 +114,15 @@ class Batches:
             )
 
     def _microbatches(self, k: int) -> np.ndarray:
-        """Units of each microbatch, int64 [microbatches, micro_batch_size]; rank r takes each dp_size-th from r."""
+        """Units of each microbatch, int64 [microbatches, micro_batch_size]; rank r takes those at r::dp_size."""
         units = self._units(k)
         if self.micro_batch_size > 1 and self.layout.padding_free and self.layout.packed_length is None:
             units = self._balanced(units)
         return units.reshape(-1, self.micro_batch_size)
 
     def _balanced(self, units: np.ndarray) -> np.ndarray:
-        """Deal out long and short samples evenly (down, up, down ...), for rows end to end of like length."""
+        """Distribute long and short samples in a zigzag (down, up, down ...), so that padding-free rows are of similar
+        length."""
         lengths = np.where(units >= 0, self.units.tokens[units], 0)
         dealt = units[np.argsort(-lengths, kind="stable")].reshape(self.micro_batch_size, -1)
         dealt[1::2] = dealt[1::2, ::-1]
@@ -133,13 +134,13 @@ class Batches:
         lengths = places.sum(axis=1) if self.layout.padding_free else places.max(axis=1)
         if self.layout.packed_length is not None:
             lengths = np.maximum(lengths, self.layout.packed_length * self.micro_batch_size)
-        lengths = np.maximum(lengths, 1)  # filling of an evaluation step
+        lengths = np.maximum(lengths, 1)  # microbatches of fillers in an evaluation step
         if self.layout.uniform:
             lengths = np.full(len(micro), lengths.max())
         return padded_length(lengths, self.layout.padding_multiple)
 
     def _places_of_units(self) -> np.ndarray:
-        """Places that each unit takes in a row, int64 [units]: its tokens, and what pads its samples."""
+        """Positions that each unit takes in a row, int64 [units]: its tokens and the padding of its samples."""
         multiple = self.layout.segment_multiple
         if multiple == 1 or not len(self.units):
             return self.units.tokens
@@ -156,9 +157,9 @@ class Batches:
 class Steps(Batches):
     """Training steps.
 
-    Unit number g of the run (counted over all epochs) is what `order` says; by default unit g % n of the order of
-    epoch g // n, so that every unit comes once an epoch. Step k takes the global_batch_size units from
-    k * global_batch_size on: neither the number of ranks nor micro_batch_size changes which samples a step holds.
+    `order` determines unit number g of the run, counted over all epochs; by default it is number g % n in the order of
+    epoch g // n, so that every unit comes once per epoch. Step k takes global_batch_size units, starting with number
+    k * global_batch_size. So the samples of a step depend neither on the number of ranks nor on micro_batch_size.
     """
 
     def __init__(
@@ -198,7 +199,7 @@ class Steps(Batches):
         return max(1, step + max(0, left // self.global_batch_size))
 
     def consumed(self, k: int) -> int:
-        """Units that are used up before step `k`."""
+        """Number of units used before step `k`."""
         step, consumed = self._base
         if k < step:
             raise ValueError(f"step {k} is before step {step}, from which this run was resumed")
@@ -223,9 +224,10 @@ class Steps(Batches):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> list[str]:
-        """Continue where `state` was taken; returns warnings for what has changed since.
+        """Continue at the position of `state`; returns warnings for what has changed since.
 
-        With another global_batch_size the run goes on from the samples consumed, and total_steps follows.
+        With another global_batch_size, the run continues after the samples consumed so far, and total_steps changes
+        accordingly.
         """
         self._base = (int(state["step"]), int(state["consumed_samples"]))
         self.total_steps = self._total()
@@ -251,7 +253,7 @@ class Steps(Batches):
 
 
 class EvalSteps(Batches):
-    """Evaluation steps: every unit once, in order; the last step is filled up with rows of padding."""
+    """Evaluation steps: every unit once, in order; the last step is completed with rows of padding."""
 
     def __init__(self, store: Store, units: Units, settings: DataSettings, layout: Layout) -> None:
         super().__init__(store, units, settings, layout)

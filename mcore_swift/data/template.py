@@ -1,22 +1,21 @@
 """Render a conversation with the tokenizer's own chat template and locate the assistant turns in the text.
 
-Nothing is searched for in what users and assistants say. The turns are found by rendering the conversation
-once more with invisible marks inside the messages: where a mark comes out is where the message is, whatever
-the template strips, reorders or adds, and taking the marks out again must give the plain rendering, letter
-for letter. What stands between a message and the next is found in the same way, from renderings of the
-conversation's beginnings:
+The text of the messages is never searched for. Instead, the conversation is rendered once more with invisible marks
+inside the messages: the position of a mark in the result is that of its message, whatever the template strips,
+reorders or adds. Removing the marks must give the plain rendering exactly. The text between a message and the next
+is found in the same way, by rendering only the first messages of the conversation:
 
     text:     ...<user>How<|im_end|>\\n<|im_start|>assistant\\nThus.<|im_end|>\\n<user>...
                           ^ mark                                ^ mark
                            |------------ header -----------||== learnt ===|
 
-- header: what follows the mark of the message before, in a rendering of everything up to there with the
-  generation prompt, which is what the model is given when it is its turn. A turn starts where the header ends.
-- tail: what follows the turn's own mark when the conversation ends there, cut after the end-of-turn token.
+- header: the text after the previous message's mark, if the conversation is rendered up to that message with the
+  generation prompt, as in inference. A turn starts where the header ends.
+- tail: the text after the turn's own mark if the conversation ends there, cut after the end-of-turn token.
 
-A template that cannot be marked (it looks at the first or last letters of a message, say) is taken by
-prefixes: the turn is what a rendering with the message has more than the one without. If that fails too, the
-row is refused.
+Some templates do not tolerate marks, for example because they test the first or last characters of a message. For
+them, prefixes are compared: the turn is what a rendering with the message adds to the one without. If that fails too,
+the row is refused.
 """
 
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from ..errors import UserError
 from .messages import Conversation, Turn
 from .problems import RowError
 
-_OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # noncharacters of Unicode: never part of text that is exchanged
+_OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # noncharacters of Unicode, which do not occur in exchanged text
 
 
 @dataclass(frozen=True)
@@ -38,13 +37,13 @@ class Rendered:
 
 
 class _CannotMark(Exception):
-    """The marked rendering is not the plain one plus marks."""
+    """The marked rendering differs from the plain one in more than the marks."""
 
 
 class ChatTemplate:
     """The chat template of a transformers tokenizer.
 
-    enable_thinking: passed to the template unless None; a row's chat_template_kwargs come after it.
+    enable_thinking: passed to the template unless None; a row's chat_template_kwargs take precedence.
     Raises UserError when the tokenizer has no chat template.
     """
 
@@ -119,7 +118,7 @@ class ChatTemplate:
     def _start(
         self, conversation: Conversation, marked: list[Turn], i: int, text: str, places: dict[str, int]
     ) -> int:
-        content = places.get(f"b{i}")  # absent where the template drops what the content begins with
+        content = places.get(f"b{i}")  # absent if the template drops the beginning of the content
         before = places.get(f"e{i - 1}")
         if before is None:
             if content is None:
@@ -128,7 +127,7 @@ class ChatTemplate:
         header = _after_mark(self._render(conversation, marked[:i], prompt=True), f"e{i - 1}")
         common = _common_prefix(header, text[before : before + len(header)])
         if common < len(header) and content is None:
-            # the prompt goes on ("<think>") where the rendered turn does not: take a plain answer's header
+            # the prompt adds text ("<think>") that the rendered turn lacks: use the header of a plain answer
             plain = _mark(i, Turn("assistant", "x"))
             between = _after_mark(self._render(conversation, [*marked[:i], plain]), f"e{i - 1}")
             content = before + min(common, len(between.split(_OPEN)[0]))
@@ -136,7 +135,10 @@ class ChatTemplate:
         return start if content is None else min(start, content)
 
     def _tail(self, tail: str, text: str) -> int:
-        """How much of `text`, which follows a turn's content, is the turn's, if the turn ends with `tail`."""
+        """Number of characters of `text`, which follows a turn's content, that belong to the turn.
+
+        tail: what follows the content if the conversation ends there.
+        """
         common = _common_prefix(tail, text)
         cut = self._after_last_special(tail[:common])
         if cut == 0 and common < len(tail):
@@ -158,16 +160,16 @@ class ChatTemplate:
         return spans
 
     def _after_last_special(self, tail: str) -> int:
-        """Where the last special token of a piece of template text ends; 0 if there is none."""
+        """The end of the last special token in a piece of template text; 0 if there is none."""
         return max((tail.rfind(token) + len(token) for token in self._special if token in tail), default=0)
 
     # --- thinking -------------------------------------------------------------------------------------------
 
     def _empty_thinking(self) -> str:
-        """What a hybrid-thinking template puts before an answer without thoughts, "" for other templates.
+        """What a hybrid-thinking template puts before an answer without thoughts; "" for other templates.
 
-        It is given to the model (enable_thinking false), not said by it, so it is no target, as in ms-swift
-        (`ignore_empty_think`).
+        With enable_thinking false it is part of the prompt, not generated by the model. So it is not a target, as in
+        ms-swift (`ignore_empty_think`).
         """
         asked = Conversation([Turn("user", "x")])
         try:
@@ -190,8 +192,8 @@ class ChatTemplate:
 def _mark(index: int, turn: Turn) -> Turn:
     """The turn with an end mark (and, for an answer, a begin mark).
 
-    Prompts are marked in their middle, as templates look at how they begin and end; answers at the ends of
-    their text without white space, which templates strip; tool calls behind the last function's name.
+    Prompts are marked in their middle, because templates test how they begin and end; answers at both ends of their
+    text, inside the white space that templates strip; tool calls after the last function's name.
     """
     end, content = f"{_OPEN}e{index}{_CLOSE}", turn.content
     if _OPEN in content:
@@ -215,7 +217,7 @@ def _mark(index: int, turn: Turn) -> Turn:
 
 
 def _take_marks_out(marked: str) -> tuple[str, dict[str, int]]:
-    """The text without marks, and where in it each mark was. Raises if a mark came out twice."""
+    """(text without marks, position of each mark in it). Raises _CannotMark if a mark occurs twice."""
     pieces = marked.split(_OPEN)
     bare, places = [pieces[0]], {}
     at = len(pieces[0])
@@ -230,7 +232,7 @@ def _take_marks_out(marked: str) -> tuple[str, dict[str, int]]:
 
 
 def _after_mark(marked: str, name: str) -> str:
-    """What follows the mark `name`, up to the end, other marks taken out."""
+    """The text after the mark `name`, without other marks. Raises _CannotMark if the mark is missing."""
     _, found, rest = marked.partition(f"{_OPEN}{name}{_CLOSE}")
     if not found:
         raise _CannotMark
