@@ -1,4 +1,4 @@
-"""The functions that a config.json calls by name, as transformers understands the names."""
+"""Activation functions by the name that a config.json gives them; names mean what they mean in transformers."""
 
 from collections.abc import Callable
 
@@ -32,7 +32,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
-    """Raises UserError for a name that is not known."""
+    """The activation that a config.json names. Raises UserError if it is not supported."""
     if name not in ACTIVATIONS:
         raise UserError(
             f"the checkpoint's config.json asks for the activation {name!r}, which is not supported",

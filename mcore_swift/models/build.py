@@ -1,4 +1,4 @@
-"""From a HF config to the model chunks of this rank."""
+"""Build this rank's model chunks from a HF config."""
 
 from contextlib import nullcontext
 from functools import partial
@@ -34,9 +34,11 @@ from mcore_swift.plan.stages import megatron_stages
 def transformer_config(
     plan: ModelPlan, layout: Layout, dtype: torch.dtype, options: dict[str, Any] | None = None
 ) -> TransformerConfig:
-    """megatron-core's config of a model in a layout.
+    """megatron-core's config for a model under a layout, with parameters of `dtype`.
 
-    options: further fields of TransformerConfig (recompute, fusions, loss normalisation); they win.
+    options: further fields of TransformerConfig (recompute, fusions, loss normalisation); they override ours.
+    Raises UserError if experts with biases are split (ETP) under Transformer Engine, and ValueError if sliding
+    windows differ in size from layer to layer.
     """
     cuda = get_accelerator().is_cuda
     interleaved = (layout.vpp or 1) > 1
@@ -52,17 +54,17 @@ def transformer_config(
         "sequence_parallel": layout.sequence_parallel and layout.tp > 1,
         "expert_model_parallel_size": layout.ep,
         "expert_tensor_parallel_size": layout.etp,
-        # Interleaved stages exchange forward and backward messages between the same two ranks; batched, they
-        # are mixed up silently over gloo.
+        # With interleaved stages, forward and backward messages pass between the same two ranks; gloo silently
+        # mixes them up if they are batched.
         "overlap_p2p_comm": interleaved,
         "batch_p2p_comm": not interleaved,
-        # A stage's output may be freed once it is sent; gloo sends in the background and would send freed memory.
+        # Frees a stage's output once it is sent. gloo sends in the background, so it would send freed memory.
         "deallocate_pipeline_outputs": cuda,
-        # One master weight cut into shards: the same initial weights whatever TP is.
+        # Cuts shards from one master weight, so that initial weights do not depend on TP.
         "use_cpu_initialization": not cuda,
         "persist_layer_norm": cuda,
-        # These need kernels that only exist on CUDA (some through torch.compile, which costs a CPU run more
-        # time to compile than it saves).
+        # These need CUDA kernels, some of them made by torch.compile, which on a CPU takes longer to compile than
+        # it saves.
         "gradient_accumulation_fusion": False,
         "masked_softmax_fusion": False,
         "bias_dropout_fusion": False,
@@ -72,11 +74,11 @@ def transformer_config(
     fields |= plan.family.config(plan.hf) | _windows(plan) | _unturned(plan)
     fields |= {"transformer_impl": choose_implementation("auto", plan)} | (options or {})
     if fields.get("multi_latent_attention"):
-        # LatentAttention turns queries and keys itself
+        # LatentAttention applies the rotary embedding itself
         return MLATransformerConfig(**(fields | {"rope_type": "rope", "apply_rope_fusion": False}))
     kinds = plan.family.rotary(plan.hf)
     if fields.get("rotary_interleaved") or any(kind.attention_factor != 1.0 for kind in kinds):
-        fields["apply_rope_fusion"] = False  # the fused kernels of packed rows know neither
+        fields["apply_rope_fusion"] = False  # the fused kernels for packed rows support neither
     config = _unsplit_config(fields)
     if len(kinds) == 1 and kinds[0].attention_factor != 1.0:
         set_attention_factor(config, kinds[0].attention_factor)
@@ -84,7 +86,10 @@ def transformer_config(
 
 
 def _unsplit_config(fields: dict[str, Any]) -> TransformerConfig:
-    """megatron-core's config, which refuses experts that have biases and are split. Ours can be: `ExpertRowLinear`."""
+    """The config, past megatron-core's refusal to split experts that have biases: `ExpertRowLinear` handles those.
+
+    Raises UserError where Transformer Engine would have to split them.
+    """
     split = fields["expert_tensor_parallel_size"]
     if split == 1 or not fields.get("num_moe_experts") or not fields.get("add_bias_linear"):
         return TransformerConfig(**fields)
@@ -100,14 +105,17 @@ def _unsplit_config(fields: dict[str, Any]) -> TransformerConfig:
 
 
 def _unturned(plan: ModelPlan) -> dict[str, Any]:
-    """Layers without rotary embedding in megatron-core's terms, for Transformer Engine's attention."""
+    """Layers without rotary embedding, as a field of TransformerConfig; for layers of Transformer Engine."""
     layers = [plan.family.layer(plan.hf, number) for number in range(plan.hf.num_hidden_layers)]
     without = [int(traits.rotary is None) for traits in layers]
     return {"no_rope_freq": without} if any(without) else {}
 
 
 def _windows(plan: ModelPlan) -> dict[str, Any]:
-    """Sliding windows in megatron-core's terms, for Transformer Engine's attention. Ours is told layer by layer."""
+    """Sliding windows, as fields of TransformerConfig; for Transformer Engine's attention. Ours gets one per layer.
+
+    Raises ValueError if windows differ in size, which these fields cannot express.
+    """
     windows = [plan.family.layer(plan.hf, number).window for number in range(plan.hf.num_hidden_layers)]
     sizes = {window for window in windows if window}
     if not sizes:
@@ -115,23 +123,23 @@ def _windows(plan: ModelPlan) -> dict[str, Any]:
     if len(sizes) > 1:
         raise ValueError(f"sliding windows of several sizes in one model: {sorted(sizes)}")
     return {
-        # HF counts the token itself, megatron-core how far a token may look back and forward.
+        # HF's window includes the token itself; megatron-core's says how far it sees back and ahead.
         "window_size": (sizes.pop() - 1, 0),
         "window_attn_skip_freq": [1 if window else 0 for window in windows],
     }
 
 
 def pipeline_options(plan: ModelPlan, layout: Layout, args: Any) -> dict[str, Any]:
-    """Fields of TransformerConfig that the flags of an uneven pipeline ask for."""
+    """Fields of TransformerConfig for an uneven pipeline, if the flags in `args` ask for one; else empty."""
     stages = megatron_stages(layout, plan.hf.num_hidden_layers, args, mtp=plan.multi_token_layers)
     return {"pipeline_model_parallel_layout": stages} if stages else {}
 
 
 class Model(GPTModel):
-    """megatron-core's GPT model whose loss looks at the learnt positions only, and never at vocabulary padding.
+    """megatron-core's GPT model, with a loss computed at the learnt positions only and without vocabulary padding.
 
-    With labels, `loss_mask` is Targets, and the result is fp32 `[1 + depths, b, s]`: what `token_nll` gives for the
-    next token, then for those that multi-token layers predict. Without labels the result is logits `[b, s, v / TP]`.
+    With labels, `loss_mask` is a Targets, and the result is fp32 `[1 + depths, b, s]`: `token_nll` of the next token,
+    then of the token that each multi-token layer predicts. Without labels the result is logits `[b, s, v / TP]`.
     """
 
     def __init__(self, *args: Any, real_vocab_size: int, traits: OuterTraits, **kwargs: Any) -> None:
@@ -140,13 +148,13 @@ class Model(GPTModel):
         self.traits = traits
         if self.mtp_process:
             self.mtp.layers = ToldByTheBlock(self.mtp.layers)
-        if self.pre_process or self.mtp_process:  # megatron-core drops embeddings as it drops what layers add
+        if self.pre_process or self.mtp_process:  # megatron-core uses hidden_dropout for embeddings
             self.embedding.embedding_dropout.p = traits.embedding_dropout
         if (self.pre_process or self.mtp_process) and traits.embedding_scale != 1.0:
             self.embedding.register_forward_hook(self._scale_embedding)
 
     def _scale_embedding(self, embedding: Any, args: Any, output: Tensor) -> Tensor:
-        # The factor is rounded to the dtype of the embedding, as transformers' Gemma does it.
+        # The factor is rounded to the embedding's dtype, as in transformers' Gemma.
         return output * torch.tensor(self.traits.embedding_scale, dtype=output.dtype)
 
     def forward(
@@ -157,7 +165,7 @@ class Model(GPTModel):
         padding_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """padding_mask: bool `[b, s]`, true at padding, for the routers of experts."""
+        """padding_mask: bool `[b, s]`, true at padding, which the routers of experts leave out."""
         rotary = self.rotary_pos_emb
         if any(kind.by_length for kind in rotary.kinds):
             packed = kwargs.get("packed_seq_params") is not None
@@ -171,7 +179,7 @@ class Model(GPTModel):
             local = padding_mask.chunk(size, dim=1)[rank]
         if isinstance(targets, Targets):
             targets.padding_mask = local
-        # megatron-core cuts it on the first stage only
+        # megatron-core splits it over sequence-parallel ranks on the first stage only
         mask = padding_mask if self.pre_process else local
         return super().forward(input_ids, position_ids, *args, padding_mask=mask, **kwargs)
 
@@ -187,8 +195,8 @@ class Model(GPTModel):
             logits, _ = self.output_layer(hidden_states, weight=weight if tied else None)
             logits = logits.transpose(0, 1).contiguous()
             return transformed(logits, self.traits.logit_scale, self.traits.logit_softcap)
-        # The output layer's weight is used without calling its module, whose hooks wait for a weight that is
-        # still being gathered (--overlap_param_gather).
+        # The loss uses the output layer's weight without calling the module. So call its hooks, which wait for a
+        # weight that is still being gathered (--overlap_param_gather).
         for hook in self.output_layer._forward_pre_hooks.values():
             hook(self.output_layer, ())
         nll = partial(
@@ -199,12 +207,12 @@ class Model(GPTModel):
             sequence_parallel=self.config.sequence_parallel,
             scale=self.traits.logit_scale,
             softcap=self.traits.logit_softcap,
-            logits_of=getattr(self.output_layer, "logits_of_gathered", None),  # it has an adapter
+            logits_of=getattr(self.output_layer, "logits_of_gathered", None),  # if it has an adapter
         )
         depths = [hidden_states]
         if ahead and self.mtp_process:
             depths += self._depths(hidden_states, targets, kwargs)
-        elif ahead:  # a stage before has made them
+        elif ahead:  # an earlier stage has computed them
             depths = list(hidden_states.chunk(1 + len(ahead)))
         losses = [nll(depths[0], labels=labels, positions=targets.positions)]
         for hidden, step in zip(depths[1:], ahead, strict=True):
@@ -212,7 +220,7 @@ class Model(GPTModel):
         return torch.stack(losses)
 
     def _depths(self, hidden: Tensor, targets: Targets, given: dict[str, Any]) -> list[Tensor]:
-        """Hidden states `[s, b, h]` that the multi-token layers make, one after the other, of the decoder's."""
+        """Hidden states `[s, b, h]` of each multi-token layer in turn, computed from the decoder's `hidden`."""
         context = ("attention_mask", "rotary_pos_emb", "packed_seq_params")
         attention = {name: given[name] for name in context} | {"padding_mask": targets.padding_mask}
         depths = []
@@ -224,7 +232,10 @@ class Model(GPTModel):
 
 
 def _lengths(position_ids: Tensor, padding: Tensor | None) -> list[int]:
-    """Tokens of each row `[b, s]`; of the whole rows, not of this rank's part. Padding has position 0 if not told."""
+    """Number of tokens in each row, over all context-parallel ranks. position_ids, padding: `[b, s / CP]`.
+
+    Without `padding`, the position of padding tokens must be 0.
+    """
     last = (position_ids if padding is None else position_ids.masked_fill(padding, 0)).amax(dim=1)
     if parallel_state.get_context_parallel_world_size() > 1:
         torch.distributed.all_reduce(
@@ -244,7 +255,7 @@ def build_model(
     """The model chunks of this rank, one for each virtual pipeline stage, on the accelerator's device.
 
     The vocabulary is padded to a multiple of `vocab_divisible_by` and of TP. megatron-core's process groups must exist.
-    linears_on_meta: matrices of the layers have no memory yet, for who quantizes them as they come.
+    linears_on_meta: the layers' weight matrices get no memory yet, for callers that quantize them while loading.
     """
     implementation = choose_implementation(implementation, plan)
     virtual = config.virtual_pipeline_model_parallel_size
@@ -287,16 +298,16 @@ def _move(tensor: Tensor) -> Tensor:
 
 
 def _is_matrix(vocab_size: int, module: torch.nn.Module, name: str) -> bool:
-    """Whether a parameter is the weight of a linear layer, other than the output layer, which stages share."""
+    """Whether a parameter is a linear layer's weight, except the output layer's, which stages may share."""
     is_linear = isinstance(module, ColumnParallelLinear | RowParallelLinear)
     return is_linear and name == "weight" and module.output_size != vocab_size
 
 
 def _mark_experts(model: Model, config: TransformerConfig) -> None:
-    """Expert weights are reduced over the ranks that hold the same experts.
+    """Have gradients of experts reduced over the ranks that hold the same experts.
 
-    megatron-core 0.16 forgets it where experts are split over tensor-parallel ranks in another way than
-    the rest and EP is 1: copies of an expert would then drift apart.
+    megatron-core 0.16 does not mark them if ETP differs from TP and EP is 1; copies of an expert would then
+    drift apart.
     """
     if config.expert_tensor_parallel_size != config.tensor_model_parallel_size:
         for name, parameter in model.named_parameters():

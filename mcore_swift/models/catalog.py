@@ -1,4 +1,4 @@
-"""Which Hugging Face architectures we know, as plain data: readable without torch, before any process starts."""
+"""Supported Hugging Face architectures, as plain data: readable without torch, before any process starts."""
 
 SUPPORTED_ARCHITECTURES: dict[str, str] = {
     "ArceeForCausalLM": "arcee",
@@ -113,7 +113,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "starcoder2": ("LayerNorm", "MLP without gate", "biases", "sliding window"),
     "vaultgemma": ("sliding window", "soft caps", "embedding scale"),
 }
-"""Family -> what its models have beyond Llama's layers."""
+"""Family -> what its models have that Llama's do not."""
 
 PROVEN_DENSE = ("TP", "SP", "PP", "VPP", "CP")
 PROVEN: dict[str, tuple[str, ...]] = {
@@ -125,9 +125,10 @@ PROVEN: dict[str, tuple[str, ...]] = {
     ),
 }
 """Family -> the kinds of parallelism in which tests/parallel/test_parity.py compares its logits, loss and every
-gradient with transformers' (docs/parity.md has the errors); `PROVEN_DENSE` for a family that is not here.
+gradient with transformers' (docs/parity.md has the errors). Families not listed have `PROVEN_DENSE`.
 """
 
 
 def proven(family: str) -> tuple[str, ...]:
+    """The kinds of parallelism in which a family is compared with transformers; see `PROVEN`."""
     return PROVEN.get(family, PROVEN_DENSE)

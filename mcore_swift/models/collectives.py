@@ -1,4 +1,4 @@
-"""Collectives with gradients, for ranks that share the tokens or the columns of a row. Torch only: for every engine."""
+"""Differentiable collectives for ranks that split the tokens or columns of a row. Torch only: every engine uses them."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ class AllGather(torch.autograd.Function):
 
 
 class AllToAll(torch.autograd.Function):
-    """`[N, ...]`: block j goes to rank j, where it is block i if it comes from rank i. Gradients go back likewise."""
+    """`[N, ...]` -> `[N, ...]`: block j goes to rank j; block i came from rank i. Gradients go back the same way."""
 
     @staticmethod
     def forward(ctx: Any, blocks: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -45,7 +45,7 @@ def _all_to_all(blocks: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 class SumOverRanks(torch.autograd.Function):
-    """The sum over ranks, which every rank goes on to use differently: so the gradient is summed over them, too."""
+    """Sum over ranks. Each rank uses the result differently, so the gradient is summed over ranks as well."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -1,8 +1,8 @@
-"""The parts of megatron-core's transformer layer that we make ourselves: how a layer adds to the residual stream,
-attention and MLP side by side, and what is particular about a layer's queries and keys.
+"""Our replacements for parts of megatron-core's transformer layer: adding to the residual stream, attention and MLP in
+parallel, and the norms and rotary embedding of queries and keys.
 
-Each replaces one module of megatron-core's layer, so that its recomputation, sequence parallelism and pipelines work
-as they do for any other layer.
+Each replaces one module of megatron-core's layer, so that recomputation, sequence parallelism and pipelines work as
+in any other layer.
 """
 
 import copy
@@ -23,7 +23,7 @@ from mcore_swift.models.layer import LayerTraits
 
 
 class Residual(MegatronModule):
-    """residual + dropout(scale * norm(x + bias)): takes the place of megatron-core's bias-dropout-add function."""
+    """residual + dropout(scale * norm(x + bias)), in place of megatron-core's bias-dropout-add function."""
 
     def __init__(self, config: Any, norm: type | None, scale: float) -> None:
         super().__init__(config=config)
@@ -31,7 +31,7 @@ class Residual(MegatronModule):
         self.scale = scale
 
     def forward(self, training: bool, fused: bool) -> Callable[..., Tensor]:
-        """What megatron-core calls with `(x, bias)`, the residual `[s, b, h]` and the dropout probability."""
+        """The function that megatron-core calls with `(x, bias)`, the residual `[s, b, h]` and the dropout rate."""
 
         def add(x_and_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
             x, bias = x_and_bias
@@ -44,7 +44,7 @@ class Residual(MegatronModule):
 
 
 class ParallelLayer(TransformerLayer):
-    """x + attention(norm(x)) + MLP(norm(x)): the MLP reads what attention reads (GPT-J; arXiv:2204.02311)."""
+    """x + attention(norm(x)) + MLP(norm(x)): the MLP has the same input as attention (GPT-J; arXiv:2204.02311)."""
 
     def __init__(self, config: Any, submodules: Any, *, one_norm: bool, **kwargs: Any) -> None:
         super().__init__(config, submodules, **kwargs)
@@ -65,12 +65,12 @@ class ParallelLayer(TransformerLayer):
 
 
 class FamilyAttention(SelfAttention):
-    """megatron-core's self-attention with the norms of queries and keys, and the rotary embedding, of a family."""
+    """megatron-core's self-attention with a family's query and key norms and its rotary embedding."""
 
     def __init__(
         self, config: Any, submodules: Any, *, traits: LayerTraits, attention_factor: float, **kwargs: Any
     ) -> None:
-        if attention_factor != 1.0:  # layers may differ in it, and megatron-core reads it from the config
+        if attention_factor != 1.0:  # may differ by layer, but megatron-core reads it from the config
             config = copy.copy(config)
             set_attention_factor(config, attention_factor)
         super().__init__(config, submodules, **kwargs)
@@ -96,7 +96,7 @@ class FamilyAttention(SelfAttention):
 
 
 class NormsThenAttention(MegatronModule):
-    """Core attention that normalises queries and keys itself, which is after the rotary embedding."""
+    """Core attention that normalises queries and keys itself: after the rotary embedding, not before."""
 
     def __init__(self, config: Any, core: MegatronModule, query_norm: Any, key_norm: Any) -> None:
         super().__init__(config=config)
@@ -108,23 +108,23 @@ class NormsThenAttention(MegatronModule):
 
 
 class ColumnLinearWithBias(ColumnParallelLinear):
-    """Has a bias where the config gives other linear layers none."""
+    """A linear layer with a bias, also where the config gives linear layers none."""
 
     def __init__(self, *args: Any, bias: bool, **kwargs: Any) -> None:
         super().__init__(*args, bias=True, **kwargs)
 
 
 class RowLinearWithBias(RowParallelLinear):
-    """Has a bias where the config gives other linear layers none."""
+    """A linear layer with a bias, also where the config gives linear layers none."""
 
     def __init__(self, *args: Any, bias: bool, **kwargs: Any) -> None:
         super().__init__(*args, bias=True, **kwargs)
 
 
 def set_attention_factor(config: Any, factor: float) -> None:
-    """Let megatron-core's rotary embedding multiply cosine and sine by `factor` (YaRN; arXiv:2309.00071).
+    """Make megatron-core's rotary embedding multiply cosine and sine by `factor` (YaRN; arXiv:2309.00071).
 
-    It reads the factor as (0.1 * yarn_mscale * ln(scaling) + 1) / (0.1 * yarn_mscale_all_dim * ln(scaling) + 1).
+    It computes the factor as (0.1 * yarn_mscale * ln(scaling) + 1) / (0.1 * yarn_mscale_all_dim * ln(scaling) + 1).
     """
     config.yarn_rotary_scaling_factor = math.e
     config.yarn_mscale = 10 * (factor - 1)

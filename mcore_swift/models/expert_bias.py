@@ -8,19 +8,19 @@ from torch import Tensor
 
 
 class ExpertRowLinear(RowParallelLinear):
-    """Gives its bias to the expert, which adds it times the router's weight.
+    """Hands its bias to the expert, which adds it multiplied by the router's weight.
 
-    megatron-core adds it in place to what autograd protects, takes it for a bias that tensor-parallel ranks have in
-    common, and refuses experts with biases that are split over expert-tensor-parallel ranks (ETP). Of those each has
-    a part of the output, still to be summed, and sees the gradient of the whole: so the first one adds the bias, and
-    all have its gradient.
+    megatron-core adds the bias in place to a tensor that autograd does not let it modify, assumes that all
+    tensor-parallel ranks hold the same bias, and refuses to split experts with biases over expert-tensor-parallel
+    ranks (ETP). Under ETP each rank computes a partial output, which is summed later, and gets the gradient of the
+    sum. So only the first rank adds the bias, and every rank gets its full gradient.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.bias is not None:
-            # Its gradient is not summed over tensor-parallel ranks, nor left out of the norm on all but the first,
-            # except where they are ranks of ETP, which have copies.
+            # Its gradient is not summed over tensor-parallel ranks, and every rank's counts in the gradient norm,
+            # except on ETP ranks after the first, which hold copies.
             self.bias.sequence_parallel = False
             self.bias.tensor_model_parallel = True
             self.bias.shared = self.tp_group.rank() > 0
@@ -33,7 +33,7 @@ class ExpertRowLinear(RowParallelLinear):
 
 
 class _NoneOfIt(torch.autograd.Function):
-    """Zeros forward, the gradient as it is backward."""
+    """Zeros in the forward pass; the unchanged gradient in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, bias: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Choice of experts within the best groups of them, as DeepSeek's routers make it."""
+"""Group-limited choice of experts, as in DeepSeek's routers: only from the best groups."""
 
 from typing import Any
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 class GroupChoice:
-    """Takes the place of a router's `router_replay`, which megatron-core asks for the chosen experts.
+    """Stands in for a router's `router_replay`, which megatron-core asks for the chosen experts.
 
-    A group is as good as its `best` best experts together: one in DeepSeek-V2 (arXiv:2405.04434, section 2.2.2), two in
-    DeepSeek-V3 (arXiv:2412.19437, section 2.1.2). megatron-core takes `top_k // groups chosen` of them instead.
+    A group's score is the sum of its `best` highest expert scores: one in DeepSeek-V2 (arXiv:2405.04434, section
+    2.2.2), two in DeepSeek-V3 (arXiv:2412.19437, section 2.1.2). megatron-core sums `top_k // groups chosen` instead.
     """
 
     def __init__(self, best: int) -> None:
@@ -19,7 +19,7 @@ class GroupChoice:
     def get_replay_topk(
         self, scores: Tensor, topk: int, num_groups: int | None, group_topk: int | None, default: Any
     ) -> tuple[Tensor, Tensor]:
-        """scores `[tokens, experts]` -> the scores and numbers of the chosen experts, `[tokens, topk]`."""
+        """scores `[tokens, experts]` -> scores and indices of the chosen experts, each `[tokens, topk]`."""
         if not group_topk:
             return default(scores, topk)
         groups = scores.view(len(scores), num_groups, -1)

@@ -1,4 +1,4 @@
-"""What a family of models declares, and how an architecture finds its family."""
+"""What a model family declares, and the lookup of an architecture's family."""
 
 import importlib
 from typing import Any, ClassVar
@@ -14,17 +14,17 @@ HFConfig = Any
 
 
 class Family:
-    """An architecture: how its HF config reads as megatron-core's, and which weights it has.
+    """An architecture: how its HF config translates to megatron-core's, and which weights it has.
 
-    Subclasses override `config` and `layer_rules`; everything that loads, exports or checks weights is
-    derived from these. `layer` is for families whose layers are not of the plain kind.
+    Subclasses override `config`, `model`, `layer_rules` and `outer_rules`; everything that loads, exports or
+    checks weights is derived from the rules. Families whose layers differ from the plain kind override `layer`.
     """
 
     name: ClassVar[str]
     hf_layers: ClassVar[str] = "model.layers"
-    """What Hugging Face names of decoder layers begin with, before the layer's number."""
+    """Prefix of the Hugging Face names of decoder layers, up to the layer number."""
     multi_token_key: ClassVar[str | None] = None
-    """Where config.json says how many layers behind the decoder predict tokens further ahead."""
+    """The key of config.json that holds the number of multi-token layers; None for a family without them."""
 
     def config(self, hf: HFConfig) -> dict[str, Any]:
         """Keyword arguments for megatron-core's TransformerConfig."""
@@ -35,11 +35,11 @@ class Family:
         raise NotImplementedError
 
     def layer(self, hf: HFConfig, number: int) -> LayerTraits:
-        """What decoder layer `number`, counted from 0 over the whole model, is made of."""
+        """Traits of decoder layer `number`, counted from 0 over the whole model."""
         return PLAIN
 
     def outer(self, hf: HFConfig) -> OuterTraits:
-        """What surrounds the layers: the kind of norm, what is done to embeddings and logits."""
+        """Traits of what surrounds the layers: the kind of norm, what happens to embeddings and logits."""
         return PLAIN_OUTER
 
     def rotary(self, hf: HFConfig) -> list[Frequencies]:
@@ -50,35 +50,35 @@ class Family:
         return [Frequencies(hf)]
 
     def best_of_group(self, hf: HFConfig) -> int | None:
-        """Where experts are chosen group-wise: how many of a group's best experts tell how good the group is."""
+        """With groups of experts: how many of a group's best experts make its score; None: megatron-core's number."""
         return None
 
     def multi_token_layers(self, hf: HFConfig) -> int:
-        """Layers behind the decoder that predict tokens further ahead; `layer` describes them by the next numbers."""
+        """Number of layers after the decoder that predict further tokens; `layer` numbers them after the decoder's."""
         return getattr(hf, self.multi_token_key or "", 0) or 0
 
     def multi_token_rules(self, hf: HFConfig, mcore_layer: str, hf_layer: str) -> list[Rule]:
-        """Rules of one multi-token layer, given the prefixes of its names, such as 'mtp.layers.0'."""
+        """Rules of one multi-token layer, given its name prefixes, such as 'mtp.layers.0' and 'model.layers.61'."""
         raise NotImplementedError
 
     def layer_rules(self, hf: HFConfig, mcore_layer: str, hf_layer: str) -> list[Rule]:
-        """Rules of one decoder layer, given the prefixes of its names, such as 'decoder.layers.3'."""
+        """Rules of one decoder layer, given its name prefixes, such as 'decoder.layers.3' and 'model.layers.3'."""
         raise NotImplementedError
 
     def outer_rules(self, hf: HFConfig) -> list[Rule]:
-        """Rules of what is not inside a layer: embedding, final norm, output layer."""
+        """Rules of what lies outside the layers: the embedding first, then final norm and output layer."""
         raise NotImplementedError
 
     def optional_hf(self, hf: HFConfig) -> list[str]:
-        """HF tensors that a checkpoint may hold and that carry nothing of their own."""
+        """HF tensors that a checkpoint may hold but that carry no information of their own."""
         return []
 
     def unsupported(self, hf: HFConfig) -> list[str]:
-        """What this checkpoint's config asks for and we do not do."""
+        """What the config asks for that is not supported, as phrases for an error message; empty if all is."""
         return []
 
     def rules(self, hf: HFConfig, config: dict[str, Any] | None = None) -> RuleTable:
-        """All rules of the model. config: what config.json beside its tensors says and the one read did not."""
+        """All rules of the model. config: fields that an exported config.json has to change from the one read."""
         layers = [
             rule
             for layer in range(hf.num_hidden_layers)
@@ -98,7 +98,7 @@ class Family:
 def family_of(hf: HFConfig) -> Family:
     """The family of a HF config, by the architecture it names.
 
-    Raises UserError for an architecture we do not know.
+    Raises UserError for an architecture that is not supported.
     """
     architectures = getattr(hf, "architectures", None) or []
     for architecture in architectures:

@@ -1,8 +1,8 @@
 """Frequencies of the rotary embedding, as transformers defines them.
 
-Scaled ones come from transformers' own table of initialisers, so that every scaling we accept is the same to the last
-bit. Most do not depend on the text; those of LongRoPE (arXiv:2402.13753) and of dynamic NTK scaling depend on how long
-the text is, and here that is the length of each sample, packed or not.
+Scaled frequencies come from transformers' own table of initialisers, so they equal transformers' bit for bit. Most do
+not depend on the text; those of LongRoPE (arXiv:2402.13753) and dynamic NTK scaling depend on its length, which here is
+the length of each sample, packed or not.
 """
 
 import math
@@ -17,9 +17,9 @@ SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope", "dyna
 
 
 def rope_parameters(hf: Any, layer_type: str | None = None) -> dict[str, Any]:
-    """The rope settings of a HF config, of transformers 5 (`rope_parameters`) or before (`rope_scaling`).
+    """The rope settings of a HF config, from transformers 5 (`rope_parameters`) or earlier (`rope_scaling`).
 
-    layer_type: which settings, where a config has several.
+    layer_type: which settings to take from a config that has some for each type of layer.
     """
     settings = getattr(hf, "rope_parameters", None) or getattr(hf, "rope_scaling", None) or {}
     if layer_type is not None:
@@ -28,9 +28,9 @@ def rope_parameters(hf: Any, layer_type: str | None = None) -> dict[str, Any]:
 
 
 class Frequencies:
-    """A rotary embedding: which angles per position turn the pairs of dimensions, in a text of a certain length.
+    """A rotary embedding: the angle per position of each pair of dimensions, for a text of a given length.
 
-    attention_factor: what cosine and sine are multiplied by (YaRN, arXiv:2309.00071; LongRoPE).
+    attention_factor: factor on cosine and sine (YaRN, arXiv:2309.00071; LongRoPE).
     by_length: whether the angles depend on the length of the text.
 
     Raises UserError for a kind of scaling that is not supported.
@@ -49,7 +49,7 @@ class Frequencies:
         self.attention_factor = float(self._compute(None)[1])
 
     def regime(self, length: int) -> int:
-        """A length that stands for all lengths of text that have the angles of this one."""
+        """A length that represents all text lengths with the same angles as `length`."""
         if self.kind == "longrope":
             limit = self.settings["original_max_position_embeddings"]
             return limit + 1 if length > limit else limit
@@ -74,7 +74,7 @@ class Frequencies:
         return ROPE_INIT_FUNCTIONS[self.kind](self.hf, torch.device("cpu"), seq_len=length, **named)
 
     def _default(self, alpha: float = 1.0) -> Tensor:
-        """alpha: Hunyuan's stretch of the base, where texts are no longer than the model knows."""
+        """As `at`, without scaling. alpha: Hunyuan's factor on the base, for texts within max_position_embeddings."""
         head_dim = getattr(self.hf, "head_dim", None) or self.hf.hidden_size // self.hf.num_attention_heads
         share = self.settings.get("partial_rotary_factor") or getattr(self.hf, "partial_rotary_factor", None)
         dim = math.floor(head_dim * (share or 1.0))

@@ -1,6 +1,6 @@
-"""Norms of queries and keys whose weight differs from head to head, so that it is cut by tensor parallelism.
+"""Query and key norms whose weight differs from head to head, so that tensor parallelism splits it.
 
-The plain kind, one weight that all heads share, needs no class of its own: it is a norm over the head dimension.
+The plain kind, one weight shared by all heads, needs no class here: it is a norm over the head dimension.
 """
 
 from typing import Any
@@ -15,7 +15,10 @@ from mcore_swift.models.collectives import SumOverRanks
 
 
 class _HeadNorm(nn.Module):
-    """A weight of `[heads, head_dim]`, of which a tensor-parallel rank holds its own heads."""
+    """A weight for `heads * head_dim` values, of which each tensor-parallel rank holds those of its own heads.
+
+    Raises ValueError if the heads do not divide over the tensor-parallel ranks.
+    """
 
     def __init__(self, config: Any, heads: int, head_dim: int, eps: float) -> None:
         super().__init__()
@@ -26,7 +29,7 @@ class _HeadNorm(nn.Module):
         self.width = heads * head_dim
         shape = self._shape(heads // self.group.size(), head_dim)
         self.weight = nn.Parameter(torch.ones(shape, dtype=config.params_dtype))
-        # Its gradient is complete on the rank that holds it, and the gradient's norm counts every rank's part.
+        # Each rank's gradient is complete, and every rank's part counts in the gradient norm.
         self.weight.tensor_model_parallel = True
         self.weight.partition_dim, self.weight.partition_stride = 0, 1
 
@@ -41,7 +44,7 @@ class _HeadNorm(nn.Module):
 
 
 class FullNorm(_HeadNorm):
-    """RMSNorm over all heads of a token together, as OLMo 2 has it (arXiv:2501.00656)."""
+    """RMSNorm over all heads of a token together, as in OLMo 2 (arXiv:2501.00656)."""
 
     def _shape(self, heads: int, head_dim: int) -> tuple[int, ...]:
         return (heads * head_dim,)
@@ -55,7 +58,7 @@ class FullNorm(_HeadNorm):
 
 
 class EachHeadNorm(_HeadNorm):
-    """LayerNorm without bias over each head, with a weight for each head, as Command R+ has it."""
+    """LayerNorm without bias over each head, with a weight for each head, as in Command R+."""
 
     def _shape(self, heads: int, head_dim: int) -> tuple[int, ...]:
         return (heads, head_dim)

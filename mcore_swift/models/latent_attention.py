@@ -1,9 +1,9 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): keys and values come from a narrow latent.
 
-megatron-core's module builds the projections; how its parts meet is written out here, for three reasons. Its rotary
-embedding knows packed rows only through per-layer loops over the samples. With column-parallel down projections
-(as without Transformer Engine) or without sequence parallelism, its gradient of the shared rotary key lacks the
-heads of the other tensor-parallel ranks. And transformers' norms of the latents have an epsilon of their own.
+megatron-core's module builds the projections; what happens between them is written out here, for three reasons. Its
+rotary embedding handles packed rows only by looping over the samples in every layer. With column-parallel down
+projections (the case without Transformer Engine) or without sequence parallelism, its gradient of the shared rotary key
+misses the heads of the other tensor-parallel ranks. And in transformers, norms of the latents have a separate epsilon.
 """
 
 from typing import Any
@@ -26,14 +26,14 @@ from mcore_swift.models.packing import Packing
 
 
 class LatentAttention(MLASelfAttention):
-    """megatron-core's latent attention with angles by position and gradients that hold under every layout.
+    """megatron-core's latent attention, with rotary angles looked up by position and correct gradients in every layout.
 
     `build_model` gives it the model's Rotary as `rotary_pos_emb`.
     """
 
     def __init__(self, *args: Any, latent: Latent, **kwargs: Any) -> None:
         if not isinstance(multi_latent_attention.TELinear, type):
-            # megatron-core 0.16 believes to have Transformer Engine as soon as its own wrapper can be imported
+            # megatron-core 0.16 assumes Transformer Engine is there whenever its own wrapper can be imported
             multi_latent_attention.HAVE_TE = False
         super().__init__(*args, **kwargs)
         self.latent = latent
@@ -42,7 +42,7 @@ class LatentAttention(MLASelfAttention):
             self.q_layernorm.eps = latent.norm_eps
 
     def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
-        """The modules of the spec as they are. (megatron-core >= 0.19 would ask for fused norms without q-lora.)"""
+        """The spec's modules, unchanged. (megatron-core >= 0.19 would ask for fused norms without q-lora.)"""
         names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
         return {name: getattr(submodules, name) for name in names}
 
@@ -59,7 +59,7 @@ class LatentAttention(MLASelfAttention):
         """hidden_states `[s, b, h]`, or `[s / TP, b, h]` with sequence parallelism -> query, key, value, latents.
 
         query and key `[s, b, heads / TP, qk_head_dim + qk_pos_emb_head_dim]`, value `[..., v_head_dim]`; without
-        the `b` where Transformer Engine attends to a packed row. latents: of query and of key and value.
+        `b` when Transformer Engine attends to a packed row. latents: the query's, then that of key and value.
         """
         config = self.config
         if config.q_lora_rank is None:
@@ -85,10 +85,10 @@ class LatentAttention(MLASelfAttention):
         return query, key, value, q_latent, kv_latent
 
     def _down(self, linear: nn.Module, x: Tensor, rank: int, shared: int) -> tuple[Tensor, Tensor]:
-        """The latent, over the tokens of `x`, and the part of `shared` dimensions that all heads use, over all tokens.
+        """The latent `[..., rank]` of the tokens of `x`, and the `[..., shared]` that all heads use, of all tokens.
 
-        A linear layer whose output is cut over the tensor-parallel ranks has seen all tokens; one that every rank
-        holds whole (Transformer Engine's) has seen the tokens of `x`.
+        A linear layer whose output is split over tensor-parallel ranks returns all tokens; one that every rank
+        holds whole (Transformer Engine's) returns the tokens of `x`.
         """
         out, _ = linear(x)
         cut = out.size(-1) != rank + shared
@@ -99,14 +99,14 @@ class LatentAttention(MLASelfAttention):
             latent = scatter_to_sequence_parallel_region(latent)
         if not cut and self.config.sequence_parallel:
             common = gather_from_sequence_parallel_region(common, tensor_parallel_output_grad=True)
-        else:  # every rank's heads have a part of its gradient
+        else:  # each rank's heads contribute to its gradient
             common = copy_to_tensor_model_parallel_region(common)
         return latent, common
 
     def _up(
         self, q_latent: Tensor, kv_latent: Tensor, k_rot: Tensor, angles: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents -> query, key and value of this rank's heads, the rotary part turned by `angles` `[s, 1, 1, d]`."""
+        """Latents -> query, key and value of this rank's heads, the rotary part rotated by `angles` `[s, 1, 1, d]`."""
         config, heads = self.config, self.num_attention_heads_per_partition
         up = self.linear_q_proj if config.q_lora_rank is None else self.linear_q_up_proj
         query, _ = up(q_latent)
@@ -122,9 +122,10 @@ class LatentAttention(MLASelfAttention):
         return query, torch.cat((k_plain, k_rot), dim=-1), value.contiguous()
 
     def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Each pair of dimensions of x `[s, b, heads, d]` by its angle; cos and sin `[s, 1, 1, d / 2]`.
+        """Rotate each pair of dimensions of x `[s, b, heads, d]` by its angle; cos and sin `[s, 1, 1, d / 2]`.
 
-        The firsts of all pairs come out before the seconds: an order that query and key share changes no score.
+        The result has the first halves of all pairs, then the second ones. Scores do not change, since query and key
+        have the same order.
         """
         first, second = (x[..., ::2], x[..., 1::2]) if self.latent.interleaved else x.chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

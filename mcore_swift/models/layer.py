@@ -1,4 +1,4 @@
-"""What a decoder layer, and what surrounds the layers, is made of where a model differs from the plain kind."""
+"""How a model's decoder layers, and what surrounds them, differ from the plain kind."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,8 +10,8 @@ from mcore_swift.models.norm import Norm, RMSNorm
 class Latent:
     """Multi-head latent attention (arXiv:2405.04434) in place of query, key and value projections.
 
-    norm_eps: epsilon of the norms of the latents. interleaved: whether the dimensions that turn together are
-    neighbours (0 and 1, 2 and 3, ...) or half the width apart.
+    norm_eps: epsilon of the norms of the latents. interleaved: whether rotary pairs are adjacent dimensions
+    (0 and 1, 2 and 3, ...) or half the width apart.
     """
 
     norm_eps: float = 1e-6
@@ -20,21 +20,21 @@ class Latent:
 
 @dataclass(frozen=True)
 class LayerTraits:
-    """A family says this of each of its layers; the layer specs are assembled from it.
+    """A family's description of one layer, from which the layer spec is assembled.
 
-    The plain kind: norms before attention and MLP, every token sees all before it, a dense MLP.
+    The plain kind: norms before attention and MLP, causal attention to all earlier tokens, a dense MLP.
 
     window: tokens that a token attends to, itself included; None: all before it.
     softcap: attention scores s become softcap * tanh(s / softcap).
     sinks: each head has a learnt logit that takes part in its softmax and carries no value; the parameter is
     `self_attention.core_attention.softmax_offset`, `[heads]`.
-    moe: a router and experts in place of the dense MLP; what they are like is in the family's `config`.
-    rotary: which of the family's rotary embeddings turns queries and keys; None: none does (NoPE).
-    norms: where attention and MLP have their norms: on what they read ('pre'), on what they add to the residual
-        stream ('post'), or both ('sandwich').
+    moe: a router and experts in place of the dense MLP; the family's `config` has their details.
+    rotary: index of the family's rotary embedding that is applied to queries and keys; None: none (NoPE).
+    norms: where attention and MLP have their norms: on their input ('pre'), on the output that they add to the
+        residual stream ('post'), or on both ('sandwich').
     parallel: attention and MLP read the same input, the MLP through a norm of its own ('two_norms') or through
         attention's ('one_norm'); None: one after the other.
-    residual_scale: what attention and MLP add is multiplied by this.
+    residual_scale: factor on what attention and MLP add to the residual stream.
     qk_norm: None: as `qk_layernorm` of the config says (one norm that every head shares, or none); 'full': over
         all heads together; 'each': a norm of its own for each head; 'turned': the one that every head shares, after
         the rotary embedding.
@@ -64,9 +64,9 @@ class OuterTraits:
     """What surrounds the layers.
 
     norm: class of every norm over the hidden dimension, one of `mcore_swift.models.norm`.
-    embedding_scale: token embeddings are multiplied by this; embedding_dropout: and dropped with this probability.
-    logit_scale: logits are multiplied by this.
-    logit_softcap: then logits are squashed into (-cap, cap) by cap * tanh(logit / cap); None: they are not.
+    embedding_scale: factor on token embeddings. embedding_dropout: dropout probability of embeddings.
+    logit_scale: factor on logits.
+    logit_softcap: scaled logits are squashed into (-cap, cap) by cap * tanh(logit / cap); None: they are not.
     """
 
     norm: type[Norm] = RMSNorm

@@ -1,10 +1,10 @@
-"""Multi-token prediction (DeepSeek-V3, arXiv:2412.19437, section 2.2): layers behind the decoder that look further.
+"""Multi-token prediction (DeepSeek-V3, arXiv:2412.19437, section 2.2): layers after the decoder that predict further.
 
-Layer k makes, of the hidden state of depth k - 1 at a position and the embedding of the token k places on, the hidden
-state of depth k there, from which the output layer tells the token after that one. Which tokens and labels these are is
-worked out once per microbatch, where samples are still whole: nothing here crosses from one sample into the next.
-megatron-core's block of such layers is built around ours, so that copies of the embedding, their gradients and the
-names in a checkpoint are its own.
+At each position, layer k combines the hidden state of depth k - 1 with the embedding of the token k places on into the
+hidden state of depth k, from which the output layer predicts the token after that one. Tokens and labels for this are
+chosen once per microbatch, while samples are still whole, so nothing crosses from one sample into the next.
+megatron-core's own block of such layers holds ours, so that it takes care of the copies of the embedding, their
+gradients and the names in a checkpoint.
 """
 
 from contextlib import nullcontext
@@ -31,7 +31,7 @@ from mcore_swift.models.norm import RMSNorm
 
 
 class MultiTokenLayer(MegatronModule):
-    """One depth: both inputs normed, projected together, and a decoder layer. Named as megatron-core's is."""
+    """One depth: norm both inputs, project them together, run a decoder layer. Parts are named as in megatron-core."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class MultiTokenLayer(MegatronModule):
             bias=False,
             skip_bias_add=False,
         )
-        # A layer counts from the first one of its stage.
+        # Layer numbers are relative to the stage's first layer.
         after = config.num_layers - get_transformer_layer_offset(config, vp_stage)
         self.transformer_layer = build_module(
             transformer_layer, config=config, layer_number=after + layer_number, vp_stage=vp_stage
@@ -66,13 +66,13 @@ class MultiTokenLayer(MegatronModule):
 
     @property
     def mtp_model_layer(self) -> MegatronModule:
-        """What megatron-core >= 0.19 calls the decoder layer, though not in a checkpoint."""
+        """The decoder layer, under the name that megatron-core >= 0.19 uses for it (though not in a checkpoint)."""
         return self.transformer_layer
 
     def forward(self, hidden_states: Tensor, embedded: Tensor, **attention: Any) -> Tensor:
-        """hidden_states of the depth before, embedded: `[s, b, h]`, or `[s / TP, b, h]`; returns the same.
+        """hidden_states of the previous depth, embedded: `[s, b, h]`, or `[s / TP, b, h]` with sequence parallelism.
 
-        attention: what the decoder's layers are given as well.
+        Returns the same shape. attention: further arguments of the decoder layer, as the decoder passes them.
         """
 
         def run(hidden: Tensor, embedding: Tensor) -> Tensor:
@@ -93,17 +93,17 @@ class MultiTokenLayer(MegatronModule):
 
 
 class ToldByTheBlock(nn.ModuleList):
-    """The block's layers. megatron-core's block tells what each of them holds, but first asks its list of them, which
-    tells all parameters by their names in memory: beside an adapter these are others than in a checkpoint.
+    """The block's layers. megatron-core's block adds the sharded state of each layer itself, but first asks its list of
+    layers, which would give parameters their names in memory. With an adapter those differ from a checkpoint's.
     """
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Nothing: the block tells it."""
+        """Empty: the block asks each layer itself."""
         return {}
 
 
 def multi_token_spec(layers: list[ModuleSpec]) -> ModuleSpec:
-    """The block of multi-token layers, from the specs of their decoder layers."""
+    """The spec of the block of multi-token layers, from the specs of their decoder layers."""
     return ModuleSpec(
         module=MultiTokenPredictionBlock,
         submodules=MultiTokenPredictionBlockSubmodules(

@@ -1,7 +1,6 @@
-"""Norms over the last dimension that know sequence parallelism (megatron-core's torch norm refuses it).
+"""Norms over the last dimension that support sequence parallelism (megatron-core's torch norm refuses it).
 
-All compute in fp32 and return the dtype of their input. Each is a class of its own, so that a family names the one
-it has.
+All compute in fp32 and return the dtype of their input. Each kind is a class, which a family names.
 """
 
 from typing import Any, ClassVar
@@ -12,8 +11,8 @@ from torch.nn import functional
 
 
 class Norm(nn.Module):
-    """What the norms share. normalization: megatron-core's name of the kind. initial: what a fresh weight holds, 0
-    where it is stored around 0 and 1 is added in use. has_bias: whether there is a bias beside the weight.
+    """Base class. normalization: megatron-core's name for the kind. initial: initial value of the weight; 0 if the
+    weight is stored around 0 and 1 is added in use. has_bias: whether there is a bias as well.
     """
 
     normalization: ClassVar[str]
@@ -29,12 +28,12 @@ class Norm(nn.Module):
     @staticmethod
     def _parameter(config: Any, size: int, value: float) -> nn.Parameter:
         parameter = nn.Parameter(torch.full((size,), value, dtype=config.params_dtype))
-        # Each tensor-parallel rank sees a part of the tokens: its gradient is summed over them.
+        # Then each tensor-parallel rank sees a part of the tokens, so gradients are summed over the ranks.
         parameter.sequence_parallel = config.sequence_parallel
         return parameter
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: `[..., hidden]`."""
+        """x `[..., hidden]` -> the same shape and dtype."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
@@ -54,7 +53,7 @@ class RMSNorm(Norm):
 
 
 class ZeroCentredRMSNorm(Norm):
-    """x / rms(x) * (1 + weight), as Gemma has it."""
+    """x / rms(x) * (1 + weight), as in Gemma."""
 
     normalization = "RMSNorm"
     initial = 0.0
@@ -80,7 +79,7 @@ class LayerNorm(LayerNormWithoutBias):
 
 
 class ZeroCentredLayerNorm(Norm):
-    """(x - mean(x)) / std(x) * (1 + weight) + bias, as Nemotron has it (arXiv:2402.16819)."""
+    """(x - mean(x)) / std(x) * (1 + weight) + bias, as in Nemotron (arXiv:2402.16819)."""
 
     normalization = "LayerNorm"
     initial = 0.0
@@ -91,7 +90,7 @@ class ZeroCentredLayerNorm(Norm):
 
 
 def _over_rms(x: Tensor, eps: float) -> Tensor:
-    """fp32."""
+    """x / rms(x) in fp32."""
     wide = x.float()
     return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
 

@@ -1,4 +1,4 @@
-"""How several samples lie in one row, in the form every layer of the model takes it."""
+"""How samples are packed into one row, in the form that every layer of the model takes."""
 
 from dataclasses import dataclass
 
@@ -10,10 +10,10 @@ from mcore_swift.models.segments import Segments
 
 @dataclass
 class Packing(PackedSeqParams):
-    """A row of samples one after the other, each attending only to itself.
+    """A row of consecutive samples, each attending only to itself.
 
-    It travels as megatron-core's PackedSeqParams. `qkv_format` is "sbhd" for our own attention and rotary
-    embedding, which read `segments`, and "thd" for Transformer Engine's.
+    It is passed through the model as megatron-core's PackedSeqParams. `qkv_format` is "sbhd" for our own attention
+    and rotary embedding, which read `segments`, and "thd" for Transformer Engine's.
     """
 
     segments: Segments | None = None
@@ -29,14 +29,14 @@ class Packing(PackedSeqParams):
 
     @property
     def position_ids(self) -> Tensor:
-        """Place of each token in its own segment, of the tokens that this rank holds: int64 `[s / CP]`."""
+        """Position of each of this rank's tokens in its own segment: int64 `[s / CP]`."""
         return self.segments.positions
 
     @classmethod
     def of(cls, cu_seqlens: Tensor, segments: Segments, *, thd: bool) -> "Packing":
         """cu_seqlens: int32 `[segments + 1]` on the host, from 0 to the length of the row.
 
-        Padding behind a sample that makes its length divide belongs to its segment: nothing real sees it.
+        Padding that makes a sample's length divisible is part of the sample's segment: no real token sees it.
         """
         edges = cu_seqlens.to(segments.device, non_blocking=True)
         return cls(

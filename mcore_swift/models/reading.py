@@ -1,4 +1,4 @@
-"""A model as its config.json tells it. Needs no megatron-core, so converting files does not wait for its import."""
+"""Reads a model's config.json. Needs no megatron-core, so converting files does not wait for its import."""
 
 import logging
 from dataclasses import dataclass
@@ -38,8 +38,8 @@ class ModelPlan:
 def read_model(model_dir: str, multi_token_layers: int | None = None) -> ModelPlan:
     """Read `<model_dir>/config.json`.
 
-    multi_token_layers: as the user wants them, 0 or those of the checkpoint; None: those of the checkpoint.
-    Raises UserError for an architecture, or an option of one, that is not supported.
+    multi_token_layers: how many the user asks for: 0, or the checkpoint's number; None: those in the checkpoint.
+    Raises UserError for an unsupported architecture or option, and for multi-token layers that are not there.
     """
     from transformers import AutoConfig
 
@@ -65,7 +65,8 @@ def _without_multi_token_layers(
 ) -> dict[str, Any]:
     """Leave the multi-token layers out of `hf` if they are not wanted or not `held`.
 
-    Returns what config.json beside the weights has to say then; nothing if all stays as it is.
+    Returns the fields that an exported config.json then has to change; empty if they stay. Raises UserError if
+    the user wants a number of layers other than 0 that the checkpoint does not have.
     """
     told = family.multi_token_layers(hf)
     if wanted not in (None, 0, told):

@@ -1,8 +1,8 @@
 """Rotary position embedding (arXiv:2104.09864) with positions that restart at every sample of a packed row.
 
-megatron-core's own module knows packed rows only through per-layer loops over the samples, and reads a bound on
-the sample length that equals the row length as "positions do not restart". This one looks the angles up by
-position once a microbatch, and every layer uses them as if the row were one sequence.
+megatron-core's own module handles packed rows only by looping over the samples in every layer, and takes a maximum
+sample length equal to the row length to mean that positions do not restart. This one looks the angles up by position
+once per microbatch, and every layer uses them as if the row were one sequence.
 """
 
 from collections.abc import Sequence
@@ -17,14 +17,14 @@ from mcore_swift.models.packing import Packing
 from mcore_swift.models.segments import Segments, part_of_one_segment
 
 MOST_TABLES = 64
-"""Tables of angles that are kept. Dynamic NTK scaling has one for every length of a text."""
+"""How many tables of angles are cached. Dynamic NTK scaling needs one for every text length."""
 
 
 class Rotary(nn.Module):
-    """Takes the place of megatron-core's RotaryEmbedding in a GPTModel: same two calls, positions by lookup.
+    """Replaces megatron-core's RotaryEmbedding in a GPTModel: the same two methods, angles looked up by position.
 
-    kinds: the rotary embeddings of the model, of which every layer uses one. interleaved: whether the dimensions that
-    turn together are neighbours (0 and 1, 2 and 3, ...) or half the width apart.
+    kinds: the rotary embeddings of the model; each layer uses one of them. interleaved: whether rotary pairs are
+    adjacent dimensions (0 and 1, 2 and 3, ...) or half the width apart.
     """
 
     def __init__(
@@ -34,14 +34,14 @@ class Rotary(nn.Module):
         self.kinds = tuple(kinds)
         self.device = device
         self.interleaved = interleaved
-        # No buffers: a checkpoint does not hold them.
+        # Not buffers: they do not belong in a checkpoint.
         self._tables: dict[tuple[int, int], Tensor] = {}
         self.lengths: list[int] | None = None
-        """Of the samples of rows that are not packed, where angles depend on it; None: as long as the row."""
+        """Sample lengths of unpacked rows, if angles depend on them; None: every sample is as long as its row."""
 
     @property
     def scale(self) -> float:
-        """What cosine and sine of the first kind are multiplied by."""
+        """Factor on cosine and sine, of the first kind."""
         return self.kinds[0].attention_factor
 
     def get_rotary_seq_len(
@@ -53,7 +53,7 @@ class Rotary(nn.Module):
         packed_seq_params: PackedSeqParams | None = None,
         **_: Any,
     ) -> int | Packing:
-        """What `forward` needs to know of this microbatch: this rank's tokens of each row, or how it is packed."""
+        """What `forward` needs to know about this microbatch: this rank's tokens per row, or its Packing."""
         if isinstance(packed_seq_params, Packing):
             return packed_seq_params
         hidden = transformer.input_tensor if transformer.input_tensor is not None else transformer_input
@@ -63,8 +63,8 @@ class Rotary(nn.Module):
         return length
 
     def forward(self, rows: int | Segments | Packing, offset: int = 0, **_: Any) -> Tensor:
-        """Angles of each token of this rank, by its place in its segment: `[s, 1, kinds, dim]`, or
-        `[s, b, kinds, dim]` with `lengths`. rows: tokens of this rank's part of one segment, or which it has."""
+        """Angles of each of this rank's tokens by its position in its segment: `[s, 1, kinds, dim]`, or
+        `[s, b, kinds, dim]` with `lengths`. rows: number of this rank's tokens of one segment, or the segments."""
         if isinstance(rows, int):
             rows = part_of_one_segment(rows, self.device)
         return torch.cat([self._rows(kind, rows) for kind in range(len(self.kinds))], dim=2)
@@ -73,7 +73,7 @@ class Rotary(nn.Module):
         regime, is_packed = self.kinds[kind].regime, isinstance(rows, Packing)
         segments = rows.segments if is_packed else rows
         if is_packed and rows.qkv_format == "thd":
-            # Transformer Engine cuts the row into its samples, and those among ranks, itself.
+            # Transformer Engine itself splits the row into samples, and samples over ranks.
             return self._angles(kind, segments.longest, regime(segments.longest))
         if is_packed and self.kinds[kind].by_length:
             each = zip(segments.lengths, segments.tokens, strict=True)
@@ -86,7 +86,7 @@ class Rotary(nn.Module):
         return table[segments.positions]
 
     def _angles(self, kind: int, size: int, regime: int) -> Tensor:
-        """Angles of the first positions of a sample, `[size, 1, 1, dim]`."""
+        """Angles of the first `size` positions of a sample: fp32 `[size, 1, 1, dim]`."""
         key = kind, regime
         if key not in self._tables or self._tables[key].size(0) < size:
             if len(self._tables) >= MOST_TABLES:

@@ -1,10 +1,10 @@
-"""Weight rules: how Hugging Face tensors and one megatron-core tensor hold the same numbers.
+"""Weight rules: which values of a megatron-core tensor are in which Hugging Face tensors.
 
-A rule speaks of *whole* tensors, as if nothing were sharded, and answers one question: for a region of the
+A rule describes *whole* tensors, as if nothing were sharded, and answers one question: for a region of the
 megatron-core tensor, which region of which HF tensor holds the same values? The answer is a list of `Block`s.
 Copying blocks one way loads a checkpoint, the other way exports it, so export inverts load by construction.
-Where a rank's shard lies in the whole tensor is megatron-core's own knowledge (`ShardedTensor.global_offset`),
-so no rule knows of TP, PP, EP or ETP, and every layout is served by the same table.
+megatron-core knows where a rank's shard lies in the whole tensor (`ShardedTensor.global_offset`), so rules need not
+know about TP, PP, EP or ETP, and one table serves every layout.
 
 Tensors are named by their key in a megatron-core distributed checkpoint, which is the same for the local and
 the Transformer Engine layer specs.
@@ -30,9 +30,9 @@ Region = tuple[tuple[int, int], ...]
 class Block:
     """A region of one HF tensor and the equal-shaped region of the megatron-core tensor with the same values.
 
-    `mcore` is counted from the start of the region that was asked for, so it indexes a rank's shard directly.
+    `mcore` is relative to the start of the requested region, so it indexes a rank's shard directly.
     It may have leading dimensions of size one that the HF side lacks: one expert of a tensor that holds them all.
-    `stored`: how the HF tensor lies in its file, where not as `hf` counts.
+    `stored`: layout of the HF tensor in its file, which may differ from the plain form that `hf` indexes.
     """
 
     name: str
@@ -86,17 +86,17 @@ class Rule(ABC):
         """
 
     def converted(self, dtype: "torch.dtype | None") -> "torch.dtype | None":
-        """What the tensor becomes when the model is converted to `dtype`; None: it stays as it is."""
+        """The tensor's dtype after the model is converted to `dtype`; None: it keeps its own."""
         return dtype
 
     def as_held(self, names: Collection[str]) -> "Rule":
-        """The rule for a checkpoint with HF tensors of these names, where there is more than one form of it."""
+        """The rule for a checkpoint that holds HF tensors of these names, if checkpoints come in several forms."""
         return self
 
 
 @dataclass(frozen=True)
 class Same(Rule):
-    """One HF tensor, laid out alike. `mcore` and `hf[0]`: any shape."""
+    """One HF tensor with the same layout as the megatron-core tensor; any shape."""
 
     def shape(self, hf_shapes: Mapping[str, Shape]) -> Shape:
         return hf_shapes[self.hf[0]]
@@ -110,7 +110,7 @@ class Same(Rule):
 
 @dataclass(frozen=True)
 class Norm(Same):
-    """The weight of a norm. initial: what it holds in a fresh model, where transformers starts it."""
+    """The weight of a norm. initial: its value in a fresh model, as in transformers."""
 
     initial: float = 1.0
 
@@ -152,7 +152,7 @@ class FusedQKV(Rule):
 
 @dataclass(frozen=True)
 class InFloat32(Same):
-    """A tensor that keeps its own precision whatever the model's: small corrections would be lost in another."""
+    """A tensor that stays in fp32 whatever the model's dtype: small updates would be lost in a lower precision."""
 
     def converted(self, dtype: "torch.dtype | None") -> "torch.dtype | None":
         return None
@@ -181,7 +181,7 @@ class Vocab(Rule):
     def blocks(self, region: Region, hf_shapes: Mapping[str, Shape]) -> Iterator[Block]:
         (start, stop), *rest = region
         stop = min(stop, hf_shapes[self.hf[0]][0])
-        for name in reversed(self.hf) if start < stop else ():  # whoever loads keeps the last: the original
+        for name in reversed(self.hf) if start < stop else ():  # loading keeps the last one, the original
             yield Block(
                 name,
                 ((start, stop), *rest),
@@ -257,13 +257,13 @@ class QKV(Rule):
 
 @dataclass(frozen=True)
 class Experts(Rule):
-    """The same matrix of every expert of a layer, from HF tensors of one expert each.
+    """One matrix of all experts of a layer, from HF tensors of a single expert each.
 
     mcore: `[experts, parts * rows, ...]`, HF: `[rows, ...]` each; `hf` lists the parts (gate and up: two) of the
     first expert, then those of the second, and so on.
 
-    fused: name of the HF tensor `[experts, parts * rows, ...]` in which another form of the checkpoint holds
-    them all.
+    fused: name of the HF tensor `[experts, parts * rows, ...]` that holds all of them in another form of the
+    checkpoint.
     """
 
     parts: int = 1
@@ -296,7 +296,7 @@ class Experts(Rule):
 
 @dataclass(frozen=True)
 class TurnedExperts(Rule):
-    """The same matrix, or bias, of every expert of a layer, in one HF tensor that is turned (`stored_form.Turned`).
+    """One matrix, or bias, of all experts of a layer, in a single transposed HF tensor (`stored_form.Turned`).
 
     mcore: `[experts, parts * rows, ...]`, HF: `[experts, ..., rows * parts]`.
     """
@@ -341,12 +341,12 @@ def _row_block(
 
 
 class RuleTable:
-    """All rules of one model, found by megatron-core key or by HF name.
+    """All rules of one model, by megatron-core key and by HF name.
 
-    `optional_hf` names HF tensors that may be in a checkpoint and carry nothing of their own: buffers of old
-    exports, or the output layer of a model with tied embeddings. `config` is what config.json beside these tensors
-    says, where that is not what it said where the model was read. `matrices`: the table that names each expert's
-    matrices, whatever form the checkpoint has: what adapters are named by.
+    `optional_hf` names HF tensors that a checkpoint may hold but that carry no information of their own: buffers of
+    old exports, or the output layer of a model with tied embeddings. `config`: fields that an exported config.json has
+    to change from the one that was read. `matrices`: the table that lists each expert's matrices separately, whatever
+    the form of the checkpoint; adapters are named after it. Raises ValueError if two rules claim the same tensor.
     """
 
     def __init__(
@@ -364,7 +364,7 @@ class RuleTable:
             raise ValueError("two rules claim the same Hugging Face tensor")
 
     def as_held(self, names: Collection[str]) -> "RuleTable":
-        """The table for a checkpoint that holds HF tensors of these names; of a form it knows, or as it is."""
+        """The table for a checkpoint that holds HF tensors of these names; see `Rule.as_held`."""
         held = set(names)
         table = RuleTable([rule.as_held(held) for rule in self.rules], self.optional_hf, self.config)
         table.matrices = self.matrices
@@ -376,5 +376,5 @@ class RuleTable:
         return [name for name in self.by_hf if name not in names]
 
     def unclaimed_hf(self, names: Iterable[str]) -> list[str]:
-        """HF tensors among `names` that no rule uses and that are not known to be dispensable."""
+        """HF tensors among `names` that no rule uses and that are not in `optional_hf`."""
         return [name for name in names if name not in self.by_hf and name not in self.optional_hf]

@@ -1,8 +1,8 @@
 """The segments of a row, and which of its tokens a context-parallel rank holds.
 
-Of N ranks, each holds two of the 2N equal chunks of every segment: rank r the r-th from the start and the r-th from
-the end ("zigzag"). A causal token costs as much as there are tokens before it, so each rank has the same work. It is
-the layout in which Transformer Engine's attention wants its input.
+With N ranks, every segment is cut into 2N equal chunks, and rank r holds the r-th from the start and the r-th from the
+end ("zigzag"). In causal attention the cost of a token grows with the number of tokens before it, so this gives every
+rank the same work. Transformer Engine's attention expects this layout.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class Piece(NamedTuple):
-    """The next `queries` tokens of a rank are the last of the row's tokens [first, last), in one segment."""
+    """A run of a rank's tokens: the last `queries` of the row's [first, last); their segment starts at `first`."""
 
     queries: int
     first: int
@@ -24,8 +24,8 @@ class Piece(NamedTuple):
 
 
 class Segments:
-    """lengths: places of each segment of the whole row. size, rank: of context parallelism. tokens: those of each
-    segment that are no padding, if that is known.
+    """lengths: tokens of each segment of the whole row, padding included. size, rank: of context parallelism.
+    tokens: the same without padding, if known.
 
     Raises ValueError if a length cannot be cut into 2 * size chunks.
     """
@@ -54,7 +54,7 @@ class Segments:
 
     @cached_property
     def pieces(self) -> list[Piece]:
-        """This rank's tokens, in order, as runs that follow each other in the row."""
+        """This rank's tokens, in order, as runs of consecutive tokens of the row."""
         starts = list(accumulate(self.lengths, initial=0))[:-1]
         if self.size == 1:
             return [
@@ -70,7 +70,7 @@ class Segments:
                 yield Piece(chunk, start, start + (number + 1) * chunk)
 
     def held_by(self, rank: int) -> Tensor:
-        """Places in the row of the tokens of a rank, in its order: int64 `[total / size]`, on the host."""
+        """Indices in the row of a rank's tokens, in the rank's order: int64 `[total / size]`, on the host."""
         if self.size == 1:
             return torch.arange(self.total)
         starts = list(accumulate(self.lengths, initial=0))[:-1]
@@ -79,28 +79,28 @@ class Segments:
 
     @cached_property
     def by_rank(self) -> Tensor:
-        """Places in the row of all tokens, in the order of ranks and then of each rank's own: int64 `[total]`."""
+        """Indices in the row of rank 0's tokens, then rank 1's, and so on: int64 `[total]`."""
         return torch.cat([self.held_by(rank) for rank in range(self.size)]).to(self.device, non_blocking=True)
 
     @cached_property
     def natural(self) -> Tensor:
-        """The inverse of `by_rank`: where each token of the row is among all ranks' tokens end to end."""
+        """The inverse of `by_rank`: index of each of the row's tokens among all ranks' tokens: int64 `[total]`."""
         return self.by_rank.argsort()
 
     @cached_property
     def held(self) -> Tensor:
-        """Places in the row of this rank's tokens: int64 `[total / size]`."""
+        """Indices in the row of this rank's tokens: int64 `[total / size]`."""
         return self.held_by(self.rank).to(self.device, non_blocking=True)
 
     @cached_property
     def numbers(self) -> Tensor:
-        """Which segment each token of the row is in: int64 `[total]`."""
+        """Number of the segment of each token of the row: int64 `[total]`."""
         lengths = torch.tensor(self.lengths)
         return torch.arange(len(lengths)).repeat_interleave(lengths).to(self.device, non_blocking=True)
 
     @cached_property
     def positions(self) -> Tensor:
-        """Place of each of this rank's tokens in its own segment: int64 `[total / size]`."""
+        """Position of each of this rank's tokens in its own segment: int64 `[total / size]`."""
         inside = torch.cat([torch.arange(length) for length in self.lengths])
         return inside[self.held_by(self.rank)].to(self.device, non_blocking=True)
 
@@ -111,7 +111,7 @@ class Segments:
 
     @cached_property
     def for_varlen(self) -> "Varlen":
-        """The pieces as a kernel over several runs of queries and keys takes them."""
+        """The pieces in the form that a variable-length attention kernel takes."""
         queries = [piece.queries for piece in self.pieces]
         keys = [piece.last - piece.first for piece in self.pieces]
         index = None
@@ -126,9 +126,9 @@ class Segments:
 
 
 class Varlen(NamedTuple):
-    """Edges of the runs, int32 `[runs + 1]`, of queries and of keys; the longest run of each.
+    """Cumulative lengths of the runs, int32 `[runs + 1]`, of queries and of keys; the longest run of each.
 
-    index: places in the row of the keys, run after run; None: the row as it is.
+    index: indices in the row of the keys, run after run; None: all keys of the row in order.
     """
 
     queries: Tensor
@@ -139,7 +139,7 @@ class Varlen(NamedTuple):
 
 
 def part_of_one_segment(tokens: int, device: torch.device) -> Segments:
-    """Rows that are one sample each, padded on the right, of which this rank holds `tokens`."""
+    """Rows of one right-padded sample each, of which this rank holds `tokens` tokens."""
     size = parallel_state.get_context_parallel_world_size() or 1  # 0 without torch.distributed
     rank = parallel_state.get_context_parallel_rank() if size > 1 else 0
     return one_segment(tokens * size, device, size, rank)
@@ -147,5 +147,5 @@ def part_of_one_segment(tokens: int, device: torch.device) -> Segments:
 
 @lru_cache(maxsize=8)
 def one_segment(length: int, device: torch.device, size: int = 1, rank: int = 0) -> Segments:
-    """A row that is one sample, padded on the right."""
+    """A row of one right-padded sample."""
     return Segments([length], device, size, rank)

@@ -1,7 +1,7 @@
-"""Which part of each megatron-core tensor a live model holds, as the model itself says.
+"""Which part of each megatron-core tensor a live model holds, as the model itself reports it.
 
-`sharded_state_dict` of megatron-core names every parameter and persistent buffer by its checkpoint key and gives
-its place in the whole tensor, whatever the layout: whoever copies weights needs to know nothing of TP, PP, EP.
+megatron-core's `sharded_state_dict` names every parameter and persistent buffer by its checkpoint key and gives its
+place in the whole tensor, in any layout. So code that copies weights need not know about TP, PP or EP.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,14 +14,14 @@ from torch import nn
 from mcore_swift.models.rules import Region, Shape
 
 METADATA = {"non_homogeneous_layers": True, "singleton_local_shards": False}
-"""Asks megatron-core for one key a layer, by global number, and one key for both halves of a gated MLP."""
+"""Asks megatron-core for one key per layer, by global number, and one key for both halves of a gated MLP."""
 
 MAIN_WEIGHT = "fp32_param"
-"""State of the optimizer that is the exact weight, where the model's is rounded: `optimizer.fp32_param.<key>`."""
+"""Optimizer state with the exact weight, of which the model's is rounded: `optimizer.fp32_param.<key>`."""
 
 
 ADAPTER = "adapter."
-"""Keys of adapters: 'adapter.<HF module>.lora_A.weight', in the shapes and places of the HF module."""
+"""Prefix of adapter keys: 'adapter.<HF module>.lora_A.weight', with shapes and places as in the HF module."""
 
 
 @dataclass(frozen=True)
@@ -42,16 +42,16 @@ class LiveShard:
 
 @dataclass(frozen=True)
 class MergedShard(LiveShard):
-    """A shard of a weight with an adapter beside it. `data` is the frozen weight's; what is read is `layer.merged()`.
+    """A shard of a weight that has an adapter. `data` is the frozen weight's; to read, use `layer.merged()` and `of`.
 
-    layer: has `weight`, of which `data` is a view, and `merged()`, which gives a new tensor of its shape and type. All
-    ranks of the layer's tensor-parallel group ask for it at the same time.
+    layer: has `weight`, of which `data` is a view, and `merged()`, which returns a new tensor of its shape and dtype.
+    All ranks of the layer's tensor-parallel group must call `merged()` together.
     """
 
     layer: Any = None
 
     def of(self, merged: torch.Tensor) -> torch.Tensor:
-        """The shard's values in what `layer.merged()` gave."""
+        """The shard's values in the result of `layer.merged()`: a view."""
         weight, view = self.layer.weight, self.data
         place = merged.storage_offset() + view.storage_offset() - weight.storage_offset()
         return merged.as_strided(view.shape, view.stride(), place)
@@ -73,7 +73,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 def live_shards(model_chunks: nn.Module | Sequence[nn.Module]) -> list[LiveShard]:
     """All shards of this rank's model chunks. A tied output layer appears under the embedding's key.
 
-    Adapters are no weights of the model and are left out: `tuners.attach.adapter_shards`.
+    Adapters are not weights of the model and are left out; see `tuners.attach.adapter_shards`.
     Extra state (`..._extra_state`: FP8 scales of Transformer Engine) has no Hugging Face counterpart and is
     left out.
     """
@@ -87,7 +87,7 @@ def live_shards(model_chunks: nn.Module | Sequence[nn.Module]) -> list[LiveShard
 
 
 def parameter_shards(model: nn.Module) -> Iterator[tuple[torch.Tensor, LiveShard]]:
-    """Every parameter or buffer of a model chunk with each shard that is a view of it; gated halves are told apart."""
+    """(parameter or buffer, shard that is a view of it) for all of a model chunk; gate and up are separate shards."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 

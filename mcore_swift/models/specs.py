@@ -45,15 +45,15 @@ from mcore_swift.models.multi_token import multi_token_spec
 from mcore_swift.models.norm import LayerNorm, RMSNorm, ZeroCentredRMSNorm
 from mcore_swift.models.reading import ModelPlan
 
-# The checkpoint keeps Transformer Engine's names, where a norm is part of the linear layer that follows it. What
-# follows the norm before experts is a router as well: there it is a module of its own.
+# Checkpoints use Transformer Engine's names, where a norm is part of the linear layer that follows it. The norm before
+# experts also feeds the router, so it is a separate module.
 _ATTENTION_NAMES = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "self_attn_bda.norm.": "post_self_attn_layernorm.",
     "mlp_bda.norm.": "post_mlp_layernorm.",
 }
 _MLP_NAMES = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
-# The norm before latent attention is a module of its own everywhere; those inside it are fused.
+# The norm before latent attention is always a separate module; those inside it are fused.
 _LATENT_NAMES = {
     "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
     "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
@@ -61,15 +61,15 @@ _LATENT_NAMES = {
 
 
 def have_transformer_engine() -> bool:
-    """Whether Transformer Engine can serve: it is only ever imported where there is CUDA."""
+    """Whether Transformer Engine can be used: it is imported only where there is CUDA."""
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
 def choose_implementation(wanted: str, plan: ModelPlan | None = None) -> str:
     """'local' or 'transformer_engine', from `--transformer_impl` auto | local | transformer_engine.
 
-    plan: the model, which may have parts that the Transformer Engine spec does not know.
-    Raises UserError if Transformer Engine is asked for and cannot serve here.
+    plan: the model, which may have features that the Transformer Engine spec lacks.
+    Raises UserError if Transformer Engine is asked for and cannot be used here.
     """
     unknown = only_local(plan) if plan is not None else ""
     if wanted == "auto":
@@ -88,7 +88,7 @@ def choose_implementation(wanted: str, plan: ModelPlan | None = None) -> str:
 
 
 def only_local(plan: ModelPlan) -> str:
-    """What keeps a model from the Transformer Engine spec; empty if nothing does."""
+    """The model's features that the Transformer Engine spec lacks, as text; empty if it has them all."""
     hf, family = plan.hf, plan.family
     layers = [family.layer(hf, number) for number in range(hf.num_hidden_layers)]
     plain = {field.name: field.default for field in dataclasses.fields(LayerTraits)}
@@ -107,9 +107,9 @@ def only_local(plan: ModelPlan) -> str:
 
 
 def choose_cp_comm_type(wanted: str | None, implementation: str) -> str:
-    """How context-parallel ranks exchange, from `--cp_comm_type`; None is the implementation's own default.
+    """How context-parallel ranks exchange data, from `--cp_comm_type`; None: the implementation's default.
 
-    Raises UserError for what only Transformer Engine's attention does, where it does not serve.
+    Raises UserError for a type that only Transformer Engine's attention has, if that is not in use.
     """
     if implementation == "transformer_engine":
         return wanted or "p2p"
@@ -135,7 +135,7 @@ def block_spec(plan: ModelPlan, config: Any, implementation: str, vp_stage: int 
 
 
 def core_attention(traits: LayerTraits) -> ModuleSpec:
-    """Our attention of a layer's kind, for self-attention and for multi-latent attention."""
+    """The spec of our core attention for a layer, in self-attention and in multi-latent attention alike."""
     return ModuleSpec(
         module=CoreAttention,
         params={"window": traits.window, "softcap": traits.softcap, "sinks": traits.sinks},
@@ -145,7 +145,7 @@ def core_attention(traits: LayerTraits) -> ModuleSpec:
 def multi_token_block_spec(
     plan: ModelPlan, config: Any, implementation: str, vp_stage: int | None
 ) -> ModuleSpec | None:
-    """The spec of the multi-token layers, if this chunk has them: they follow the last layer of the decoder."""
+    """The spec of the multi-token layers, which follow the decoder's last layer; None if this chunk has none."""
     if not get_mtp_num_layers_to_build(config, vp_stage):
         return None
     first = plan.hf.num_hidden_layers
@@ -175,7 +175,7 @@ def norm_of(plan: ModelPlan) -> type:
 
 
 def local_layer(plan: ModelPlan, config: Any, number: int) -> ModuleSpec:
-    """Decoder layer `number`, counted from 0 over the whole model, of plain torch modules."""
+    """The spec of decoder layer `number`, counted from 0 over the whole model, without Transformer Engine."""
     traits, norm = plan.family.layer(plan.hf, number), norm_of(plan)
     first = norm if traits.norms != "post" else IdentityOp
     return ModuleSpec(
@@ -197,7 +197,7 @@ def local_layer(plan: ModelPlan, config: Any, number: int) -> ModuleSpec:
 
 
 def _use_latent_attention(layer: ModuleSpec, config: Any, traits: LayerTraits) -> None:
-    """Our latent attention in a spec of Transformer Engine's, whose linear layers and attention it keeps."""
+    """Put our latent attention into a Transformer Engine spec; its linear layers and core attention stay."""
     if traits.latent is None:
         return
     attention = layer.submodules.self_attention
@@ -272,7 +272,7 @@ def _with_our_router(mlp: Any) -> Any:
 
 
 class _BiasedLinears(LocalSpecProvider):
-    """Linear layers of an MLP with biases."""
+    """Provides linear layers with biases, for an MLP."""
 
     def column_parallel_linear(self) -> type:
         return ColumnLinearWithBias

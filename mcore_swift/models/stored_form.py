@@ -1,7 +1,7 @@
-"""How the numbers of a HF tensor lie in it, where they do not lie as a weight rule speaks of them.
+"""Layouts of stored HF tensors that differ from the layout in which weight rules index them.
 
-A rule names regions of HF tensors in a *plain* form, `[experts, out, in]` for a matrix of each expert. What is stored
-may be that form turned and interleaved; whoever reads or writes the stored tensor asks here where a plain region lies.
+Rules index HF tensors in a *plain* form, `[experts, out, in]` for a matrix of each expert. The stored tensor may be
+transposed and interleaved; code that reads or writes it asks here where a plain region lies.
 """
 
 from dataclasses import dataclass
@@ -31,8 +31,8 @@ class AsIs:
 class Turned:
     """Plain: `[experts, parts * rows, ...]`. Stored: `[experts, ..., rows * parts]`, the parts interleaved.
 
-    So gpt-oss keeps gate and up: the columns of an expert are gate 0, up 0, gate 1, up 1, ... A plain region lies
-    within one part.
+    gpt-oss stores gate and up this way: the columns of an expert are gate 0, up 0, gate 1, up 1, ... A plain region
+    must lie within one part; `plain` raises ValueError for a box that cuts through interleaved parts.
     """
 
     parts: int

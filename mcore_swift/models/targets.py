@@ -1,4 +1,4 @@
-"""What a model is asked of a microbatch: where it has a loss, and what its multi-token layers look at and predict."""
+"""Where a model has a loss on a microbatch, and what its multi-token layers read and predict."""
 
 from dataclasses import dataclass, field, fields
 
@@ -8,10 +8,10 @@ from torch import Tensor
 
 @dataclass
 class Ahead:
-    """What the layer of depth k is given and asked: position t of each tensor is k places on in its sample.
+    """Input and labels of the multi-token layer of depth k: index t holds what is k places further in its sample.
 
-    input_ids, labels: int64 `[b, s]`, 0 where the sample has ended. loss_mask: fp32 `[b, s]`, 0 there.
-    positions: int64 `[learnt]`, where loss_mask is not 0, in labels laid end to end.
+    input_ids, labels: int64 `[b, s]`, 0 past the end of the sample. loss_mask: fp32 `[b, s]`, 0 there.
+    positions: int64 `[learnt]`, where loss_mask is not 0, as indices into the flattened labels.
     """
 
     input_ids: Tensor
@@ -24,7 +24,7 @@ class Ahead:
         return cls(input_ids, labels, loss_mask, learnt_in(loss_mask))
 
     def part(self, places: Tensor) -> "Ahead":
-        """The tokens at some places of the rows."""
+        """The same for some of the tokens only: int64 indices along s."""
         return Ahead.of(*(x[:, places] for x in (self.input_ids, self.labels, self.loss_mask)))
 
     def to(self, device: torch.device) -> "Ahead":
@@ -33,9 +33,10 @@ class Ahead:
 
 @dataclass
 class Targets:
-    """Where the model has a loss: positions int64 `[learnt]`, in labels laid end to end, and those further ahead.
+    """Where the model has a loss: positions int64 `[learnt]`, indices into the flattened labels.
 
-    padding_mask: bool, true at padding, of the tokens of this rank's layers; the model sets it.
+    ahead: the same for each multi-token layer. padding_mask: bool, true at padding, for the tokens that this rank's
+    layers see; the model sets it.
     """
 
     positions: Tensor
@@ -47,14 +48,14 @@ class Targets:
 
 
 def learnt_in(loss_mask: Tensor) -> Tensor:
-    """Where a mask `[b, s]` is not 0, in its rows laid end to end: int64 `[learnt]`."""
+    """Indices into the flattened mask `[b, s]` where it is not 0: int64 `[learnt]`."""
     return loss_mask.reshape(-1).nonzero().squeeze(-1)
 
 
 def look_ahead(
     input_ids: Tensor, labels: Tensor, loss_mask: Tensor, cu_seqlens: Tensor | None, depth: int
 ) -> list[Ahead]:
-    """Of depths 1 to `depth`, on the host. All tensors `[b, s]`; cu_seqlens: bounds of the samples of a packed row."""
+    """The Ahead of depths 1 to `depth`, on the host. Tensors `[b, s]`; cu_seqlens: sample bounds of a packed row."""
     s = input_ids.size(-1)
     if cu_seqlens is None:
         left = torch.arange(s, 0, -1)
@@ -63,7 +64,7 @@ def look_ahead(
         left = torch.repeat_interleave(cu_seqlens[1:].long(), lengths) - torch.arange(s)
     steps = []
     for k in range(1, depth + 1):
-        inside = left > k  # as many tokens are left of the sample, this one included
+        inside = left > k  # `left` counts the tokens to the end of the sample, this one included
         ids, further, mask = (
             torch.where(inside, x.roll(-k, dims=-1), 0) for x in (input_ids, labels, loss_mask)
         )

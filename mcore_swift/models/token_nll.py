@@ -1,8 +1,8 @@
 """Output layer and cross entropy in one step, over the learnt positions only.
 
-megatron-core computes logits for every position and then several vocabulary-sized tensors from them. Here prompts
-and padding never reach the vocabulary, and one buffer of `[learnt, vocabulary / TP]` is all there is: its values are
-the logits going forward and their gradient going back.
+megatron-core computes logits for every position and then several vocabulary-sized tensors from them. Here there are no
+logits for prompts and padding, and there is only one buffer of `[learnt, vocabulary / TP]`: it holds the logits in the
+forward pass and their gradient in the backward pass.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,16 +33,16 @@ def token_nll(
     """-log p(label) at the given positions, 0 elsewhere: fp32 `[b, s]`.
 
     hidden: `[s, b, h]`, or `[s / TP, b, h]` with sequence parallelism. weight: this rank's rows of the output layer,
-    `[padded vocabulary / TP, h]`. labels: int64 `[b, s]`. positions: int64 `[learnt]`, into labels laid end to end.
-    vocab_size: rows that exist; padding takes no part in the softmax, or the loss would depend on TP.
-    scale, softcap: what becomes of the logits first, see `transformed`.
+    `[padded vocabulary / TP, h]`. labels: int64 `[b, s]`. positions: int64 `[learnt]`, into the flattened labels.
+    vocab_size: without padding, which stays out of the softmax; otherwise the loss would depend on TP.
+    scale, softcap: applied to the logits first, see `transformed`.
     logits_of: an output layer that is more than its weight: `[learnt, h]`, the same on all ranks -> this rank's logits.
     """
     if sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
-    # Indexed where it lies: of a transposed view the gradient has strides that slow all layers' matrix products.
+    # Not transposed first: the gradient of a transposed view has strides that slow all layers' matrix products.
     learnt = hidden.flatten(0, 1).index_select(0, _token_major(positions, labels.shape))
-    if not sequence_parallel:  # sums the gradient over ranks; only now, when there is less of it
+    if not sequence_parallel:  # sums the gradient over ranks; only here, where it is smaller
         learnt = copy_to_tensor_model_parallel_region(learnt)
     wanted = labels.reshape(-1)[positions]
     if logits_of is not None:
@@ -57,7 +57,7 @@ def token_nll(
 
 
 def _token_major(positions: Tensor, shape: torch.Size) -> Tensor:
-    """Places in rows `[b, s]` laid end to end -> the same places in `[s, b]`."""
+    """Indices into a flattened `[b, s]` -> indices of the same tokens in a flattened `[s, b]`."""
     b, s = shape
     return positions if b == 1 else positions % s * b + positions // s
 
@@ -72,7 +72,7 @@ def transformed(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
 class _VocabParallelNLL(torch.autograd.Function):
     """hidden `[n, h]`, weight `[rows, h]`, labels `[n]` -> -log softmax(hidden weight^T) at the labels, `[n]`.
 
-    Each rank of `group` holds other rows of the weight; the softmax runs over all of them (Megatron-LM,
+    Each rank of `group` holds different rows of the weight; the softmax runs over all of them (Megatron-LM,
     arXiv:1909.08053, section 3). The gradient of the logits is softmax - onehot.
     """
 
@@ -98,14 +98,14 @@ class _VocabParallelNLL(torch.autograd.Function):
         of_hidden, of_weight = ctx.needs_input_grad[:2]
         return (
             gradient @ weight if of_hidden else None,
-            # the largest matrix product of all: not if it is frozen
+            # the largest matrix product of all: skipped for a frozen weight
             gradient.t() @ hidden if of_weight else None,
             *(None,) * 5,
         )
 
 
 class _NLLOfLogits(torch.autograd.Function):
-    """The same of this rank's logits `[n, rows]`, before `transformed`."""
+    """The same from this rank's logits `[n, rows]`, before `transformed`."""
 
     @staticmethod
     def forward(
@@ -155,7 +155,7 @@ def _nll(
 
 
 def _gradient_of_logits(ctx: Any, saved: Sequence[Tensor], grad: Tensor) -> Tensor:
-    """Of the logits before `transformed`, fp32."""
+    """Gradient of the logits before `transformed`: fp32 `[n, rows]`, in the buffer that held the logits."""
     normalizer, mine, columns = saved
     gradient, ctx.logits = ctx.logits, None
     slope = _softcap_slope(gradient, ctx.softcap) if ctx.softcap is not None else None
@@ -166,12 +166,12 @@ def _gradient_of_logits(ctx: Any, saved: Sequence[Tensor], grad: Tensor) -> Tens
 
 
 def _softcap_slope(capped: Tensor, softcap: float) -> Tensor:
-    """Derivative of softcap * tanh(x / softcap), from its value: 1 - tanh^2. Padding, at -inf, has none."""
+    """Derivative of softcap * tanh(x / softcap), from its value: 1 - tanh^2. 0 for padding, at -inf."""
     return (1 - (capped / softcap).square()).clamp_(min=0)
 
 
 def _logsumexp_over_ranks(local: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """log of the sum of exp over every rank's part, from each rank's own."""
+    """logsumexp over all ranks' parts, from the logsumexp of each rank's own."""
     if group.size() == 1:
         return local
     largest = local.clone()

@@ -1,4 +1,4 @@
-"""Modules whose parameters are declared and have no memory yet."""
+"""Modules whose parameters have a shape but no memory yet."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,9 +12,9 @@ def _all(module: nn.Module, name: str) -> bool:
 
 @contextmanager
 def parameters_on_meta(which: Callable[[nn.Module, str], bool] = _all) -> Iterator[None]:
-    """Parameters that modules register inside have no memory; buffers, which no checkpoint holds, are computed.
+    """Modules made in this context get parameters on the meta device. Buffers are computed: no checkpoint holds them.
 
-    which: asked of (module, name of the parameter), with the module as far as it is made by then.
+    which: whether this applies to (module, name of the parameter); the module may be only partly built.
     """
     register = nn.Module.register_parameter
 
@@ -31,16 +31,16 @@ def parameters_on_meta(which: Callable[[nn.Module, str], bool] = _all) -> Iterat
 
 
 def emptied(parameter: nn.Parameter) -> nn.Parameter:
-    """A parameter of the same shape, type and marks, without memory."""
+    """A parameter of the same shape, dtype and attributes, without memory."""
     return _with_marks(parameter, nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad))
 
 
 def given_memory(parameter: nn.Parameter, device: object) -> nn.Parameter:
-    """A parameter like one on the meta device, whose memory holds nothing in particular."""
+    """A parameter like one on the meta device, with uninitialised memory."""
     data = parameter.detach().new_empty(parameter.shape, device=device)
     return _with_marks(parameter, nn.Parameter(data, parameter.requires_grad))
 
 
 def _with_marks(parameter: nn.Parameter, new: nn.Parameter) -> nn.Parameter:
-    new.__dict__.update(parameter.__dict__)  # what megatron-core writes on parameters
+    new.__dict__.update(parameter.__dict__)  # attributes that megatron-core sets on parameters
     return new
