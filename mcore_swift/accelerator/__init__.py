@@ -1,4 +1,4 @@
-"""The only place that knows CUDA from CPU."""
+"""The only place that distinguishes CUDA from CPU."""
 
 from mcore_swift.accelerator.accelerator import Accelerator, get_accelerator
 from mcore_swift.accelerator.cpu_seam import install_cpu_seam

@@ -29,14 +29,14 @@ class Accelerator:
         raise NotImplementedError
 
     def prepare(self) -> None:
-        """Make the device ready. Called once a process, before a model is built."""
+        """Make the device ready. Called once per process, before a model is built."""
 
     def install(self) -> None:
-        """`prepare`, and make megatron-core ready for the device, before it is imported."""
+        """`prepare`, and make megatron-core work on the device. To be called before megatron-core is imported."""
         self.prepare()
 
     def memory_peak_bytes(self) -> int:
-        """The most memory this process has used on the device."""
+        """The most memory this process has used on the device, in bytes."""
         raise NotImplementedError
 
 
@@ -86,10 +86,10 @@ class CpuAccelerator(Accelerator):
 
 
 def _keep_freed_memory() -> None:
-    """Let the C library keep large blocks that are freed, instead of giving them back to the system.
+    """Make the C library keep large freed blocks instead of returning them to the system.
 
     Every step asks for the same sizes again, and the first touch of fresh pages costs more than the arithmetic
-    done on them: up to four times the time of an elementwise pass over logits. Only with glibc; elsewhere nothing.
+    done on them: up to four times the time of an elementwise pass over logits. Does nothing without glibc.
     """
     trim_threshold, mmap_max = -1, -4  # malloc.h
     with contextlib.suppress(OSError, AttributeError):

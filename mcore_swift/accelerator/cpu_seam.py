@@ -1,13 +1,13 @@
-"""Lets megatron-core run where there is no CUDA: its calls to torch.cuda are answered by the CPU.
+"""Lets megatron-core run without CUDA: its calls to torch.cuda are redirected to the CPU.
 
 Installed by a call, never by an import, and only on a machine without CUDA. Three things are needed:
 
 * functions of torch.cuda that megatron-core calls unconditionally (current device, RNG state, streams, events)
-  answer for the CPU or do nothing;
-* about eighty places in megatron-core name the device "cuda" literally: a TorchFunctionMode reads that as "cpu",
-  and lets `Tensor.type()` answer with the CUDA type names the optimizers compare with;
-* megatron-core compiles small functions with torch.compile as it is imported; importing the compiler takes
-  seconds and compiled functions gain nothing here, so they stay as they are written.
+  return the CPU's values or do nothing;
+* about eighty places in megatron-core name the device "cuda" literally: a TorchFunctionMode turns that into "cpu",
+  and makes `Tensor.type()` return the CUDA type names that the optimizers compare with;
+* megatron-core compiles small functions with torch.compile on import; importing the compiler takes seconds and
+  compiling gains nothing here, so they are left uncompiled.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ def _is_cuda(device: Any) -> bool:
 
 
 class _Stream:
-    """A stream or an event on a device that does everything in order: nothing to wait for."""
+    """A stream or an event on a device that runs everything in order: there is nothing to wait for."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.device = _CPU
@@ -83,7 +83,7 @@ def _in_order(*args: Any, **kwargs: Any) -> Iterator[None]:
 
 
 def _answer(value: Any) -> Callable:
-    """A function that returns `value` whatever it is asked; a new one each time, since torch keys tables by it."""
+    """A function that returns `value` for any arguments; a new one each time, since torch uses it as a dict key."""
 
     def answer(*args: Any, **kwargs: Any) -> Any:
         return value
@@ -128,19 +128,19 @@ _CUDA_ANSWERS: dict[str, Any] = {
 
 
 _NOT_FOR_USERS = (
-    # megatron-core's own code asks for `.grad` of a tensor it knows to have none.
+    # megatron-core itself reads `.grad` of a tensor that cannot have one.
     r"The \.grad attribute of a Tensor that is not a leaf",
     r"full scope is deprecated",
     r"`torch\.distributed\.\w+` is deprecated",
     r"`?torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)",
 )
-"""Warnings of megatron-core's use of torch, which a user can do nothing about."""
+"""Warnings about megatron-core's use of torch, which users can do nothing about."""
 
 
 def install_cpu_seam() -> None:
-    """Answer megatron-core's CUDA calls with the CPU, from now on, in this process. Calling it twice is harmless.
+    """Redirect megatron-core's CUDA calls to the CPU for the rest of this process. Calling it twice is harmless.
 
-    Raises RuntimeError on a machine that has CUDA: nothing should pretend there.
+    Raises RuntimeError on a machine that has CUDA, where the real thing must be used.
     """
     global _installed
     if _installed is not None:
@@ -168,7 +168,7 @@ def _import_megatron_uncompiled() -> None:
     compiler, torch.compile = torch.compile, _leave_as_is
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that Apex and Transformer Engine are missing, five times over
+            warnings.simplefilter("ignore")  # five times: Apex and Transformer Engine are missing
             import megatron.core
             import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401  what it brings would be compiled
             import megatron.core.optimizer  # noqa: F401
@@ -182,7 +182,7 @@ def _leave_as_is(function: Callable | None = None, **_: Any) -> Callable:
 
 
 def _patch_megatron_random() -> None:
-    """The RNG tracker sets states through torch's lazily started CUDA runtime; here through the CPU generator."""
+    """Make the RNG tracker use the CPU generator instead of torch's lazily initialised CUDA runtime."""
     import megatron.core.tensor_parallel.random as megatron_random
 
     def get_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
@@ -194,7 +194,7 @@ def _patch_megatron_random() -> None:
     megatron_random._get_cuda_rng_state = get_state
     megatron_random._set_cuda_rng_state = set_state
     for module in list(sys.modules.values()):
-        # Modules that took the functions by name before the seam was installed.
+        # Modules that imported the functions by name before the seam was installed.
         if getattr(module, "__name__", "").startswith("megatron.core"):
             for name, function in (("_get_cuda_rng_state", get_state), ("_set_cuda_rng_state", set_state)):
                 if hasattr(module, name):
@@ -202,23 +202,23 @@ def _patch_megatron_random() -> None:
 
 
 def _patch_megatron_experts() -> None:
-    """Two functions of the expert layers expect Transformer Engine and tensors on a GPU."""
+    """Replace what the expert layers use that expects Transformer Engine or tensors on a GPU."""
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None  # what the code asks for, and older versions leave undefined
+        moe_utils.te_general_gemm = None  # the code reads it, but older versions leave it undefined
 
     def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
-    # Sizes of messages between experts, which gloo takes as numbers and not as a tensor.
+    # Sizes of messages between experts; gloo takes them as numbers, not as a tensor.
     for module in (moe_utils, token_dispatcher):
         module.maybe_move_tensor_to_cpu = to_host
     _patch_uneven_collectives()
 
 
 def _patch_uneven_collectives() -> None:
-    """gloo gathers and reduces parts of one size only; parts of several sizes travel as an all-to-all."""
+    """gloo can gather and reduce-scatter only parts of equal size; use all-to-all for unequal ones."""
     from megatron.core.tensor_parallel import mappings
 
     gather_evenly, reduce_evenly = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim

@@ -1,4 +1,4 @@
-"""Differentiable collectives for ranks that split the tokens or columns of a row. Torch only: every engine uses them."""
+"""Differentiable collectives for ranks that split the tokens or columns of a row. Torch only, for use by any engine."""
 
 from typing import Any
 

@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class Loss:
-    """A *sum* and a *count*; the engine divides by the count of the whole global batch.
+    """A *sum* and a *count*; the engine divides the sum by the count of the whole global batch.
 
-    So a loss cannot depend on how the batch was cut into microbatches, data-parallel ranks or packs.
+    So a loss cannot depend on how the batch is split into microbatches, data-parallel ranks or packs.
 
-    sum: scalar with a gradient. count: scalar int, how many terms (tokens, pairs) the sum has.
+    sum: scalar with a gradient. count: scalar int, the number of terms (tokens, pairs) in the sum.
     metrics: detached sums of further quantities, divided by the same count when they are reported.
     """
 

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 class NextToken:
     """Sum of loss_mask * token_nll over the tokens to learn; the count is the number of such tokens.
 
-    A weight in the mask other than 1 scales its token's term and still counts as one token, as ms-swift's
-    loss_scale does.
+    A mask weight other than 1 scales its token's term, and the token still counts as one, as with ms-swift's
+    loss_scale.
     """
 
     metrics: ClassVar[tuple[str, ...]] = ()

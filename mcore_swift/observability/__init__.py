@@ -1,6 +1,6 @@
-"""What a run says about itself: step reports, log lines, logging.jsonl, tensorboard, curves, limits on waits.
+"""What a run reports about itself: step reports, log lines, logging.jsonl, tensorboard, curves, limits on waits.
 
-Imports neither torch nor any tracker before it is used.
+Imports torch and trackers only when they are used.
 """
 
 from .jsonl import JsonlLogger, read_rows

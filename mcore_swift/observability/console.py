@@ -5,7 +5,7 @@ from typing import Any, TextIO
 
 from .meter import Line
 
-# (key, how it reads on the console); what is not listed comes after, as `key value`
+# key -> its text on the console; keys not listed here follow as `key value`
 _FORMATS = {
     "loss": "loss {:.4f}",
     "eval_loss": "eval_loss {:.4f}",

@@ -1,4 +1,4 @@
-"""logging.jsonl: one JSON object a log line, one clean curve even after crashes."""
+"""logging.jsonl: one JSON object per log line, one clean curve even after crashes."""
 
 import json
 import math
@@ -13,10 +13,10 @@ FILE_NAME = "logging.jsonl"
 
 
 class JsonlLogger:
-    """Appends log lines to `folder`/logging.jsonl, each on disk as soon as it is written.
+    """Appends log lines to `folder`/logging.jsonl, each written out at once.
 
     start_step: the step resumed from. Rows of later steps, which a crashed run wrote and this run will write
-    again, are removed first.
+    again, are removed first. Raises UserError when the file cannot be read or written.
     """
 
     def __init__(self, folder: str | Path, *, start_step: int = 0) -> None:
@@ -32,7 +32,7 @@ class JsonlLogger:
         pass
 
     def log(self, line: Line) -> None:
-        """Raises UserError when the file cannot be written, on a full disk for one."""
+        """Append a line. Raises UserError when the file cannot be written, for example on a full disk."""
         row = {name: _plain(value) for name, value in line.items()}
         try:
             self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
@@ -44,9 +44,9 @@ class JsonlLogger:
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a log file in order. A last line that a crash cut short is left out.
+    """The rows of a log file in order. A last line that a crash has cut short is left out.
 
-    Raises UserError when the file is missing or another line is no JSON object.
+    Raises UserError when the file cannot be read or another line is not a JSON object.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -69,7 +69,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 
 
 def truncate_after(path: Path, step: int) -> int:
-    """Remove the rows of steps after `step`; returns how many. The file is replaced in one move."""
+    """Remove the rows of steps after `step`; returns how many. The file is replaced atomically."""
     if not path.exists():
         return 0
     rows = read_rows(path)
@@ -83,7 +83,7 @@ def truncate_after(path: Path, step: int) -> int:
 
 
 def step_of(row: dict[str, Any]) -> int:
-    """The step of a row, ours or ms-swift's; 0 for a row that has none, such as a summary."""
+    """The step of a row of ours or of ms-swift's; 0 for a row without one, such as a summary."""
     if isinstance(row.get("step"), int):
         return row["step"]
     for name in ("iteration", "global_step/max_steps"):
@@ -94,7 +94,7 @@ def step_of(row: dict[str, Any]) -> int:
 
 
 def _plain(value: Any) -> Any:
-    """NaN and the infinities as text, since JSON has no numbers for them."""
+    """NaN and infinities as text, since JSON cannot represent them."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

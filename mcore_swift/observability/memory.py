@@ -20,7 +20,7 @@ def host_memory_bytes() -> int | None:
 
 
 def reset_host_memory_peak() -> bool:
-    """Let the peak start again from the present resident set; False where the system has no such switch."""
+    """Reset the peak to the current resident set; False if the system cannot do that."""
     try:
         Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
     except OSError:

@@ -1,4 +1,4 @@
-"""The logger of the project, and quiet for the chatter of others. Nothing changes before the call."""
+"""The project's logger, with other libraries quieted. Nothing changes until `configure_logging` is called."""
 
 import logging
 import os
@@ -23,7 +23,7 @@ _CHATTY = (
 
 
 class _Formatter(logging.Formatter):
-    """`WARNING: text`, with the rank in front on every rank but the first; INFO lines have no level."""
+    """`WARNING: text`, prefixed with the rank on all ranks but 0; INFO lines show no level."""
 
     def __init__(self, rank: int) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class _Formatter(logging.Formatter):
 
 
 class _Handler(logging.StreamHandler):
-    """Writes to the standard error of the moment, above a progress bar if there is one."""
+    """Writes to the current sys.stderr, above a progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -53,11 +53,11 @@ class _Handler(logging.StreamHandler):
 
 
 def configure_logging(rank: int | None = None, *, level: str | None = None) -> logging.Logger:
-    """Set up the logger `mcore_swift` and quiet others; calling it again replaces the set-up.
+    """Set up the logger `mcore_swift` and quiet other libraries; calling it again replaces the set-up.
 
-    rank: None reads RANK. Ranks other than 0 say only warnings and worse, since they would repeat rank 0.
-    level: None reads LOG_LEVEL, INFO if unset; at DEBUG every rank and every library speaks.
-    Raises UserError for a level that there is not.
+    rank: None reads RANK. Ranks other than 0 log only warnings and worse, since they would repeat rank 0.
+    level: None reads LOG_LEVEL, INFO if unset; at DEBUG every rank and every library logs.
+    Raises UserError for an unknown level.
     """
     rank = int(os.environ.get("RANK", "0")) if rank is None else rank
     name = (level or os.environ.get("LOG_LEVEL") or "INFO").upper()
@@ -78,7 +78,7 @@ def configure_logging(rank: int | None = None, *, level: str | None = None) -> l
 
 
 def _quiet() -> None:
-    """Other libraries' logs from ERROR on; their warnings about what we chose on purpose not at all."""
+    """Other libraries log only errors, and do not warn about what we chose on purpose."""
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

@@ -1,4 +1,4 @@
-"""From step reports to one log line: means over the steps since the last line, and rates."""
+"""Turns step reports into a log line: means over the steps since the last line, and rates."""
 
 import math
 import time
@@ -12,17 +12,17 @@ Line = dict[str, float | int | str]
 
 
 class Meter:
-    """Collects step reports and makes log lines of them.
+    """Collects step reports and turns them into log lines.
 
-    Losses and metrics are weighted by what they are means over, so that a line over several steps equals the
-    loss of the same tokens taken at once. Rates are over the time of the steps alone; `elapsed_time` and
+    Losses and metrics are weighted by the number of terms that they average, so that a line over several steps equals
+    the loss over all their tokens at once. Rates use the time of the steps alone; `elapsed_time` and
     `remaining_time` are wall time of this process, saves and evaluations included.
 
     total_steps: the last step of the run.
     world_size: devices that work on a step.
     start_step: the step resumed from.
     peak_flops: peak FLOP/s of one device in the training precision; without it there is no `mfu`.
-    clock: seconds that only grow; replaced in tests.
+    clock: a monotonic clock in seconds; replaced in tests.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Meter:
 
 
 def _curve(window: list[StepReport]) -> Line:
-    """Loss, gradient norm and metrics. Skipped steps count only where there is no other."""
+    """Loss, gradient norm and metrics. Skipped steps count only if there are no others."""
     steps = [report for report in window if not report.skipped] or window
     line: Line = {"loss": weighted_mean((report.loss, _weight(report)) for report in steps)}
     norms = [report.grad_norm for report in steps if report.grad_norm is not None]
@@ -128,7 +128,7 @@ def _rates(window: list[StepReport], world_size: int, peak_flops: float | None) 
 
 
 def _phases(window: list[StepReport]) -> Line:
-    """Seconds a step of each phase, as `time/<phase>`."""
+    """Seconds per step of each phase, as `time/<phase>`."""
     totals: dict[str, float] = {}
     for report in window:
         for phase, seconds in report.phases_s.items():
@@ -155,7 +155,7 @@ def eval_line(metrics: Mapping[str, float]) -> Line:
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds as '1d 2h 3m 4s', the leading zeros left out."""
+    """Seconds as '1d 2h 3m 4s', without leading zeros."""
     rest = max(0, round(seconds))
     parts = []
     for size, unit in ((86400, "d"), (3600, "h"), (60, "m")):

@@ -12,9 +12,9 @@ class PhaseTimer:
             optimizer.step()
         report = StepReport(..., phases_s=timer.take())
 
-    synchronize: called at both ends of a phase, so that work a device does in the background counts in the
-    phase that started it. It costs overlap; leave it out unless phases are being measured.
-    clock: seconds that only grow; replaced in tests.
+    synchronize: called at both ends of a phase, so that asynchronous work on a device counts in the phase that
+    started it. This prevents overlap; leave it out unless phases are being measured.
+    clock: a monotonic clock in seconds; replaced in tests.
     """
 
     def __init__(
@@ -45,6 +45,6 @@ class PhaseTimer:
         return self._seconds.get(phase, 0.0)
 
     def take(self) -> dict[str, float]:
-        """Seconds by phase since the last call, and start again from zero."""
+        """Seconds by phase since the last call; resets them to zero."""
         seconds, self._seconds = self._seconds, {}
         return seconds

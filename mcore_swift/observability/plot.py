@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 def plot_curves(log_file: str | Path, folder: str | Path) -> list[Path]:
     """Draw each curve of CURVES that the log has into `folder`/images; returns the files written.
 
-    Without matplotlib nothing is drawn and one line says so. Raises UserError when the log cannot be read.
+    Without matplotlib, nothing is drawn and a message says so. Raises UserError when the log cannot be read.
     """
     if not importlib.util.find_spec("matplotlib"):
         _log.info("matplotlib is not installed, so no curves are drawn (pip install 'mcore-swift[tracking]')")
@@ -45,7 +45,7 @@ def smooth(values: list[float], weight: float = 0.9) -> list[float]:
 
 
 def _draw(path: Path, name: str, points: list[tuple[int, float]]) -> Path:
-    # a Figure of our own and not pyplot, which would choose a backend for the whole process
+    # a Figure of our own, since pyplot would choose a backend for the whole process
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -53,7 +53,7 @@ def _draw(path: Path, name: str, points: list[tuple[int, float]]) -> Path:
     figure = Figure(figsize=(8, 5))
     figure.subplots_adjust(
         left=0.11, right=0.97, bottom=0.1, top=0.96
-    )  # matplotlib's own fitting takes as long again
+    )  # matplotlib's own layout would double the time
     axes = figure.add_subplot()
     marker = "." if len(points) < 50 else None
     if name == "loss" and len(points) >= 10:

@@ -1,4 +1,4 @@
-"""What an engine tells of one training step. All later numbers (log lines, MFU, plots) come from these."""
+"""What an engine reports about one training step. All later numbers (log lines, MFU, plots) come from this."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,18 +12,18 @@ class StepReport:
     loss: sum of the token losses divided by `loss_count`.
     tokens: real tokens of the step, prompts included, padding excluded.
     loss_count: what `loss` is a mean over (tokens with a label, or pairs); None counts as `tokens`.
-    padded_tokens: padding positions that were computed beside the real tokens.
+    padded_tokens: padding positions that were computed in addition to the real tokens.
     samples: training samples, before packing.
     flops: model FLOPs of forward and backward, recomputation not counted (the usual numerator of MFU).
     step_time_s: wall time from the end of the previous step to the end of this one, waiting for data
         included, saves and evaluations excluded.
-    data_wait_s: the part of `step_time_s` in which a device waited for its batch; the largest of all ranks.
-    memory_peak_bytes: the largest of all ranks.
+    data_wait_s: the part of `step_time_s` in which a device waited for its batch; maximum over all ranks.
+    memory_peak_bytes: maximum over all ranks.
     metrics: further numbers of the objective, each a mean over `loss_count`.
-    phases_s: seconds by phase, as `PhaseTimer.take` gives them.
-    num_zeros: zero entries of the gradient, when they were counted.
-    skipped: the optimizer did not step (the gradient was not finite); loss and gradient norm then say nothing
-        about the curve.
+    phases_s: seconds by phase, from `PhaseTimer.take`.
+    num_zeros: zero entries of the gradient, if they were counted.
+    skipped: the optimizer did not step (the gradient was not finite); loss and gradient norm then do not belong
+        on the curve.
     consumed_samples, epoch: position in the data after the step; epoch 1.5 is the middle of the second one.
     """
 

@@ -1,4 +1,4 @@
-"""The log of a run: what the training loop calls, and the loggers behind it."""
+"""The log of a run: the interface for the training loop, and the loggers behind it."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -17,16 +17,16 @@ _log = logging.getLogger(__name__)
 
 
 class Logger(Protocol):
-    """One place that log lines go to."""
+    """A destination of log lines."""
 
     def after_step(self, step: int) -> None:
         """Called for every step, logged or not."""
 
     def log(self, line: Line) -> None:
-        """Take one line, as `Meter` makes it; `step` is always in it."""
+        """Take one line, as `Meter` makes it; it always has `step`."""
 
     def close(self) -> None:
-        """Called once, also when the run failed."""
+        """Called once, even if the run failed."""
 
 
 def make_loggers(
@@ -38,10 +38,10 @@ def make_loggers(
     required: bool = True,
     tensorboard_dir: str | Path | None = None,
 ) -> list[Logger]:
-    """Console and logging.jsonl always, others as `report_to` names them.
+    """Loggers for the console and logging.jsonl, and for the trackers in `report_to`.
 
-    required: whether a tracker that is not installed is a UserError (the user named it) or one warning (it is
-    the default). Raises ValueError for a tracker there is no logger of.
+    required: whether a missing tracker raises UserError (the user named it) or only logs a warning (it is the
+    default). Raises ValueError for an unknown tracker.
     """
     unknown = set(report_to) - {"tensorboard"}
     if unknown:
@@ -58,11 +58,11 @@ def make_loggers(
 class RunLog:
     """Meters every step and writes a line at step 1, every `logging_steps` steps and at the end.
 
-    Only the rank with `is_writer` writes; on the others every call does nothing. Use it as a context manager:
-    leaving it writes what is left, draws the curves and closes the files, also after an error.
+    Only the rank with `is_writer` writes; on other ranks all calls do nothing. Use it as a context manager: on exit,
+    also after an error, it writes what is left, draws the curves and closes the files.
 
-    folder: the run's own folder; logging.jsonl, runs/ and images/ go there. tensorboard_dir: in place of runs/.
-    make: makes the loggers; replaced in tests.
+    folder: the run's own folder; logging.jsonl, runs/ and images/ go there. tensorboard_dir: used instead of runs/.
+    make: creates the loggers; replaced in tests.
     """
 
     def __init__(
@@ -102,11 +102,11 @@ class RunLog:
         return self._write(self.meter.line()) if self.is_due(report.step) else None
 
     def is_due(self, step: int) -> bool:
-        """Whether `after_step` of this step writes a line; the same on every rank."""
+        """Whether `after_step` writes a line at this step; the same on every rank."""
         return step == 1 or step % self.logging_steps == 0 or step == self.meter.total_steps
 
     def after_eval(self, step: int, metrics: Mapping[str, float]) -> Line | None:
-        """Log validation metrics (`loss` becomes `eval_loss`) as a line of its own."""
+        """Log validation metrics (`loss` becomes `eval_loss`) as a separate line, which is returned."""
         if not self.is_writer:
             return None
         return self._write(eval_line(metrics) | self.meter.position(step))
@@ -139,5 +139,5 @@ class RunLog:
             return
         try:
             self.close()
-        except Exception:  # what went wrong first matters more
+        except Exception:  # the first error matters more
             _log.warning("the log could not be closed cleanly", exc_info=True)

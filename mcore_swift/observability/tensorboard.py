@@ -13,7 +13,7 @@ _log = logging.getLogger(__name__)
 
 
 def installed(*, required: bool) -> bool:
-    """Whether tensorboard is there. Required and missing raises UserError that names the extra."""
+    """Whether tensorboard is installed. If it is required and missing, raises a UserError that names the extra."""
     if importlib.util.find_spec("tensorboard"):
         return True
     if required:
@@ -44,7 +44,7 @@ class TensorboardLogger:
 
 
 def tag_of(name: str) -> str:
-    """loss -> train/loss, eval_loss -> eval/loss; a name that has a group already keeps it."""
+    """loss -> train/loss, eval_loss -> eval/loss; a name with a group keeps it."""
     if name.startswith("eval_"):
         return "eval/" + name.removeprefix("eval_")
     return name if "/" in name and "(" not in name else f"train/{name}"

@@ -1,4 +1,4 @@
-"""A limit on how long a phase may take: a hang ends with the phase's name and the stacks, not in silence."""
+"""A limit on how long a phase may take, so that a hang ends with the phase's name and stacks, not in silence."""
 
 import faulthandler
 import os
@@ -7,16 +7,16 @@ import threading
 
 
 class Limit:
-    """Ends the process when a block takes longer than it may.
+    """Ends the process when a block takes longer than its limit.
 
         with Limit("save of checkpoint-500", seconds=1800):
             save()
 
-    When the time is over, standard error gets one line with the phase and the rank, then the Python stack of
+    When the time is up, standard error gets one line with the phase and the rank, then the Python stack of
     every thread, and the process exits with code 1 at once, so that the launcher ends the others too. Nothing
-    is cleaned up: a collective that hangs cannot be interrupted. Limits may nest and run in several threads.
-    Code that never lets go of the interpreter's lock escapes, since the limit is a thread like any other;
-    waiting in torch.distributed, for files and for queues lets go of it.
+    is cleaned up: a hanging collective cannot be interrupted. Limits may nest and run in several threads.
+    Code that never releases the GIL escapes, since the limit is a thread like any other; waiting in
+    torch.distributed, for files and for queues releases it.
 
     Raises ValueError when `seconds` is not positive: every wait has a limit.
     """
@@ -33,7 +33,7 @@ class Limit:
         self._timer: threading.Timer | None = None
 
     def __enter__(self) -> "Limit":
-        # a timer's wait is capped by the platform at about 292 years; longer means for ever by mistake
+        # the platform caps a timer's wait at about 292 years; a longer one would fail
         self._timer = threading.Timer(min(self.seconds, threading.TIMEOUT_MAX), self._expire)
         self._timer.daemon = True
         self._timer.name = f"limit of {self.name}"
@@ -52,7 +52,7 @@ class Limit:
         return f"{text}\n  remedy: {self.remedy}" if self.remedy else text
 
     def _expire(self) -> None:
-        # the real standard error: nobody may have put something without a file descriptor in its place
+        # the original standard error: faulthandler needs a file descriptor, which a replacement may lack
         stream = sys.__stderr__ or sys.stderr
         try:
             print(self.message(), file=stream, flush=True)

@@ -1,8 +1,8 @@
-"""Attention block by block in plain torch: whatever torch's fused kernels cannot express, in bounded memory.
+"""Blockwise attention in plain torch, for what torch's fused kernels cannot express, in bounded memory.
 
-The softmax runs online over blocks of keys (Milakov and Gimelshein, arXiv:1805.02867); the backward pass computes
-each block's scores again from the log-sum-exp of its rows (FlashAttention, arXiv:2205.14135, algorithm 4). Neither
-ever holds more scores than one block has.
+The softmax runs online over blocks of keys (Milakov and Gimelshein, arXiv:1805.02867); the backward pass recomputes
+each block's scores with the log-sum-exp of its rows (FlashAttention, arXiv:2205.14135, algorithm 4). Neither holds
+the scores of more than one block at a time.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 QUERY_BLOCK, KEY_BLOCK = 256, 512
-_MASKED = -1e30  # finite, so that a row with nothing visible in its first block stays a number
+_MASKED = -1e30  # finite, so that a row with nothing visible in its first block does not become NaN
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class _Blockwise(torch.autograd.Function):
         blocks = _Blocks(query, key, ctx.form, ctx.seed)
         d_query = torch.empty_like(query)
         d_key, d_value = (torch.zeros(t.shape, dtype=blocks.dtype, device=t.device) for t in (key, value))
-        # Of the softmax's gradient: the mean of the gradient of the weights under the weights, for each row.
+        # For the softmax's gradient: for each row, the gradient of the weights, averaged with the weights.
         mean = (grad.to(blocks.dtype) * out).sum(-1)
         for rows, columns in blocks.of_queries():
             q, g = blocks.rows(query, rows), blocks.rows(grad, rows)
@@ -106,14 +106,14 @@ class _Blockwise(torch.autograd.Function):
 class _Blocks:
     """Cuts queries and keys into blocks and computes the scores of one.
 
-    Inside, the queries of a key head lie one head after the other: `[b, groups, heads / groups * rows, d]`.
+    Internally, the query heads that share a key head are concatenated: `[b, groups, heads / groups * rows, d]`.
     """
 
     def __init__(self, query: Tensor, key: Tensor, form: Form, seed: int) -> None:
         self.form, self.seed = form, seed
         self.dtype = torch.promote_types(query.dtype, torch.float32)
         self.n, self.m, self.groups = query.size(2), key.size(2), key.size(1)
-        self.shared = query.size(1) // self.groups  # queries to a key head
+        self.shared = query.size(1) // self.groups  # query heads per key head
 
     def of_queries(self) -> Iterator[tuple[slice, list[slice]]]:
         """Each block of queries with the blocks of keys that any of its rows sees."""
@@ -139,7 +139,7 @@ class _Blocks:
         return tensor[:, :, cols].to(self.dtype)
 
     def start(self, q: Tensor, sinks: Tensor | None, rows: slice) -> tuple[Tensor, Tensor]:
-        """Largest logit and sum of exponentials before any key: of the sink, or of nothing."""
+        """Largest logit and sum of exponentials before the first key: the sink's, or -inf and 0 without sinks."""
         shape = (*q.shape[:3], 1)
         if sinks is None:
             return q.new_full(shape, float("-inf")), q.new_zeros(shape)
@@ -149,7 +149,7 @@ class _Blocks:
     def scores(
         self, q: Tensor, key: Tensor, rows: slice, cols: slice, *, with_slope: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Logits `[b, groups, heads / groups * rows, cols]`, and what soft-capping multiplies their gradient with."""
+        """Logits `[b, groups, heads / groups * rows, cols]`, and if asked for the derivative of their soft-capping."""
         scores = (q @ self.part(key, cols).transpose(-1, -2)).mul_(self.form.scale)
         slope = None
         if self.form.softcap is not None:
@@ -176,7 +176,7 @@ class _Blocks:
         return hidden if window is None else hidden.logical_or_(behind >= window)
 
     def keep(self, weights: Tensor, rows: slice, cols: slice) -> Tensor | None:
-        """What dropout multiplies the weights of a block with: the same forward and backward."""
+        """Dropout's factors on the weights of a block, the same in the forward and the backward pass."""
         if not self.form.dropout:
             return None
         generator = torch.Generator(weights.device)
@@ -186,5 +186,5 @@ class _Blocks:
 
 
 def _seed(form: Form, device: torch.device) -> int:
-    """A draw from the current generator, if dropout needs any."""
+    """A seed for dropout, drawn from the current generator; 0 without dropout."""
     return int(torch.randint(2**62, (), device=device).item()) if form.dropout else 0

@@ -1,7 +1,7 @@
 """The core attention module of a layer: causal, grouped-query, packed, with windows, soft-capping and sinks.
 
-A packed row is attended segment by segment, which is block-diagonal attention without the blocks that would be
-masked. Which kernel does it: `kernels.py`. What context-parallel ranks exchange for it: `exchange.py`.
+Attention on a packed row runs segment by segment: block-diagonal attention that skips the masked blocks. `kernels.py`
+chooses the kernel, and `exchange.py` has what context-parallel ranks exchange.
 """
 
 from contextlib import nullcontext
@@ -24,14 +24,14 @@ from mcore_swift.models.packing import Packing
 from mcore_swift.models.segments import Segments, part_of_one_segment
 
 CP_COMM_TYPES = ("all_gather", "a2a")
-"""How ranks of context parallelism can share the work here; the first is the default."""
+"""How context-parallel ranks can divide the work here; the first is the default."""
 
 
 class CoreAttention(MegatronModule):
     """softmax(scale * q k^T) v, causal, with the interface of megatron-core's core attention modules.
 
     Under context parallelism a rank holds the queries, keys and values of its part of each segment (see `Segments`),
-    and either gathers all keys and values ("all_gather") or attends with a part of the heads to all tokens ("a2a").
+    and either gathers all keys and values ("all_gather") or computes a part of the heads for all tokens ("a2a").
 
     softmax_offset: `[heads / TP]`, the sink logit of each head, where the layer has sinks.
     """
@@ -57,7 +57,8 @@ class CoreAttention(MegatronModule):
 
         cp_comm_type: one of `CP_COMM_TYPES`. window: tokens that a token attends to, itself included; None: all
         before it. softcap: scores s become softcap * tanh(s / softcap). sinks: each head has a learnt logit that
-        takes part in the softmax and carries no value (arXiv:2309.17453, as in gpt-oss).
+        takes part in the softmax and carries no value (arXiv:2309.17453, as in gpt-oss). Raises ValueError for
+        another cp_comm_type under context parallelism.
         """
         super().__init__(config=config)
         self.scale = (
@@ -88,8 +89,8 @@ class CoreAttention(MegatronModule):
         """query `[s, b, heads, dk]`, key `[s, b, groups, dk]`, value `[s, b, groups, dv]` -> `[s, b, heads * dv]`.
 
         s: this context-parallel rank's tokens. Without a batch dimension, as multi-latent attention gives packed
-        rows, b is 1. With a `Packing` (b == 1) each segment attends to itself alone. `attention_mask` is not read:
-        rows without a packing are one sample each, padded on the right, which causality keeps out of sight.
+        rows, b is 1. With a `Packing` (b == 1) each segment attends to itself alone. `attention_mask` is ignored:
+        unpacked rows hold one sample each, padded on the right, and causality hides that padding.
         """
         if query.dim() == 3:
             query, key, value = query[:, None], key[:, None], value[:, None]
@@ -121,7 +122,7 @@ class CoreAttention(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        """The sinks, divided over tensor-parallel ranks; nothing for a layer without."""
+        """The sinks, divided over tensor-parallel ranks; empty for a layer without sinks."""
         return make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True), prefix, {"softmax_offset": 0}, sharded_offsets
         )

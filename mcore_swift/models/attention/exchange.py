@@ -1,6 +1,6 @@
-"""What context-parallel ranks tell each other for attention: keys and values of the whole row, or of fewer heads.
+"""What context-parallel ranks exchange for attention: all keys and values, or all tokens of fewer heads.
 
-Tensors are `[s, b, heads or groups, d]`; s is the whole row's length in the row's order, s / N the part of a rank.
+Tensors are `[s, b, heads or groups, d]`; s stands for the whole row, in its order, and s / N for one rank's part.
 """
 
 import math
@@ -18,7 +18,7 @@ def gather_keys(
 ) -> tuple[Tensor, Tensor]:
     """Keys and values of a rank, `[s / N, b, groups, d]`, -> those of the whole row, `[s, b, groups, d]`.
 
-    Backward, each rank gets the sum of what all ranks' queries have to say about its keys.
+    In the backward pass, each rank gets the gradient of its keys and values, summed over all ranks' queries.
     """
     both = torch.cat((key.flatten(2), value.flatten(2)), dim=-1)
     row = AllGather.apply(both, group).index_select(0, segments.natural)
@@ -31,8 +31,8 @@ def share_heads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All heads of a rank's tokens -> a part of the heads of all tokens (DeepSpeed Ulysses, arXiv:2309.14509).
 
-    query `[s / N, b, heads, d]` -> `[s, b, heads / N, d]`; key and value likewise by their groups, each of which is
-    repeated as often as it takes for N to divide them.
+    query `[s / N, b, heads, d]` -> `[s, b, heads / N, d]`; key and value likewise by their groups, which are
+    repeated until N divides their number.
     """
     size = group.size()
     repeat = math.lcm(key.size(2), size) // key.size(2)
@@ -50,6 +50,6 @@ def share_heads(
 
 
 def unite_heads(out: Tensor, segments: Segments, group: dist.ProcessGroup) -> Tensor:
-    """A part of the heads of all tokens, `[s, b, heads / N, d]`, -> all heads of a rank's, `[s / N, b, heads, d]`."""
+    """The inverse: a part of the heads of all tokens `[s, b, heads / N, d]` -> all heads `[s / N, b, heads, d]`."""
     message = out.index_select(0, segments.by_rank).unflatten(0, (group.size(), -1))
     return AllToAll.apply(message, group).movedim(0, 2).flatten(2, 3)

@@ -1,6 +1,6 @@
-"""torch's flex_attention on CUDA, for what no other kernel of torch's expresses: soft-capping, sinks, windows.
+"""torch's flex_attention on CUDA, for what no other kernel of torch can express: soft-capping, sinks, windows.
 
-It skips blocks in which nothing is seen. Compiled, or it would make whole matrices; so without Triton it is no choice.
+It skips fully masked blocks. Uncompiled, it would build whole score matrices, so it is used only where Triton is there.
 """
 
 import importlib.util
@@ -17,6 +17,7 @@ from mcore_swift.models.segments import Segments
 
 @cache
 def have_flex() -> bool:
+    """Whether compiled flex_attention can run here: with CUDA and Triton."""
     return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
 
 
@@ -25,7 +26,7 @@ def flex_pieces(
 ) -> Tensor:
     """Each token of a rank attends to its segment: query `[b, heads, s / N, dk]` -> `[b, heads, s / N, dv]`.
 
-    key `[b, groups, s, dk]`, value `[b, groups, s, dv]`: of the whole row. Without dropout.
+    key `[b, groups, s, dk]`, value `[b, groups, s, dv]`: of the whole row. Does not support dropout.
     """
     attention, make_mask = _kernels()
     out, aux = attention(
@@ -40,7 +41,7 @@ def flex_pieces(
     )
     if sinks is None:
         return out
-    # With a sink the weights are those without it, times the share that the sink leaves.
+    # A sink scales down the weights to the share of the softmax that it leaves.
     left = torch.sigmoid(aux.lse - sinks.float()[:, None])
     return out * left[..., None].to(out.dtype)
 
@@ -53,7 +54,7 @@ def _capped(softcap: float) -> Callable[..., Tensor]:
 
 
 def _block_mask(segments: Segments, window: int | None, make_mask: Callable[..., Any]) -> Any:
-    """Which blocks of the rank's queries see which of the row's keys; made once for all layers with that window."""
+    """Which blocks of the row's keys the rank's queries see; built once for all layers with the same window."""
     if window not in segments.masks:
         place, number = segments.held, segments.numbers
         reach = segments.longest if window is None else window
@@ -72,7 +73,7 @@ def _block_mask(segments: Segments, window: int | None, make_mask: Callable[...,
 def _kernels() -> tuple[Callable[..., Any], Callable[..., Any]]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    # Masks too: what makes them is a matrix of booleans before it is blocks.
+    # create_block_mask too: uncompiled, it builds the whole boolean matrix first.
     return torch.compile(flex_attention), torch.compile(create_block_mask)
 
 

@@ -1,4 +1,4 @@
-"""Which kernel attends: torch's own where it can, else ours block by block. No S x S matrix and no S x S mask."""
+"""Chooses the attention kernel: torch's own if possible, else our blockwise one. None builds an S x S matrix."""
 
 import inspect
 from collections.abc import Callable
@@ -46,7 +46,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, form: Form, sinks: Tensor 
     Causal: query i sees keys up to number m - n + i. sinks: `[heads]`, see `blockwise_attention`.
     """
     n, m = query.size(2), key.size(2)
-    # torch's kernel for CPU knows no dropout; asked for it, torch would make the whole matrix.
+    # torch's CPU kernel has no dropout; asked for it, torch would build the whole score matrix.
     if sinks is not None or form.softcap is not None or (form.dropout and not query.is_cuda):
         return blockwise_attention(query, key, value, form, sinks)
     if form.window is None or form.window >= m:
@@ -59,7 +59,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, form: Form, sinks: Tensor 
 
 
 def _in_blocks(query: Tensor, key: Tensor, value: Tensor, form: Form, window: int) -> Tensor:
-    """Block after block of queries, each with the keys it sees and a mask of that size."""
+    """Attention by blocks of queries, each with only the keys it sees and a mask of that size."""
     n, m = query.size(2), key.size(2)
     block = min(BLOCK, max(window, BLOCK // 8))
     out = []
@@ -78,10 +78,10 @@ def _in_blocks(query: Tensor, key: Tensor, value: Tensor, form: Form, window: in
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, form: Form, **mask: Any) -> Tensor:
     dv = value.size(-1)
-    if not query.is_cuda:  # only heads of one size go into the blockwise kernel for CPU
+    if not query.is_cuda:  # torch's blockwise CPU kernel needs heads of one size
         query, key, value = same_head_size(query, key, value)
     grouped = key.size(1) != query.size(1)
-    if grouped and query.is_cuda:  # of the kernels for CUDA not all take groups
+    if grouped and query.is_cuda:  # not all CUDA kernels support groups
         repeat = query.size(1) // key.size(1)
         key, value, grouped = *(t.repeat_interleave(repeat, dim=1) for t in (key, value)), False
     out = functional.scaled_dot_product_attention(
@@ -91,7 +91,7 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, form: Form, **mask: Any) ->
 
 
 def same_head_size(*tensors: Tensor) -> list[Tensor]:
-    """Fill the last dimension up with zeros: they add nothing to scores, and their values are cut off again."""
+    """Pad the last dimension with zeros to one size: they add nothing to scores; callers cut them off the output."""
     size = max(tensor.size(-1) for tensor in tensors)
     return [
         functional.pad(tensor, (0, size - tensor.size(-1))) if tensor.size(-1) < size else tensor
@@ -100,20 +100,20 @@ def same_head_size(*tensors: Tensor) -> list[Tensor]:
 
 
 def _fits_varlen(query: Tensor, form: Form, sinks: Tensor | None) -> bool:
-    """Whether torch's kernel over the segments of a row can do it: for CUDA in half precision."""
+    """Whether torch's variable-length kernel can be used: on CUDA, in bf16 or fp16."""
     plain = form.softcap is None and sinks is None and not form.dropout and query.size(1) == 1
     fits_kernel = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
     return plain and fits_kernel and query.size(-1) % 8 == 0 and _varlen_attention() is not None
 
 
 def _fits_flex(form: Form, sinks: Tensor | None) -> bool:
-    """Whether no fused kernel but flex_attention can do it, and that can."""
+    """Whether flex_attention can be used and no other fused kernel can."""
     special = form.softcap is not None or sinks is not None or form.window is not None
     return special and not form.dropout and have_flex()
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, form: Form) -> Tensor:
-    """As `attend_pieces`, all pieces in one kernel; b is 1."""
+    """`attend_pieces` with all pieces in one kernel call; b must be 1."""
     repeat, dv, runs = query.size(2) // key.size(2), value.size(-1), segments.for_varlen
     key, value = (
         (tensor[:, 0] if runs.index is None else tensor[:, 0].index_select(0, runs.index))
@@ -136,11 +136,11 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, form:
 
 @cache
 def _varlen_attention() -> Callable[..., Tensor] | None:
-    """torch's attention over segments of a row, one kernel for all of them; None where torch has none such.
+    """torch's variable-length attention, one kernel for all segments of a row; None if torch lacks it.
 
-    A form of it without scale and window, as older torch has, counts as none.
+    Older versions, without scale and window, count as lacking.
     """
-    try:  # here, since the import brings a compiler that a CPU run can spare
+    try:  # here, since the import loads a compiler that CPU runs do not need
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None

@@ -1,1 +1,1 @@
-"""One small file a family."""
+"""One small file per family."""

@@ -1,4 +1,4 @@
-"""Arcee AFM: Llama's layers with a plain MLP of squared ReLU (https://www.arcee.ai/blog/deep-dive-afm-4-5b)."""
+"""Arcee AFM: Llama's layers with an ungated squared-ReLU MLP (https://www.arcee.ai/blog/deep-dive-afm-4-5b)."""
 
 from mcore_swift.models.families.llama import Llama
 

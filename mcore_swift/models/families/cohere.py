@@ -1,5 +1,5 @@
-"""Command R and R+: attention and MLP side by side behind one LayerNorm without bias, neighbouring dimensions turned
-together, logits scaled (https://cohere.com/blog/command-r, transformers' CohereForCausalLM).
+"""Command R and R+: attention and MLP in parallel after one LayerNorm without bias, rotary pairs of adjacent
+dimensions, scaled logits (https://cohere.com/blog/command-r, transformers' CohereForCausalLM).
 """
 
 from dataclasses import replace

@@ -1,5 +1,5 @@
-"""Command R7B and Command A: Cohere's layers, three of four within a window and with rotary embedding, the fourth
-without either (arXiv:2504.00698).
+"""Command R7B and Command A: Cohere's layers, three out of four with a sliding window and rotary embedding, the fourth
+with neither (arXiv:2504.00698).
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Code World Model: Llama 3's layers, three of four within a window (arXiv:2510.02387)."""
+"""Code World Model: Llama 3's layers, three out of four with a sliding window (arXiv:2510.02387)."""
 
 from mcore_swift.models.families.ministral import Ministral
 

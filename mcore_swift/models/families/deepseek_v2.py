@@ -1,4 +1,4 @@
-"""DeepSeek-V2 (arXiv:2405.04434): latent attention; from some layer on, a router, its experts and shared experts."""
+"""DeepSeek-V2 (arXiv:2405.04434): latent attention; after some dense layers, routed and shared experts."""
 
 from typing import Any
 
@@ -42,7 +42,7 @@ class DeepseekV2(Llama):
         }
 
     def chooses_groups(self, hf: HFConfig) -> bool:
-        """Whether a token first chooses some groups of experts. (Of one group, or choosing all, there is no choice.)"""
+        """Whether a token first chooses some groups of experts. (With one group, or all chosen, there is no choice.)"""
         return hf.topk_method == "group_limited_greedy" and hf.topk_group < hf.n_group
 
     def best_of_group(self, hf: HFConfig) -> int | None:
@@ -62,9 +62,7 @@ class DeepseekV2(Llama):
         wrong = []
         if hf.topk_method not in ("greedy", "group_limited_greedy"):
             wrong.append(f"topk_method {hf.topk_method!r}")
-        if (
-            hf.norm_topk_prob
-        ):  # transformers does not read it, DeepSeek's own code drops the scaling factor then
+        if hf.norm_topk_prob:  # transformers ignores it; DeepSeek's own code then omits the scaling factor
             wrong.append("norm_topk_prob true")
         return wrong
 
@@ -102,7 +100,7 @@ def latent_config(hf: HFConfig) -> dict[str, Any]:
         "qk_head_dim": hf.qk_nope_head_dim,
         "qk_pos_emb_head_dim": hf.qk_rope_head_dim,
         "v_head_dim": hf.v_head_dim,
-        # Only the scale of the scores is made from these two.
+        # These two determine only the scale of the scores.
         "rotary_scaling_factor": rope["factor"] if scaled else 1.0,
         "mscale_all_dim": rope.get("mscale_all_dim") or 0.0,
     }

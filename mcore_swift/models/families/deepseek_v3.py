@@ -1,4 +1,4 @@
-"""DeepSeek-V3 and R1 (arXiv:2412.19437), and what took their architecture: a sigmoid router, multi-token layers."""
+"""DeepSeek-V3, R1 (arXiv:2412.19437) and models with their architecture: a sigmoid router, multi-token layers."""
 
 from typing import Any
 

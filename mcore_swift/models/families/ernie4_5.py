@@ -1,4 +1,4 @@
-"""ERNIE 4.5 dense: Llama's layers with neighbouring dimensions turned together (https://yiyan.baidu.com/blog)."""
+"""ERNIE 4.5 dense: Llama's layers with rotary pairs of adjacent dimensions (https://yiyan.baidu.com/blog)."""
 
 from typing import Any
 

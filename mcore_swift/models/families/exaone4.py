@@ -1,5 +1,5 @@
-"""EXAONE 4: norms behind attention and MLP and on query and key heads; where some layers attend within a window, the
-others have no rotary embedding (arXiv:2507.11407).
+"""EXAONE 4: norms after attention and MLP and on query and key heads; in models where some layers have a sliding
+window, the others have no rotary embedding (arXiv:2507.11407).
 """
 
 from dataclasses import replace

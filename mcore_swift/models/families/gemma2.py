@@ -1,5 +1,5 @@
-"""Gemma 2: Gemma with norms on both sides of attention and MLP, every other layer within a window, and soft caps on
-attention scores and logits (arXiv:2408.00118).
+"""Gemma 2: Gemma with norms on both sides of attention and MLP, every other layer with a sliding window, and soft
+caps on attention scores and logits (arXiv:2408.00118).
 """
 
 from dataclasses import replace

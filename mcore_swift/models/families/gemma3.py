@@ -1,5 +1,5 @@
-"""Gemma 3, text: Gemma 2 with norms on query and key heads in place of the soft cap on scores, and another rotary
-embedding in the layers that attend within a window (arXiv:2503.19786).
+"""Gemma 3, text: Gemma 2 with norms on query and key heads in place of the soft cap on scores, and a different rotary
+embedding in the layers with a sliding window (arXiv:2503.19786).
 """
 
 from dataclasses import replace
@@ -13,7 +13,7 @@ from mcore_swift.models.layer import LayerTraits
 from mcore_swift.models.rules import Rule
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
-"""In the order of the rotary embeddings."""
+"""Types of layer, in the order of their rotary embeddings."""
 
 
 class Gemma3(Gemma2):

@@ -1,4 +1,4 @@
-"""GLM-4-9B in the format of transformers: half of each head is turned, neighbouring dimensions together; biases on
+"""GLM-4-9B in transformers' format: rotary embedding on half of each head, in pairs of adjacent dimensions; biases on
 query, key and value; gate and up in one tensor (arXiv:2406.12793).
 """
 

@@ -1,5 +1,5 @@
-"""GPT-NeoX and Pythia: attention and MLP side by side with a LayerNorm each, a plain MLP with GELU, biases, a part of
-each head turned (arXiv:2204.06745, arXiv:2304.01373).
+"""GPT-NeoX and Pythia: attention and MLP in parallel with a LayerNorm each, an ungated MLP with GELU, biases, rotary
+embedding on a part of each head (arXiv:2204.06745, arXiv:2304.01373).
 """
 
 from dataclasses import replace
@@ -40,7 +40,7 @@ class GptNeoX(Llama):
         return True
 
     def qkv_rule(self, hf: HFConfig, attention: str, hf_layer: str, kind: str) -> Rule:
-        # query, key and value of each head lie together, which is megatron-core's own order
+        # query, key and value of each head are adjacent, as in megatron-core
         return Same(f"{attention}.linear_qkv.{kind}", (f"{hf_layer}.{self.attention_names['qkv']}.{kind}",))
 
     def optional_hf(self, hf: HFConfig) -> list[str]:

@@ -1,4 +1,4 @@
-"""gpt-oss (arXiv:2508.10925): attention sinks, every other layer with a window, experts with biases and clamps."""
+"""gpt-oss (arXiv:2508.10925): attention sinks, sliding windows in every other layer, experts with biases, clamps."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ class GptOss(Llama):
     name = "gpt_oss"
 
     def config(self, hf: HFConfig) -> dict[str, Any]:
-        # here, since whoever only reads a model needs no megatron-core
+        # here, since reading a model must not need megatron-core
         from megatron.core.fusions.fused_bias_geglu import quick_gelu
 
         experts = expert_config(

@@ -1,5 +1,5 @@
 """Granite 3 dense: Llama's layers with multipliers on embeddings, attention scores, residual branches and logits
-(those of maximal update parametrization, arXiv:2203.03466).
+(from maximal update parametrization, arXiv:2203.03466).
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Helium: Llama's layers with neighbouring dimensions turned together (https://kyutai.org/2025/04/30/helium.html)."""
+"""Helium: Llama's layers with rotary pairs of adjacent dimensions (https://kyutai.org/2025/04/30/helium.html)."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Hunyuan dense (0.5B to 7B): Llama's layers with norms on query and key heads after these have been turned
+"""Hunyuan dense (0.5B to 7B): Llama's layers with norms on query and key heads after the rotary embedding
 (https://github.com/Tencent-Hunyuan).
 """
 

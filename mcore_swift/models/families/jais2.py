@@ -1,4 +1,4 @@
-"""Jais 2: Llama's layers with LayerNorm, a plain MLP of squared ReLU, and biases
+"""Jais 2: Llama's layers with LayerNorm, an ungated MLP with squared ReLU, and biases
 (https://huggingface.co/inceptionai/Jais-2-8B-Chat).
 """
 

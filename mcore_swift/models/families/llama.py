@@ -2,7 +2,7 @@
 
 arXiv:2302.13971 (Llama), arXiv:2307.09288 (grouped queries), arXiv:2407.21783 (Llama 3, rotary scaling).
 
-Most other dense families say here and there something else, and inherit the rest from this one.
+Most other dense families override a few things and inherit the rest from this one.
 """
 
 from typing import Any, ClassVar
@@ -13,7 +13,7 @@ from mcore_swift.models.layer import LayerTraits
 from mcore_swift.models.rules import QKV, FusedQKV, Norm, Rule, Same, Stacked, Vocab
 
 BEFORE_MLP = "mlp.linear_fc1.layer_norm_"
-"""Beginning of the megatron-core name of the norm that a dense MLP reads through."""
+"""Prefix of the megatron-core names of the norm before a dense MLP."""
 
 
 class Llama(Family):
@@ -23,7 +23,7 @@ class Llama(Family):
         "self_attention.linear_qkv.layer_norm_": "input_layernorm",
         BEFORE_MLP: "post_attention_layernorm",
     }
-    """Beginning of a norm's megatron-core name -> the norm's name in a Hugging Face layer."""
+    """Prefix of a norm's megatron-core names -> the norm's name in a Hugging Face layer."""
 
     attention_names: ClassVar[dict[str, str]] = {
         "q": "self_attn.q_proj",
@@ -31,14 +31,14 @@ class Llama(Family):
         "v": "self_attn.v_proj",
         "output": "self_attn.o_proj",
     }
-    """Hugging Face names of linear layers; 'qkv' in place of q, k and v where they are one tensor."""
+    """Hugging Face names of linear layers; 'qkv' in place of q, k and v if they are one tensor."""
 
     mlp_names: ClassVar[dict[str, str]] = {
         "gate": "mlp.gate_proj",
         "up": "mlp.up_proj",
         "down": "mlp.down_proj",
     }
-    """Without 'gate' where the MLP has none, or where 'up' is gate and up in one tensor."""
+    """Without 'gate' if the MLP has none, or if 'up' is gate and up in one tensor."""
 
     outer_names: ClassVar[dict[str, str]] = {
         "embedding": "model.embed_tokens",
@@ -105,7 +105,7 @@ class Llama(Family):
         ]
 
     def norm_rules(self, hf: HFConfig, mcore_layer: str, hf_layer: str) -> list[Rule]:
-        """Rules of the norms over the hidden dimension, but for one before the MLP."""
+        """Rules of the norms over the hidden dimension, except the one before the MLP."""
         return [
             rule
             for mcore, name in self.norms.items()
@@ -114,7 +114,7 @@ class Llama(Family):
         ]
 
     def one_norm(self, hf: HFConfig, mcore: str, name: str) -> list[Rule]:
-        """Rules of a norm, given the beginning of its megatron-core names and its Hugging Face name."""
+        """Rules of a norm, given the prefix of its megatron-core names and its Hugging Face name."""
         norm = self.outer(hf).norm
         rules: list[Rule] = [Norm(f"{mcore}weight", (f"{name}.weight",), initial=norm.initial)]
         if norm.has_bias:
@@ -122,7 +122,7 @@ class Llama(Family):
         return rules
 
     def attention_rules(self, hf: HFConfig, attention: str, hf_layer: str) -> list[Rule]:
-        """Rules of the projections of attention. attention: their prefix in megatron-core."""
+        """Rules of the attention projections. attention: their prefix in megatron-core."""
         output = f"{hf_layer}.{self.attention_names['output']}"
         rules = [self.qkv_rule(hf, attention, hf_layer, "weight")]
         if self.qkv_bias(hf):
@@ -133,7 +133,7 @@ class Llama(Family):
         return rules
 
     def qkv_rule(self, hf: HFConfig, attention: str, hf_layer: str, kind: str) -> Rule:
-        """kind: 'weight' or 'bias'."""
+        """The rule of the query, key and value projections. kind: 'weight' or 'bias'."""
         mcore, names = f"{attention}.linear_qkv.{kind}", self.attention_names
         heads = {
             "num_query_groups": query_groups(hf),
@@ -145,7 +145,7 @@ class Llama(Family):
         return QKV(mcore, tuple(f"{hf_layer}.{names[part]}.{kind}" for part in "qkv"), **heads)
 
     def mlp_rules(self, hf: HFConfig, mcore_layer: str, hf_layer: str) -> list[Rule]:
-        """Rules of the MLP, with the norm before it."""
+        """Rules of the MLP and the norm before it."""
         mlp, norm = f"{mcore_layer}.mlp", self.norms.get(BEFORE_MLP)
         kinds = ("weight", "bias") if self.mlp_bias(hf) else ("weight",)
         first = tuple(

@@ -1,4 +1,4 @@
-"""Ministral 8B: Mistral's layers, some of which attend within a window (https://mistral.ai/news/ministraux)."""
+"""Ministral 8B: Mistral's layers, some of them with a sliding window (https://mistral.ai/news/ministraux)."""
 
 from dataclasses import replace
 

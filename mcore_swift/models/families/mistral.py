@@ -1,4 +1,4 @@
-"""Mistral dense: Llama's layers; the first release attends within a sliding window (arXiv:2310.06825)."""
+"""Mistral dense: Llama's layers; the first release has a sliding window (arXiv:2310.06825)."""
 
 from mcore_swift.models.families.llama import Llama
 from mcore_swift.models.family import HFConfig

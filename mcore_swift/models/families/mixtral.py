@@ -1,4 +1,4 @@
-"""Mixtral: Mistral's attention, eight experts of which a token takes two (arXiv:2401.04088)."""
+"""Mixtral: Mistral's attention and eight experts, two of them per token (arXiv:2401.04088)."""
 
 from dataclasses import replace
 from typing import Any

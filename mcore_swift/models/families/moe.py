@@ -1,4 +1,4 @@
-"""What families of mixture-of-experts models share: fields of TransformerConfig, and rules of expert weights."""
+"""What mixture-of-experts families share: fields of TransformerConfig, and rules of expert weights."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,9 +14,9 @@ def expert_config(
 ) -> dict[str, Any]:
     """Fields of TransformerConfig for a softmax router.
 
-    experts: of each layer. top_k: of them that a token goes to. ffn: hidden size of one expert. sparse: of each
-    layer of the model, whether it has experts. renormalize: the chosen experts' weights sum to one (softmax over
-    them alone, which is the same); else they are what the softmax over all experts gives.
+    experts: number per layer. top_k: number per token. ffn: hidden size of one expert. sparse: for each layer of
+    the model, whether it has experts. renormalize: whether the chosen experts' weights sum to one (the same as a
+    softmax over them alone); else they are those of the softmax over all experts.
     """
     return {
         "num_moe_experts": experts,
@@ -33,10 +33,10 @@ def biased_sigmoid_config(
 ) -> dict[str, Any]:
     """What DeepSeek-V3's router (arXiv:2412.19437, section 2.1.2) changes in `expert_config`.
 
-    Scores are sigmoids; a bias that no gradient reaches is added for the choice alone, and moves after each step
-    against uneven load. The chosen scores are made to sum to one, then multiplied by `scaling`. groups: experts come in
-    so many, and a token takes its experts from the best `top_groups` of them. shared_ffn: hidden size of all shared
-    experts together.
+    Scores are sigmoids. A bias without gradient is added for the choice of experts only, and is moved after each step
+    to even out the load. The chosen scores are normalised to sum to one, then multiplied by `scaling`. groups: number
+    of groups of experts; a token takes its experts from the best `top_groups` of them. shared_ffn: hidden size of all
+    shared experts together.
     """
     return {
         "moe_router_score_function": "sigmoid",
@@ -50,7 +50,7 @@ def biased_sigmoid_config(
 
 
 def unsupported_groups(top_k: int, groups: int, top_groups: int) -> list[str]:
-    """transformers ranks a group by its two best experts, megatron-core by its `top_k // top_groups` best."""
+    """Unsupported: transformers scores a group by its 2 best experts, megatron-core by `top_k // top_groups`."""
     if groups > 1 and top_k // top_groups != 2:
         return [
             f"num_experts_per_tok {top_k} with topk_group {top_groups} (only twice as many experts as groups)"
@@ -59,10 +59,10 @@ def unsupported_groups(top_k: int, groups: int, top_groups: int) -> list[str]:
 
 
 def expert_rules(mcore_mlp: str, hf_mlp: str, experts: int, names: Sequence[str] = GATED) -> list[Rule]:
-    """Rules of the routed experts of a layer, one HF tensor a matrix or all experts in one (transformers 5).
+    """Rules of a layer's routed experts: one HF tensor per matrix, or all experts in one (transformers 5).
 
     mcore_mlp: prefix such as 'decoder.layers.3.mlp'. hf_mlp: prefix of `experts`, such as 'model.layers.3.mlp'.
-    names: of the gate, up and down matrices of one expert.
+    names: HF names of the gate, up and down matrices of one expert.
     """
     gate, up, down = names
 
@@ -77,12 +77,12 @@ def expert_rules(mcore_mlp: str, hf_mlp: str, experts: int, names: Sequence[str]
 
 
 def layer_number(layer: str) -> int:
-    """3 of 'model.layers.3'."""
+    """'model.layers.3' -> 3."""
     return int(layer.rpartition(".")[2])
 
 
 def pre_mlp_norm_rule(mcore_layer: str, hf_layer: str) -> Rule:
-    """The norm before a router and experts, which is no part of a linear layer as that before a dense MLP is."""
+    """The norm before router and experts, a separate module; the one before a dense MLP is part of a linear layer."""
     return Same(f"{mcore_layer}.pre_mlp_layernorm.weight", (f"{hf_layer}.post_attention_layernorm.weight",))
 
 

@@ -1,4 +1,4 @@
-"""Multi-token layers as DeepSeek-V3's checkpoint names them, and those of others after it (arXiv:2412.19437)."""
+"""Multi-token layers under the names of DeepSeek-V3's checkpoint, which other models adopted (arXiv:2412.19437)."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ from mcore_swift.models.rules import Rule, Same
 
 
 class MultiToken(Family):
-    """To be named before a family that has the rest: its layers are what multi-token layers are made of."""
+    """A mixin, listed before the family whose layers the multi-token layers consist of."""
 
     multi_token_key = "num_nextn_predict_layers"
 
@@ -18,7 +18,7 @@ class MultiToken(Family):
         return refused
 
     def outer_rules(self, hf: HFConfig) -> list[Rule]:
-        """The checkpoint has embedding and output layer once more in every multi-token layer."""
+        """The checkpoint repeats embedding and output layer in every multi-token layer."""
         embedding, norm, *output = super().outer_rules(hf)
         first = hf.num_hidden_layers
         layers = [f"model.layers.{number}" for number in range(first, first + self.multi_token_layers(hf))]

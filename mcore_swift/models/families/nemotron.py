@@ -1,5 +1,5 @@
-"""Nemotron-4 and Minitron: LayerNorm with a weight stored around 0, a plain MLP of squared ReLU, half of each head
-turned (arXiv:2402.16819, arXiv:2407.14679).
+"""Nemotron-4 and Minitron: LayerNorm with a weight stored around 0, an ungated MLP with squared ReLU, rotary embedding
+on half of each head (arXiv:2402.16819, arXiv:2407.14679).
 """
 
 from mcore_swift.models.families.llama import Llama

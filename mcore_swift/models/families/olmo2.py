@@ -1,4 +1,4 @@
-"""OLMo 2: norms behind attention and MLP, and over all query and all key heads together (arXiv:2501.00656)."""
+"""OLMo 2: norms after attention and MLP, and over all query and all key heads together (arXiv:2501.00656)."""
 
 from dataclasses import replace
 

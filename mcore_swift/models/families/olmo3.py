@@ -1,4 +1,4 @@
-"""OLMo 3: OLMo 2 with windows in three of four layers, and rotary scaling in the others (arXiv:2512.13961)."""
+"""OLMo 3: OLMo 2 with a sliding window in three out of four layers, rotary scaling in the rest (arXiv:2512.13961)."""
 
 from dataclasses import replace
 

@@ -1,6 +1,6 @@
 """Qwen2 and Qwen2.5 dense: Llama's layers with a bias on query, key and value (arXiv:2407.10671).
 
-With use_sliding_window the layers from max_window_layers on attend within a window.
+With use_sliding_window, the layers from max_window_layers on have a sliding window.
 """
 
 from dataclasses import replace
@@ -24,7 +24,7 @@ class Qwen2(Llama):
 
 
 def sliding_window(hf: HFConfig, number: int) -> int | None:
-    """The window of layer `number` of a config whose layer_types name those that have one."""
+    """The window (tokens) of layer `number`, from a config whose layer_types say which layers have one; else None."""
     types = getattr(hf, "layer_types", None)
     slides = types is not None and types[number] == "sliding_attention"
     return getattr(hf, "sliding_window", None) if slides else None

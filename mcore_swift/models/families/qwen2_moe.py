@@ -1,4 +1,4 @@
-"""Qwen1.5 and Qwen2 mixture of experts: Qwen2's attention, experts, and a shared expert behind a gate of its own.
+"""Qwen1.5 and Qwen2 mixture of experts: Qwen2's attention, experts, and a shared expert with its own gate.
 
 arXiv:2407.10671, section 2.2.2.
 """

@@ -27,7 +27,7 @@ class Qwen3(Qwen2):
 
 
 def head_norm_rules(family: Llama, hf: HFConfig, attention: str, hf_layer: str) -> list[Rule]:
-    """The norms of queries and keys."""
+    """Rules of the query and key norms."""
     initial = family.outer(hf).norm.initial
     return [
         Norm(

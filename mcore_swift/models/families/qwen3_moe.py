@@ -42,7 +42,7 @@ class Qwen3Moe(Qwen3):
 
 
 def is_sparse(hf: HFConfig, number: int) -> bool:
-    """Whether a layer has experts: every `decoder_sparse_step`-th, but those named dense."""
+    """Whether a layer has experts: every `decoder_sparse_step`-th does, except those in mlp_only_layers."""
     return number not in hf.mlp_only_layers and (number + 1) % hf.decoder_sparse_step == 0
 
 

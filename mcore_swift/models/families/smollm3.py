@@ -1,4 +1,4 @@
-"""SmolLM3: Llama's layers, every fourth of them without rotary embedding (NoPE, arXiv:2501.18795)."""
+"""SmolLM3: Llama's layers, every fourth without rotary embedding (NoPE, arXiv:2501.18795)."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""StableLM 2 and StableLM-3B: LayerNorm with bias, a quarter of each head turned (arXiv:2402.17834)."""
+"""StableLM 2 and StableLM-3B: LayerNorm with bias, rotary embedding on a quarter of each head (arXiv:2402.17834)."""
 
 from dataclasses import replace
 

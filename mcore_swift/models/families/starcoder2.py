@@ -1,4 +1,4 @@
-"""StarCoder2: LayerNorm with bias, a plain MLP with GELU, biases throughout (arXiv:2402.19173)."""
+"""StarCoder2: LayerNorm with bias, an ungated MLP with GELU, biases throughout (arXiv:2402.19173)."""
 
 from dataclasses import replace
 from typing import Any

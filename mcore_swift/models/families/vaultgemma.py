@@ -1,4 +1,4 @@
-"""VaultGemma: Gemma 2 without the norms behind attention and MLP (arXiv:2510.15001)."""
+"""VaultGemma: Gemma 2 without the norms after attention and MLP (arXiv:2510.15001)."""
 
 from dataclasses import replace
 

@@ -1,19 +1,19 @@
-"""megatron-core's top-k router with losses of the right weight, that leaves padding out, and tells its loads.
+"""megatron-core's top-k router with correctly weighted auxiliary losses, padding left out, and loads counted.
 
-Its choice of experts is megatron-core's (softmax or sigmoid scores, groups, expert bias, scaling factor, capacity).
-What differs are the losses beside the main one:
+The choice of experts is megatron-core's (softmax or sigmoid scores, groups, expert bias, scaling factor, capacity).
+What differs:
 
-* Their weight depends on nothing but the coefficient: the gradient of a step is that of
+* The weight of an auxiliary loss depends only on its coefficient: the gradient of a step is that of
 
       main loss + sum over layers of (mean over the step's microbatches of coefficient * loss of the microbatch)
 
   under any TP, CP, DP, PP, EP and any loss mask. megatron-core multiplies by the router's own token count and
-  divides by the number of *learnt* tokens, which weighs the losses higher the more of the text is prompt, and in
-  0.16 too low by TP x CP.
-* Padding neither counts as load nor takes part in a loss, nor takes room from real tokens where experts have a
-  capacity. (megatron-core takes a padding mask too, but its update of the expert bias fails with one.)
-* Choices counted over the global batch are forgotten when its step ends, as nothing of megatron-core's library does.
-* Loads are counted for the log; megatron-core logs the losses only.
+  divides by the number of *learnt* tokens, so that the losses weigh more the more of the text is prompt; in 0.16
+  they are also too small by a factor of TP x CP.
+* Padding does not count as load, enters no loss, and takes no expert capacity from real tokens. (megatron-core
+  accepts a padding mask too, but its update of the expert bias fails with one.)
+* Choices counted over the global batch are reset when its step ends; megatron-core's library itself never does that.
+* Loads are counted for the log; megatron-core logs only the losses.
 """
 
 from typing import Any
@@ -35,8 +35,8 @@ BALANCE_LOSSES = ("aux_loss", "seq_aux_loss", "global_aux_loss")
 class Router(TopKRouter):
     """Chooses `moe_router_topk` of `num_moe_experts` experts for each token.
 
-    tally: fp32 `[experts + 2]`, sums since `begin_step` over this rank's tokens: tokens that chose each expert, and
-    this rank's share of the balance loss and of the z-loss, without their coefficients.
+    tally: fp32 `[experts + 2]`, sums over this rank's tokens since `begin_step`: the number of tokens that chose each
+    expert, then this rank's share of the balance loss and of the z-loss, without their coefficients.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -46,12 +46,12 @@ class Router(TopKRouter):
         self.tally = torch.zeros(self.num_experts + 2, device=torch.cuda.current_device())
 
     def gating(self, input: Tensor) -> Tensor:
-        """`[s, b, h]` -> logits `[s, b, experts]`, with an adapter's share if there is one."""
+        """`[s, b, h]` -> logits `[s, b, experts]`, including an adapter's contribution if there is one."""
         logits = super().gating(input)
         return logits if self.adapter is None else logits + self.adapter(input).to(logits.dtype)
 
     def begin_step(self, loss_weight: Tensor | float) -> None:
-        """Forget the last step's loads. loss_weight: what the main loss of a microbatch will be divided by."""
+        """Reset the loads. loss_weight: the number that the main loss of a microbatch will be divided by."""
         self.loss_weight = loss_weight
         self.tally.zero_()
         self.reset_global_aux_loss_tracker()
@@ -76,7 +76,7 @@ class Router(TopKRouter):
             router_replay=self.router_replay,
         )
         real = None if padding_mask is None else ~padding_mask.reshape(s * b)
-        # Not when recomputation is still to come: what is counted must be counted once.
+        # Not in the forward pass before a recomputation: each token must count once.
         if self.training and torch.is_grad_enabled():
             probs = self._with_losses(probs, logits, real, s, b)
             self._count(chosen if real is None else chosen & real[:, None])
@@ -88,10 +88,10 @@ class Router(TopKRouter):
 
     @torch.no_grad()
     def _within_capacity(self, probs: Tensor, chosen: Tensor) -> Tensor:
-        """bool `[tokens, experts]`: the tokens that an expert has room for, by `moe_token_drop_policy`.
+        """bool `[tokens, experts]`: the tokens within each expert's capacity, by `moe_token_drop_policy`.
 
-        Room is the factor times an even share of all tokens' choices (arXiv:2101.03961, equation 3), padding counted,
-        for it must not depend on the data. An expert with room left is given tokens that did not choose it.
+        Capacity is the factor times an even share of all tokens' choices (arXiv:2101.03961, equation 3). It includes
+        padding, so as not to depend on the data. An expert with capacity left also gets tokens that did not choose it.
         """
         tokens = len(chosen)
         room = get_capacity(tokens * self.topk, self.num_experts, self.config.moe_expert_capacity_factor)
@@ -110,7 +110,7 @@ class Router(TopKRouter):
             self.local_tokens_per_expert += loads  # megatron-core moves the bias by these after the step
 
     def _with_losses(self, probs: Tensor, logits: Tensor, real: Tensor | None, s: int, b: int) -> Tensor:
-        """`probs`, whose backward pass starts that of the losses too."""
+        """`probs`; its backward pass also runs that of the losses."""
         total: Tensor | float = 0.0
         for kind in BALANCE_LOSSES:
             if coefficient := self.get_aux_loss_coeff(kind):
@@ -130,8 +130,8 @@ class Router(TopKRouter):
         """This rank's share of experts * sum over experts of (share of choices) * (mean score), 1 if even.
 
         arXiv:2101.03961, equation 4, with shares of all top-k choices; over a microbatch, each of its rows
-        (arXiv:2405.04434, section 2.1.3; a packed row is one), or the global batch (arXiv:2501.11873). The choices
-        meant are the best scores, without groups or bias.
+        (arXiv:2405.04434, section 2.1.3; a packed row is one), or the global batch (arXiv:2501.11873). Choices
+        here are the top scores, without groups or bias.
         """
         chosen, scores = compute_routing_scores_for_aux_loss(logits, self.topk, self.score_function)
         if real is not None:
@@ -144,7 +144,7 @@ class Router(TopKRouter):
             tokens = choices.sum(dim=-1, keepdim=True).clamp(min=1) / self.topk
             filled = (choices.sum(dim=-1) > 0).sum().clamp(min=1)
             if kind == "global_aux_loss":
-                # Over the microbatches so far: later ones know more of the batch.
+                # Over the microbatches so far, so later ones see more of the batch.
                 self.global_tokens_per_expert += _summed(chosen, self.tp_dp_cp_group).view(-1)
                 choices = self.global_tokens_per_expert.view_as(chosen)
             share = choices / choices.sum(dim=-1, keepdim=True).clamp(min=1)
