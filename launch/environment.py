@@ -1,4 +1,4 @@
-"""What the environment says about the processes of a run: joined, to be started, or just this one."""
+"""What the environment says about a run's processes: join them, start them, or run in this one alone."""
 
 import os
 import socket
@@ -16,11 +16,11 @@ _LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True)
 class Place:
-    """Where this process stands.
+    """This process's place in the run.
 
-    mode: "alone" (the only process, runs here), "joined" (one of several that torchrun or srun started),
-    "start" (not a worker: it starts this node's processes). rank and local_rank count for "alone" and
-    "joined"; nodes and node_rank for "start". master_port None: any free one.
+    mode: "alone" (the only process), "joined" (one of several that torchrun or srun started), "start" (not a
+    worker: it starts this node's processes). rank and local_rank apply to "alone" and "joined"; nodes and
+    node_rank to "start". master_port None: any free port.
     """
 
     mode: Literal["alone", "joined", "start"]
@@ -47,16 +47,16 @@ class Place:
 
 
 def world_size_from_env(env: Mapping[str, str] | None = None) -> int:
-    """Number of processes the run will have, before any is started. Raises UserError as `read_place`."""
+    """Number of processes the run will have, before any is started. Raises UserError like `read_place`."""
     return read_place(env).world_size
 
 
 def read_place(env: Mapping[str, str] | None = None) -> Place:
-    """Read the environment. Raises UserError for every variable that makes no sense, together.
+    """Read the environment. Raises one UserError for all variables that make no sense.
 
-    RANK, WORLD_SIZE and MASTER_ADDR mean "joined". Some schedulers set these three for each node and leave it
-    to the user's command to start the node's processes: there NPROC_PER_NODE or NNODES is set and LOCAL_RANK
-    is not, and it means "start".
+    RANK, WORLD_SIZE and MASTER_ADDR mean "joined". But some schedulers set these three for each node and leave it
+    to the user's command to start the node's processes: then NPROC_PER_NODE or NNODES is set and LOCAL_RANK is
+    not, which means "start".
     """
     env = os.environ if env is None else env
     wants_start = any(env.get(name) for name in ("NPROC_PER_NODE", "NNODES"))
@@ -75,19 +75,19 @@ def usable_cores() -> int:
     """CPU cores this process may run on."""
     try:
         return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on every system
+    except AttributeError:  # not available on every system
         return os.cpu_count() or 1
 
 
 def free_port() -> int:
-    """A TCP port of the loopback that nobody listens on at this moment."""
+    """A TCP port of the loopback interface that is free at this moment."""
     with socket.socket() as probe:
         probe.bind((_LOOPBACK, 0))
         return probe.getsockname()[1]
 
 
 class _Reader:
-    """Reads whole numbers and keeps what was wrong, so that all of it is reported at once."""
+    """Reads whole numbers and collects the mistakes, so that all are reported at once."""
 
     def __init__(self, env: Mapping[str, str]) -> None:
         self.env = env
@@ -115,7 +115,7 @@ def _joined(env: Mapping[str, str]) -> Place:
     world_size = read.number("WORLD_SIZE", 1, 1)
     rank = read.number("RANK", 0, 0, below=world_size)
     here = read.number("LOCAL_WORLD_SIZE", 1, 1)
-    # without LOCAL_RANK there is one process to a host or container, which is how such schedulers start them
+    # without LOCAL_RANK there is one process per host or container, as such schedulers start them
     local_rank = read.number("LOCAL_RANK", 0, 0)
     port = read.number("MASTER_PORT", DEFAULT_PORT, 1, below=65536)
     raise_together(read.problems)

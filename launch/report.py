@@ -1,7 +1,7 @@
-"""How a failure travels from a worker to the one who reads it: once, without banners.
+"""How a worker's failure reaches the user: once, without banners.
 
-A worker that fails writes `rank-N.json` into the folder that its launcher named; the launcher decides which
-of them was the cause and prints that.
+A failing worker writes `rank-N.json` into the folder that its launcher named; the launcher decides which of these
+was the cause and prints it.
 """
 
 import json
@@ -18,14 +18,14 @@ from typing import Literal
 from mcore_swift.errors import UserError, UserErrors
 
 FOLDER_VARIABLE = "MCORE_SWIFT_LAUNCH_REPORTS"
-"""Environment variable in which a launcher names that folder."""
+"""Environment variable in which a launcher names this folder."""
 FAILED = 1
 INTERRUPTED = 128 + signal.SIGINT
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a rank says about its end. messages: a user's mistakes, one each; trace: traceback of a defect."""
+    """Why a rank failed. messages: a user's mistakes, one each; trace: traceback of a defect; time: seconds, epoch."""
 
     rank: int
     kind: Literal["user", "defect"]
@@ -36,7 +36,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Exit:
-    """How a worker process ended: exit code, or minus the number of the signal that killed it."""
+    """How a worker process ended. code: exit code, or minus the number of the signal that killed it; time: epoch."""
 
     rank: int
     code: int
@@ -45,14 +45,14 @@ class Exit:
 
 
 def report_of(error: BaseException, rank: int) -> Report:
-    """The report of an exception that ended a rank."""
+    """The report about an exception that ended a rank."""
     if isinstance(error, UserError):
         return Report(rank, "user", messages=user_messages(error), time=time.time())
     return Report(rank, "defect", trace="".join(traceback.format_exception(error)), time=time.time())
 
 
 def user_messages(error: UserError) -> list[str]:
-    """The mistakes in an error, one text each."""
+    """The mistakes in an error, one message each."""
     return [str(one) for one in error.errors] if isinstance(error, UserErrors) else [str(error)]
 
 
@@ -62,13 +62,13 @@ def leave_pid(folder: Path) -> None:
 
 
 def pids(folder: Path) -> Iterator[int]:
-    """Process ids of the workers of a launcher's folder."""
+    """Process ids that workers left in a launcher's folder."""
     for path in folder.glob("*.pid"):
         yield int(path.stem)
 
 
 def write(report: Report, folder: Path) -> None:
-    """Leave a report for the launcher; it appears whole or not at all."""
+    """Leave a report for the launcher; the file appears atomically."""
     draft = folder / f".rank-{report.rank}"
     draft.write_text(json.dumps(asdict(report)), encoding="utf-8")
     draft.rename(folder / f"rank-{report.rank}.json")
@@ -81,7 +81,7 @@ def read_all(folder: Path) -> list[Report]:
 
 
 def print_user_error(error: UserError, prefix: str = "") -> int:
-    """Print a user's mistakes to stderr; returns the exit code that goes with them."""
+    """Print a user's mistakes to stderr; returns the matching exit code."""
     _print([f"{prefix}error: {message}" for message in user_messages(error)])
     return error.exit_code
 
@@ -90,11 +90,10 @@ def print_failure(reports: Sequence[Report], exits: Sequence[Exit]) -> int:
     """Print why the workers of a node failed, each message once. Returns the exit code of the run.
 
     reports: first failure first. exits: of the workers that failed, in the order the launcher saw them.
-    A worker that the kernel or a person killed is the cause of its peers' broken connections; one that died
-    of a fault of its own (SIGSEGV, SIGABRT) may be the consequence of another's exception, so that both
-    are shown.
+    A worker killed from outside (kernel, user) is the cause of its peers' broken connections. One that crashed
+    (SIGSEGV, SIGABRT) may have done so as a consequence of another's exception, so both are shown.
     """
-    # those that the launcher itself ends with SIGTERM, or later with SIGKILL, come after the first
+    # workers that the launcher itself ends, by SIGTERM or later by SIGKILL, end after the first failure
     first = min((one.time for one in exits), default=0.0)
     killed = [one for one in exits if one.code < 0 and one.code != -signal.SIGTERM and one.time <= first + 1]
     if not reports and not killed and exits and exits[0].code < 0:
@@ -118,7 +117,7 @@ def print_failure(reports: Sequence[Report], exits: Sequence[Exit]) -> int:
 
 
 def _once(reports: Sequence[Report]) -> list[str]:
-    """Each distinct message, with the ranks that gave it where not all of them did."""
+    """Each distinct message, with its ranks unless all messages come from the same ones."""
     ranks: dict[str, list[int]] = {}
     for report in reports:
         for message in report.messages:
@@ -150,6 +149,6 @@ def _killed_line(one: Exit) -> str:
 
 def _print(lines: Sequence[str]) -> None:
     sys.stdout.flush()
-    # one write, so that lines of processes that share the terminal do not mix
+    # one write, so that lines of processes sharing the terminal do not mix
     sys.stderr.write("\n".join(lines) + "\n")
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""`run`: a command's work in this process, or in the processes that the environment asks for."""
+"""`run`: do a command's work in this process, or in the processes that the environment asks for."""
 
 import json
 import os
@@ -24,18 +24,18 @@ LEAVE_SECONDS = 30.0
 def run(command: str, argv: Sequence[str], target: Target) -> int:
     """Do the work of a command and return the exit code: 0, 2 for a user's mistake, 1 for a defect.
 
-    command: its name, for messages. target: a function of argv, or where to find it as 'module:function'
-    (which keeps its imports out of the process that only starts others). It runs on every rank with RANK,
-    WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT set, parses argv itself, and
-    returns None or an exit code; what it raises is printed here, once for all ranks. A worker killed by a
-    signal gives 128 + its number. Leaves the environment as it was.
+    command: its name, for messages. target: a function of argv, or its location as 'module:function' (which keeps
+    its imports out of a process that only starts others). It runs on every rank with RANK, WORLD_SIZE, LOCAL_RANK,
+    LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT set, parses argv itself, and returns None or an exit code; its
+    exceptions are printed here, once for all ranks. If a signal kills a worker, the exit code is 128 + the signal's
+    number. The environment is restored afterwards.
     """
     try:
         place = read_place()
     except UserError as error:
         return report.print_user_error(error)
     with _restored_environment():
-        # megatron-core relies on kernels starting in the order they were launched; read by CUDA alone
+        # megatron-core relies on kernels starting in launch order; only CUDA reads this
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         if place.processes_here > 1:
             os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_process(place.processes_here)))
@@ -48,7 +48,7 @@ def run(command: str, argv: Sequence[str], target: Target) -> int:
 
 
 def threads_per_process(processes: int) -> int:
-    """CPU threads for each of a node's processes: an equal share of the cores, at least 1."""
+    """CPU threads for each of a node's processes: SLURM's number, else an equal share of the cores, at least 1."""
     per_task = os.environ.get("SLURM_CPUS_PER_TASK", "")
     if per_task.isdigit():
         return max(1, int(per_task))
@@ -56,7 +56,7 @@ def threads_per_process(processes: int) -> int:
 
 
 def name_of(target: Target) -> str:
-    """'module:function' of a target, for another process to find it. Raises ValueError where it could not."""
+    """'module:function' of a target, so that another process can import it. Raises ValueError if it could not."""
     if isinstance(target, str):
         return target
     module, name = target.__module__, target.__qualname__
@@ -66,7 +66,7 @@ def name_of(target: Target) -> str:
 
 
 def call(target: Target, argv: list[str]) -> int:
-    """Run a target; its exit code. Lets through what it raises."""
+    """Run a target and return its exit code. Its exceptions pass through."""
     if isinstance(target, str):
         module, _, name = target.partition(":")
         function = import_module(module)
@@ -93,10 +93,10 @@ def _run_here(place: Place, argv: list[str], target: Target) -> int:
 
 
 def _fail_joined(place: Place, error: Exception) -> int:
-    """Tell the failure of one of the processes that another program started.
+    """Report the failure of a process that another program started.
 
-    All ranks usually stumble over the same mistake. Rank 0 tells it at once; the others wait a little, in
-    which torchrun or srun ends them, and speak up only if they are still there.
+    Usually all ranks fail for the same reason. Rank 0 reports it at once; the others wait a little, so that
+    torchrun or srun can end them, and report only if they are still running.
     """
     _write_torchelastic_file(error)
     if place.rank:
@@ -109,7 +109,7 @@ def _fail_joined(place: Place, error: Exception) -> int:
 
 
 def end_this_process_soon(code: int) -> None:
-    """A failed rank must end, for its peers wait for it: what blocks its exit is cut off after a while."""
+    """Force this process to exit if it has not after LEAVE_SECONDS: its peers wait for a failed rank to end."""
 
     def cut_off() -> None:
         time.sleep(LEAVE_SECONDS)
@@ -119,7 +119,7 @@ def end_this_process_soon(code: int) -> None:
 
 
 def _write_torchelastic_file(error: Exception) -> None:
-    """Give torchrun the message for its own summary, in the form it reads."""
+    """Give torchrun the message for its own summary, in its format."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:
         return
@@ -133,9 +133,9 @@ def _write_torchelastic_file(error: Exception) -> None:
 
 @contextmanager
 def in_this_process() -> Iterator[Place]:
-    """Work that Python calls, and no command: the environment of one process of the run, while the context lasts.
+    """For calls from Python rather than a command: set the environment of one of the run's processes meanwhile.
 
-    Raises UserError where the environment asks for processes to be started, which only a command does.
+    Raises UserError if the environment asks for processes to be started, which only a command does.
     """
     place = read_place()
     if place.mode == "start":

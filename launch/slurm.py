@@ -1,4 +1,4 @@
-"""What srun tells each task about itself (variables as in the manual page of srun)."""
+"""What srun tells each task about itself (variables as in srun's manual page)."""
 
 import re
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ _FIRST_PORT, _PORTS = 20000, 10000
 
 @dataclass(frozen=True)
 class Task:
-    """One task of a job step; first_host: where rank 0 runs; port: the same on all tasks of the step."""
+    """One task of a job step. first_host: where rank 0 runs; port: the same for all tasks of the step."""
 
     rank: int
     world_size: int
@@ -24,8 +24,8 @@ class Task:
 def is_worker(env: Mapping[str, str]) -> bool:
     """Whether this process is a task of srun.
 
-    The batch script itself has SLURM_PROCID too, but is no job step: it must not wait for tasks that nobody
-    started.
+    The batch script itself has SLURM_PROCID too but is not a job step: it must not wait for tasks that were
+    never started.
     """
     in_batch_script = bool(env.get("SLURM_JOB_ID")) and not env.get("SLURM_STEP_ID")
     return bool(env.get("SLURM_PROCID") and _tasks(env)) and not in_batch_script
@@ -44,12 +44,12 @@ def read_task(env: Mapping[str, str]) -> Task:
         raise UserError(
             f"the SLURM_* variables make no sense: {error}", "start with srun, or unset them"
         ) from None
-    # one step after another, and jobs that share a node, get different ports
+    # so that successive steps, and jobs sharing a node, get different ports
     return Task(rank, world_size, local_rank, here, host, _FIRST_PORT + (job * 7 + step) % _PORTS)
 
 
 def tasks_here(env: Mapping[str, str]) -> int:
-    """Tasks of this step on this node, 0 if unknown. Raises ValueError for a malformed list."""
+    """Number of tasks of this step on this node, 0 if unknown. Raises ValueError for a malformed list."""
     per_node = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE")
     if not per_node:
         return int(env.get("SLURM_NTASKS_PER_NODE") or 0)
@@ -65,7 +65,7 @@ def tasks_here(env: Mapping[str, str]) -> int:
 
 
 def first_host(nodes: str) -> str:
-    """First name of a host list such as 'gpu[003-005,9],login1'."""
+    """First name of a host list: 'gpu003' of 'gpu[003-005,9],login1'. Raises ValueError for a malformed list."""
     match = re.match(r"([^,\[\]]+)(?:\[(\w+)[^\]]*\])?([^,\[\]]*)", nodes)
     if not match:
         raise ValueError(f"node list '{nodes}'")

@@ -1,4 +1,4 @@
-"""Start this node's workers with torch.distributed's elastic launcher and say how they ended."""
+"""Start this node's workers with torch.distributed's elastic launcher and report how they ended."""
 
 import logging
 import os
@@ -24,8 +24,8 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 def start(place: Place, command: str, argv: list[str], target: str) -> int:
     """Run `target` in `place.processes_here` workers and wait for them. Returns the exit code.
 
-    One failed worker ends the others: SIGTERM, and SIGKILL to what is left after a time limit. The same
-    happens when a signal stops this process, and if it is killed its workers notice and end.
+    When a worker fails, the others get SIGTERM, and after a time limit SIGKILL. The same happens when a signal
+    stops this process; if it is killed, its workers notice and end.
     """
     folder = Path(tempfile.mkdtemp(prefix="mcore-swift-launch-"))
     os.environ[report.FOLDER_VARIABLE] = str(folder)
@@ -49,7 +49,7 @@ def _launch(place: Place, command: str, arguments: list[str], folder: Path) -> i
     interrupted = []
 
     def on_interrupt(number: int, frame: Any) -> None:
-        # workers get SIGTERM for it: SIGINT would draw a traceback from each process below us
+        # pass it on to workers as SIGTERM: SIGINT would print a traceback from each child process
         interrupted.append(number)
         raise SignalException(f"got {signal.Signals(number).name}", signal.SIGTERM)
 
@@ -82,8 +82,8 @@ def _launch(place: Place, command: str, arguments: list[str], folder: Path) -> i
 def _rendezvous(place: Place) -> dict[str, Any]:
     """How the workers find each other.
 
-    One node without a port given: the agent's own store, which binds a free port and keeps it, so that no one
-    else can take it in between. Otherwise the first node's address and port, as torchrun does by default.
+    On one node without a given port: through the agent's own store, which binds a free port and keeps it, so that
+    nobody can take it in between. Otherwise at the first node's address and port, as torchrun does by default.
     """
     if place.nodes == 1 and place.master_port is None:
         return {
@@ -100,7 +100,7 @@ def _rendezvous(place: Place) -> dict[str, Any]:
 
 
 def _rendezvous_failure(place: Place, error: Exception) -> int:
-    """Failures before any worker runs: a port that is taken, nodes that do not come."""
+    """Report a failure before any worker runs: a port in use, nodes that do not arrive. Other errors are raised."""
     from mcore_swift.errors import UserError
 
     where = f"{place.master_addr}:{place.master_port}"
@@ -122,10 +122,10 @@ def _rendezvous_failure(place: Place, error: Exception) -> int:
 
 
 def _worker_arguments(argv: list[str], target: str) -> list[str]:
-    """Command line of a worker after the interpreter.
+    """Command line of a worker, after the interpreter.
 
-    `-m` would put the current folder first on the import path, where a user's file could hide a library:
-    -P keeps it out unless it is on the path of this process.
+    `-m` puts the current folder first on the import path, where a user's file could shadow a library. -P prevents
+    that, unless the folder is on this process's path already.
     """
     here = {"", os.getcwd()}
     safe_path = [] if here & set(sys.path) else ["-P"]
@@ -145,14 +145,14 @@ def _stopped(command: str, number: int) -> int:
 
 
 def _end_stragglers(folder: Path) -> None:
-    """Kill what a worker's own children left behind: each worker leads a process group of its own."""
+    """Kill what workers left running: each worker leads a process group of its own."""
     for pid in report.pids(folder):
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(pid, signal.SIGKILL)
 
 
 def _silence_elastic() -> None:
-    """The launcher's log repeats what we say in one message; LOGLEVEL brings it back."""
+    """Silence the elastic launcher's log, which repeats our one message; setting LOGLEVEL brings it back."""
     if os.environ.get("LOGLEVEL"):
         return
     for name in list(logging.root.manager.loggerDict):
@@ -162,7 +162,7 @@ def _silence_elastic() -> None:
 
 @contextmanager
 def _restored_signals() -> Iterator[None]:
-    """The elastic launcher installs handlers of its own; give the caller's back."""
+    """Restore the caller's signal handlers, which the elastic launcher replaces."""
     try:
         before = {number: signal.getsignal(number) for number in _SIGNALS}
     except ValueError:

@@ -1,7 +1,7 @@
 """One started process: `python -m launch.worker module:function argv...`.
 
-A module with a `__main__` guard, since the work inside starts processes of its own (checkpoint writers, data
-loaders) that import the main module again.
+It needs its `__main__` guard: the work inside starts processes of its own (checkpoint writers, data loaders) that
+import the main module again.
 """
 
 import atexit
@@ -41,9 +41,9 @@ def main(target: str, argv: list[str]) -> int:
 
 
 def _end_with_parent() -> None:
-    """End this process, and those it has started, soon after its launcher died, however that happened.
+    """End this process and those it has started soon after its launcher dies, for whatever reason.
 
-    A thread, and not the kernel's parent-death signal, which would leave the children of this process alone.
+    This uses a thread, since the kernel's parent-death signal would not reach the children of this process.
     """
     launcher = os.getppid()
 
@@ -58,9 +58,9 @@ def _end_with_parent() -> None:
 
 
 def _leave(code: int) -> NoReturn:
-    """End as Python does, but for taking the interpreter apart: threads of torch or gloo that are still in their
-    work then can abort a process whose own work is done, and with it the run."""
-    threading._shutdown()  # waits for threads that are no daemons
+    """Exit as Python does, but without finalising the interpreter: during that, threads of torch or gloo that are
+    still running can abort a process whose own work is done, and so fail the run."""
+    threading._shutdown()  # waits for non-daemon threads
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):

@@ -35,7 +35,7 @@ LAYOUTS = {
 
 
 def with_padding_told(batches: list[Batch]) -> Iterator[Batch]:
-    """The samples of these tests hold no token 0."""
+    """Batches with their padding mask: samples in these tests contain no token 0."""
     for batch in batches:
         yield replace(batch, padding=batch.input_ids == 0)
 
@@ -43,7 +43,7 @@ def with_padding_told(batches: list[Batch]) -> Iterator[Batch]:
 def trained(
     folder: Path, layout: Layout, packed: bool, **flags
 ) -> tuple[MegatronEngine, ExpertReference, dict[str, float]]:
-    """The model after one SGD step of rate 1; its metrics."""
+    """The model after one SGD step with learning rate 1, the reference, and the step's metrics."""
     reference: ExpertReference = torch.load(folder / "experts.pt", weights_only=False)
     start(layout)
     args = MegatronSftArguments(
@@ -78,7 +78,7 @@ def assert_weights(engine: MegatronEngine, expected: dict[str, torch.Tensor]) ->
 
 
 def losses_weigh_what_they_should(folder: Path, layout: Layout, kind: str, packed: bool, **flags) -> None:
-    """Losses of the router: their gradients, their values and the loads that are logged."""
+    """The router's losses: their gradients, their values and the logged loads."""
     per_token = kind != "means"
     engine, reference, metrics = trained(
         folder,
@@ -108,7 +108,7 @@ def without_losses(folder: Path, layout: Layout, kind: str = "none", **flags) ->
 
 
 def bias_moves_against_the_load(folder: Path, layout: Layout) -> None:
-    """Of the tokens of the whole batch, padding left out; with the whole layer recomputed, each counts once."""
+    """The load is that of the whole batch, without padding; under full recomputation each token still counts once."""
     samples, expected = torch.load(folder / "bias.pt", weights_only=False)
     start(layout)
     args = MegatronSftArguments(moe_router_bias_update_rate=BIAS_RATE, recompute_granularity="full")
@@ -131,7 +131,7 @@ def main(folder: Path) -> None:
     cases = {}
     for number, layout in enumerate(LAYOUTS[int(os.environ["WORLD_SIZE"])]):
         for kind in ("aux_loss", "seq_aux_loss", "global_aux_loss"):
-            # a packed row is one sequence to the loss of sequences
+            # to the per-sequence loss, a packed row is one sequence
             packed = kind != "seq_aux_loss" and number % 2 == 0
             recompute = {"recompute_granularity": "full"} if number == 0 else {}
             cases[f"{kind} {layout}"] = partial(
@@ -140,7 +140,7 @@ def main(folder: Path) -> None:
         cases[f"mean of microbatches {layout}"] = partial(
             losses_weigh_what_they_should, folder, layout, "means", False
         )
-        if layout.tp * layout.cp == 1:  # room is of the tokens of a rank
+        if layout.tp * layout.cp == 1:  # capacity is relative to a rank's tokens
             for policy in ("probs", "position"):
                 little = {"moe_expert_capacity_factor": CAPACITY, "moe_token_drop_policy": policy}
                 cases[f"drops by {policy} {layout}"] = partial(
@@ -151,7 +151,7 @@ def main(folder: Path) -> None:
                     moe_pad_expert_input_to_capacity=number == 1,
                     **little,
                 )
-        # A capacity of all tokens drops none, and each expert's tokens are padded to it.
+        # With capacity for all tokens none is dropped, and each expert's tokens are padded up to it.
         room = {"moe_expert_capacity_factor": 2.0, "moe_pad_expert_input_to_capacity": True}
         cases[f"capacity {layout}"] = partial(without_losses, folder, layout, **room)
         cases[f"expert layers recomputed {layout}"] = partial(
@@ -164,7 +164,7 @@ def main(folder: Path) -> None:
             layout,
             moe_token_dispatcher_type="allgather",
             moe_router_dtype="fp64",
-            moe_router_load_balancing_type="none",  # then the weight of such a loss means nothing
+            moe_router_load_balancing_type="none",  # then the coefficient of such a loss has no effect
             moe_aux_loss_coeff=BALANCE,
         )
         # shared experts, with a gate and without

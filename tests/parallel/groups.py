@@ -1,4 +1,4 @@
-"""megatron-core's process groups of a layout, made once in a job: gloo takes long to connect dozens of them."""
+"""megatron-core's process groups of a layout, made once per job: gloo is slow to connect dozens of them."""
 
 from dataclasses import replace
 from typing import Any
@@ -12,7 +12,7 @@ _made: dict[tuple[Layout, int | None], dict[str, Any]] = {}
 
 
 def use_layout(layout: Layout, *, seed: int = 1, prediction_rank: int | None = None) -> None:
-    """Give this process its place in `layout`, and seed it. The other arguments are those of `process_groups.start`."""
+    """Give this process its place in `layout`, and seed it. For the other arguments see `process_groups.start`."""
     key = replace(layout, sequence_parallel=False), prediction_rank
     parallel_state.destroy_model_parallel()
     if key not in _made:

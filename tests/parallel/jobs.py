@@ -1,10 +1,10 @@
-"""Starting a job of several processes from a test: one job runs many cases, since processes cost more than cases.
+"""Start a job of several processes from a test. One job runs many cases, since processes cost more than cases.
 
-A job is a module beside the test, with a function `main(folder)` that calls `run_cases` with its cases; rank 0 leaves
-`results.json`, case name -> "" or what went wrong, which `run_job` returns.
+A job is a module beside the test, with a function `main(folder)` that calls `run_cases` with its cases. Rank 0 writes
+`results.json` (case name -> "" or what went wrong), which `run_job` returns.
 
-Its processes are forks of a server that has imported what all of them need, which takes several times as long as the
-rest of a start. The server imports and does nothing else, so that it has no threads that a fork would lack.
+Processes are forks of a server that has already imported what they all need, since imports take several times as long
+as the rest of a start. The server only imports, so it has no threads that a fork would lack.
 """
 
 import importlib
@@ -24,7 +24,7 @@ from pathlib import Path
 LIMIT_SECONDS = 600
 SHOW_SECONDS = 20
 GRACE_SECONDS = 20
-"""How long the others may tell what they know after one process has failed."""
+"""How long the other processes may go on reporting after one has failed."""
 IMPORTED = (
     "torch._dynamo",
     "torch.distributed.checkpoint",
@@ -40,10 +40,10 @@ IMPORTED = (
     "pytest",
     "mcore_swift.training.main",
 )
-"""By the server. Not megatron-core: jobs of the other engine see that they do without it."""
+"""Imported by the server. Not megatron-core: jobs of the other engine check that they do without it."""
 
 show: Callable[[str], None] = print
-"""Tells whoever watches the tests; `tests/conftest.py` makes it reach the terminal."""
+"""Shows progress to whoever watches the tests; `tests/conftest.py` makes it reach the terminal."""
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(list(IMPORTED))
@@ -89,12 +89,12 @@ def assert_all_passed(results: Mapping[str, str]) -> None:
 
 
 def run_cases(cases: Mapping[str, Callable[[], None]], folder: Path) -> None:
-    """In each process of a job: run the cases in order and write down on rank 0 which failed on any rank."""
+    """In each process of a job: run the cases in order. Rank 0 writes down which failed on any rank."""
     import torch.distributed as dist
 
     from mcore_swift.observability import runlog
 
-    runlog.plot_curves = lambda *_: []  # it takes as long as training such models; tests/e2e has the images
+    runlog.plot_curves = lambda *_: []  # plotting takes as long as training such models; tests/e2e covers it
     results = {}
     for number, (name, case) in enumerate(cases.items(), start=1):
         error, started = "", time.monotonic()
@@ -119,7 +119,7 @@ def _free_port() -> int:
 
 @contextmanager
 def _environment_of_the_server() -> Iterator[None]:
-    """What has to be set before torch is imported, or is for all jobs."""
+    """Set variables that must be set before torch is imported, or that apply to all jobs; restore them afterwards."""
     before = dict(os.environ)
     os.environ |= {
         "OMP_NUM_THREADS": "1",
@@ -134,8 +134,8 @@ def _environment_of_the_server() -> Iterator[None]:
 
 
 def _one_process(script: Path, folder: Path, environment: dict[str, str], log: Path) -> None:
-    """All that a process of a job does. It ends without taking the interpreter apart, as forks of this kind do:
-    threads of torch and gloo that still run then can abort a process."""
+    """What one process of a job does. It exits without finalising the interpreter, as such forks do: threads of torch
+    and gloo that are still running then could abort it."""
     os.environ |= environment
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (sys.stdout, sys.stderr):
@@ -145,7 +145,7 @@ def _one_process(script: Path, folder: Path, environment: dict[str, str], log: P
 
 
 def _wait(processes: Sequence[BaseProcess], name: str, log: Path) -> bool:
-    """Until all have ended, or one has failed and the others had GRACE_SECONDS; False after LIMIT_SECONDS."""
+    """Wait until all have ended, or one has failed and GRACE_SECONDS are over. False after LIMIT_SECONDS."""
     begun = time.monotonic()
     deadline, shown = begun + LIMIT_SECONDS, begun
     while running := [process for process in processes if process.exitcode is None]:

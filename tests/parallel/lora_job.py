@@ -1,4 +1,4 @@
-"""One process of the adapters' grid: forward, gradients and one step equal peft's, in every layout."""
+"""One process of the adapter grid: forward pass, gradients and one step equal peft's in every layout."""
 
 import importlib.util
 import json
@@ -63,9 +63,9 @@ SOME = (
     [Layout(tp=2), Layout(pp=2, vpp=2), Layout(dp=2, ep=2)],
     [Layout(tp=2, sequence_parallel=True), Layout(cp=2), Layout(tp=2, sequence_parallel=True, etp=2)],
 )
-"""Adapters other than the thorough ones go by turns through one half of the layouts or the other."""
+"""Adapters other than the thorough ones are tested in one half of the layouts or the other, in turn."""
 ONE = {"all-dora": [Layout(tp=2, sequence_parallel=True, etp=2)]}
-"""Where all that it has is divided; its parts are in other adapters too."""
+"""A layout that divides all that this adapter has; other adapters cover its parts separately."""
 FEW = {"deepseek-v3-mtp": [Layout(tp=2, sequence_parallel=True, etp=2), Layout(pp=2, vpp=2)]}
 """The same for whole variants."""
 FROZEN = {
@@ -73,11 +73,11 @@ FROZEN = {
     "names": {"freeze_parameters": ["model.embed_tokens"], "freeze_parameters_regex": r"layers\.[01]\.|norm"},
     "last": {"freeze_parameters_ratio": 1.0, "trainable_parameters_regex": r"layers\.3\.mlp"},
 }
-"""Under PP the first stage of "last" has nothing that trains."""
+"""Under PP, the first stage of "last" has nothing to train."""
 
 
 def plain_sgd(packed: bool, **flags: Any) -> MegatronSftArguments:
-    """Adam that is plain SGD, as in the parity grid."""
+    """Arguments for Adam that amounts to plain SGD, as in the parity grid."""
     return MegatronSftArguments(
         optimizer="adam",
         adam_beta1=0.0,
@@ -103,7 +103,7 @@ def engine_with(folder: Path, adapter: Path, layout: Layout, packed: bool, **fla
 
 
 def agrees_with_peft(folder: Path, adapter: Path, layout: Layout, packed: bool) -> None:
-    """Logits, loss, gradient norm, A and B after one SGD step; what was written is what peft wrote; W untouched."""
+    """Logits, loss, gradient norm, A and B after one SGD step; the saved adapter equals peft's; W is unchanged."""
     reference: AdapterReference = torch.load(adapter / "reference.pt", weights_only=False)
     start(layout)
     ratio = 3.0 if packed else None
@@ -120,7 +120,7 @@ def agrees_with_peft(folder: Path, adapter: Path, layout: Layout, packed: bool) 
         first, second = (
             load_file(place / "adapter_model.safetensors") for place in (adapter / "adapter", written)
         )
-        # peft keeps frozen weights of embedding and output layer in the file, if they have an adapter
+        # peft also saves the frozen weights of embedding and output layer if these have an adapter
         first = {name: tensor for name, tensor in first.items() if ".base_layer.weight" not in name}
         assert first.keys() == second.keys()
         assert [name for name in first if not torch.equal(first[name], second[name])] == []
@@ -140,7 +140,7 @@ def agrees_with_peft(folder: Path, adapter: Path, layout: Layout, packed: bool) 
         stepped = load_file(written / "adapter_model.safetensors")
         assert stepped.keys() == reference.after.keys()
         for name, expected in reference.after.items():
-            if ratio and ".lora_B." in name:  # LoRA+: as many times the step
+            if ratio and ".lora_B." in name:  # LoRA+: the step is `ratio` times as large
                 expected = first[name] + ratio * (expected - first[name])
             torch.testing.assert_close(
                 stepped[name], expected, atol=WEIGHT_ATOL, rtol=0, msg=lambda text, n=name: f"{n}: {text}"
@@ -174,7 +174,7 @@ def agrees_with_peft_on_te_layers(*case: Any) -> None:
 
 
 def trains_a_part(folder: Path, layout: Layout, packed: bool, **flags: Any) -> None:
-    """What is not frozen goes where it goes when all trains, and the norm is that of its gradients alone."""
+    """Unfrozen weights end where they do when everything trains; the gradient norm is of their gradients alone."""
     reference: Reference = torch.load(folder / "reference.pt", weights_only=False)
     before = load_file(folder / "model/model.safetensors")
     start(layout)
@@ -182,7 +182,7 @@ def trains_a_part(folder: Path, layout: Layout, packed: bool, **flags: Any) -> N
     engine = MegatronEngine(read_model(str(folder / "model")), layout, args, torch.float32)
     stays = frozen_names({name: before[name].numel() for name in engine.plan.table.by_hf}, args)
     trains = [name for name in before if name not in stays]
-    if args.freeze_parameters_ratio == 0.5:  # a tensor of several weights trains if the share ends in it
+    if args.freeze_parameters_ratio == 0.5:  # a fused tensor trains if the boundary falls inside it
         trains = [name for name in trains if ".layers.1." not in name and ".layers.2." not in name]
     assert trains and stays
     with HFReader(folder / "model") as reader:

@@ -1,4 +1,4 @@
-"""What peft says of adapters on the tiny checkpoints: the reference of the adapters' grid."""
+"""peft's results for adapters on the tiny checkpoints: the reference for the adapter grid."""
 
 import json
 import shutil
@@ -30,11 +30,11 @@ class AdapterReference:
 
 
 def make_whole_adapter(model: Path, folder: Path, *, dora: bool = False) -> None:
-    """The same on every linear layer of a model, also where transformers has no layers that peft could adapt: experts,
-    which it keeps fused, and multi-token layers, which it leaves out.
+    """An adapter on every linear layer, even those that peft cannot adapt in transformers' model: experts, which
+    transformers keeps fused, and multi-token layers, which it leaves out.
 
-    The reference is transformers' model with W' = W + s B A in place of each W (DoRA: times m / |W'|, the norm no part
-    of the gradient), and the chain rule from the gradients of W'.
+    The reference is transformers' model with W' = W + s B A in place of each W (DoRA: times m / |W'|, with the norm
+    excluded from the gradient), and the chain rule from the gradients of W'.
     """
     torch.manual_seed(7)
     weights = load_file(model / "model.safetensors")
@@ -78,13 +78,13 @@ def make_whole_adapter(model: Path, folder: Path, *, dora: bool = False) -> None
 
 
 def _is_linear(name: str) -> bool:
-    """Of a weight of attention, an MLP or an expert; not of a router, nor of what multi-token layers have besides."""
+    """Whether this is a linear weight of attention, MLP or expert; not a router's, nor a multi-token layer's own."""
     *_, module, kind = name.split(".")
     return kind == "weight" and module.endswith(("_proj", "_proj_with_mqa")) and module != "eh_proj"
 
 
 def _reference_of(model: Path, folder: Path, weights: dict[str, Tensor]) -> Reference:
-    """transformers' answers with other weights."""
+    """transformers' results with other weights."""
     import transformers
 
     shutil.copytree(model, folder)
@@ -112,7 +112,7 @@ def make_adapter(model: Path, folder: Path, **settings: object) -> None:
     adapted = peft.get_peft_model(base, config).eval()
     trained = {name: value for name, value in adapted.named_parameters() if value.requires_grad}
     with torch.no_grad():
-        for name, parameter in trained.items():  # B too: zero would hide what A's gradient is
+        for name, parameter in trained.items():  # B too: with B = 0 the gradient of A would vanish
             parameter.copy_(torch.randn(parameter.shape) * 0.1 + ("norm" in name or "magnitude" in name))
     adapted.save_pretrained(folder / "adapter")
     leaves = {_name_in_file(name): value for name, value in trained.items()}
@@ -138,7 +138,7 @@ def _finish(
     norm = torch.stack([matrix.grad.norm() for matrix in leaves.values()]).norm()
     after = {name: (value - LEARNING_RATE * value.grad).detach() for name, value in leaves.items()}
     if "base_model.model.lm_head.weight" in load_file(folder / "adapter/adapter_model.safetensors"):
-        # a tied one is saved twice, and is one parameter
+        # a tied weight is saved twice, but is one parameter
         after.setdefault(
             "base_model.model.lm_head.weight", after.get("base_model.model.model.embed_tokens.weight")
         )

@@ -1,4 +1,4 @@
-"""One process of the parity grid: every family in the layouts of this world size, packed and unpacked."""
+"""One process of the parity grid: every family in this world size's layouts, packed and unpacked."""
 
 import json
 import os
@@ -86,13 +86,13 @@ SOME_LAYOUTS = {
     8: [],
 }
 MORE = {"gpt-oss": [Layout(etp=2, dp=2), Layout(tp=2, etp=2, sequence_parallel=True)]}
-"""Layouts beside SOME_LAYOUTS of variants that are special in them: experts with biases, split."""
+"""Layouts in addition to SOME_LAYOUTS, for variants with a special case there: splitting experts with biases."""
 LENGTH = 24
 ADAM_EPS = 1e6
-LOGITS_ATOL = 1e-4  # fp32 sums of up to 40 terms in another order, through four layers; the issue's bound
+LOGITS_ATOL = 1e-4  # fp32 sums of up to 40 terms in another order, through four layers; the required bound
 LOSS_RTOL = 1e-5  # a mean of 113 such terms
-GRADIENT_RTOL = 1e-4  # the issue's bound on the norm
-WEIGHT_ATOL = 2e-5  # after one SGD step of rate 1: the error of each single gradient, which are up to about 1
+GRADIENT_RTOL = 1e-4  # the required bound on the norm
+WEIGHT_ATOL = 2e-5  # after one SGD step of rate 1: the error of each gradient entry; these are up to about 1
 
 
 def start(layout: Layout, letters: str | None = None) -> None:
@@ -102,7 +102,7 @@ def start(layout: Layout, letters: str | None = None) -> None:
 
 
 def microbatches(samples: list[torch.Tensor], packed: bool, layout: Layout, count: int = 2) -> list[Batch]:
-    """`count` samples to a microbatch: end to end with padding behind them, or as right-padded rows."""
+    """`count` samples per microbatch: concatenated and padded, or as right-padded rows."""
     batches, each = [], layout.segment_multiple
     for first in range(0, len(samples), count):
         rows = samples[first : first + count]
@@ -131,7 +131,7 @@ def microbatches(samples: list[torch.Tensor], packed: bool, layout: Layout, coun
 def own_batches(samples: list[torch.Tensor], packed: bool, layout: Layout) -> tuple[list[Batch], int]:
     """This data-parallel rank's microbatches, and the number of their first sample.
 
-    No more than fill the stages, and two where no other rank's gradients are added: each takes time of its own.
+    Only as many as fill the stages, and two if no other rank's gradients are added, since each takes time.
     """
     count = len(samples) // (layout.dp * max(layout.pp, 2 // layout.dp, 1))
     batches = microbatches(samples, packed, layout, count)
@@ -141,7 +141,7 @@ def own_batches(samples: list[torch.Tensor], packed: bool, layout: Layout) -> tu
 
 
 def compare_logits(engine: MegatronEngine, batches: list[Batch], reference: Reference, first: int) -> float:
-    """first: number of the first sample. Returns the largest difference of a logit, over all ranks."""
+    """first: number of the first sample. Returns the largest difference between logits over all ranks."""
     error = 0.0
     for rows, batch in zip(engine.logits(batches), batches, strict=False):
         last = first + batch.num_samples
@@ -173,7 +173,7 @@ def exports_what_it_loaded(engine: MegatronEngine, reader: HFReader) -> None:
 
 
 def possible(layout: Layout, folder: Path) -> bool:
-    """Whether the plan lets this model run so: without experts there is no expert parallelism, for instance."""
+    """Whether the plan accepts this layout for the model: without experts, for instance, there is no EP."""
     shape = ModelShape.from_config_dict(json.loads((folder / "model/config.json").read_text()))
     return not check_layout(layout, shape, MegatronSftArguments(global_batch_size=8, micro_batch_size=1))
 
@@ -191,14 +191,14 @@ def agrees_with_transformers(
     """
     reference: Reference = torch.load(folder / "reference.pt", weights_only=False)
     start(layout, flags.get("pipeline_model_parallel_layout"))
-    # Adam with this epsilon and without memory is plain SGD, and the distributed optimizer knows Adam only.
+    # Adam with this epsilon and zero betas is plain SGD, and the distributed optimizer supports only Adam.
     rule = {"optimizer": "adam", "adam_beta1": 0.0, "adam_beta2": 0.0, "adam_eps": ADAM_EPS}
     args = MegatronSftArguments(
         **(rule if distributed_optimizer else {"optimizer": "sgd", "sgd_momentum": 0.0}),
-        clip_grad=1e9,  # clips nothing, and reports the norm
+        clip_grad=1e9,  # clips nothing, but makes the norm known
         weight_decay=0.0,
         use_distributed_optimizer=distributed_optimizer,
-        moe_router_bias_update_rate=0.0,  # transformers leaves the bias of the choice as it is
+        moe_router_bias_update_rate=0.0,  # transformers does not update the router's bias
         recompute_granularity="none" if packed else "selective",
         **flags,
     )
@@ -234,7 +234,7 @@ def agrees_with_transformers(
 
 
 def equal_microbatches_have_equal_losses(folder: Path, layout: Layout, **flags: Any) -> None:
-    """Under every pipeline schedule: a schedule that mixes up messages gives the same batch several losses."""
+    """In every pipeline schedule: one that mixes up messages gives different losses for the same batch."""
     reference: Reference = torch.load(folder / "reference.pt", weights_only=False)
     start(layout, flags.get("pipeline_model_parallel_layout"))
     args = MegatronSftArguments(**flags)
@@ -252,7 +252,7 @@ def equal_microbatches_have_equal_losses(folder: Path, layout: Layout, **flags: 
 
     batch = microbatches(reference.samples, packed=True, layout=layout)[0]
     count = min(8, 2 * layout.pp * (layout.vpp or 1))
-    for _ in range(2):  # more than one step: a message of one step may turn up in the next
+    for _ in range(2):  # more than one step, since a message of one step might arrive in the next
         seen.clear()
         engine.train_step([batch] * count, Watched(), lr=0.0, weight_decay=0.0)
         assert len(set(seen)) <= 1, seen
@@ -266,12 +266,12 @@ def main(folder: Path) -> None:
         for number, variant in enumerate(VARIANTS):
             thorough = variant in THOROUGH
             some = SOME_LAYOUTS[world_size]
-            if world_size == 4:  # what four processes add to two is that axes meet: one meeting a family
+            if world_size == 4:  # four processes only add combinations of axes: one half per family
                 some = some[number % 2 :: 2]
             some = [*some, *MORE.get(variant, [])]
             if (not thorough and layout not in some) or not possible(layout, folder / variant):
                 continue
-            # in one process both ways; else in turns among the cases of a layout, and not as in the layout before it
+            # one process: both; else alternate among the cases of a layout, and from layout to layout
             for packed in (False, True) if world_size == 1 else [(place + len(cases)) % 2 == 0]:
                 name = f"{variant} {layout} {'packed' if packed else 'unpacked'}"
                 # Both optimizers and both exchanges are covered without doubling the grid.

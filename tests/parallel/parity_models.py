@@ -1,4 +1,4 @@
-"""Tiny checkpoints of every family and what transformers says of them: the reference of the parity grid."""
+"""Tiny checkpoints of every family and transformers' results for them: the reference for the parity grid."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +17,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 SIZES = {
-    "vocab_size": 101,  # no multiple of anything: padded under every TP
+    "vocab_size": 101,  # prime, so it is padded under every TP
     "hidden_size": 24,
     "intermediate_size": 40,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
-    "pad_token_id": None,  # transformers keeps back the gradient of a padding token's embedding
+    "pad_token_id": None,  # else transformers drops the gradient of the padding token's embedding
 }
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -243,7 +243,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 THOROUGH = ("llama3-rope-tied", "qwen3", "qwen3-moe")
-"""Variants that go through every layout; the others through a few that mix the axes."""
+"""Variants that are tested in every layout; the others, in a few that mix the axes."""
 SIX_LAYERS = {"six-tied": "qwen2", "six-untied": "qwen3", "six-mtp": "deepseek-v3-mtp"}
 """Folder of a reference for uneven pipelines -> its variant."""
 LENGTHS = [24, 9, 17, 24, 5, 21, 13, 24]
@@ -256,8 +256,8 @@ LEARNING_RATE = 1.0
 class Reference:
     """samples: token ids; logits: one `[length, vocabulary]` each; loss: mean over learnt tokens.
 
-    further: the same of each multi-token layer, over the tokens that have one so far ahead.
-    weights: by HF name, after one plain SGD step of LEARNING_RATE, so that they tell every gradient.
+    further: the loss of each multi-token layer, over the tokens that have a label that far ahead.
+    weights: by HF name, after one plain SGD step of LEARNING_RATE, so that they reveal every gradient.
     """
 
     samples: list[Tensor]
@@ -269,7 +269,7 @@ class Reference:
 
 
 def config_class(architecture: str) -> Any:
-    """transformers' config class, whose name an architecture that reads pictures too uses for another."""
+    """transformers' config class: `...TextConfig` if there is one, since a multimodal model then has the plain name."""
     import transformers
 
     return getattr(transformers, f"{architecture}TextConfig", None) or getattr(
@@ -278,7 +278,7 @@ def config_class(architecture: str) -> Any:
 
 
 def make_model(variant: str, folder: Path, *, attention: str = "eager", **sizes: Any) -> Any:
-    """A random fp32 model of transformers, after its checkpoint was written to `folder`.
+    """A random fp32 model of transformers, whose checkpoint is written to `folder`.
 
     sizes: fields of config.json that are not the variant's.
     """
@@ -318,7 +318,7 @@ def make_reference(variant: str, folder: Path, *, attention: str = "eager", **si
 
 
 def reference_of(model: Any, depths: torch.nn.ModuleList, samples: list[Tensor], stepped: Path) -> Reference:
-    """What a model and its multi-token layers say of the samples. Takes the step, and writes it to `stepped`."""
+    """Results of a model and its multi-token layers on the samples. Takes the SGD step and saves to `stepped`."""
     outputs = [model(input_ids=sample[None], output_hidden_states=True) for sample in samples]
     logits = [output.logits[0] for output in outputs]
     terms = [
@@ -336,7 +336,7 @@ def reference_of(model: Any, depths: torch.nn.ModuleList, samples: list[Tensor],
         ]
         further = torch.stack(each).sum(dim=0)
         total = loss + FACTOR / len(depths) * further.sum() / learnt
-        # position t predicts token t + 1 + k, of learnt ones
+        # position t predicts token t + 1 + k, if that is learnt
         terms = [sum(length - max(PROMPT, k + 1) for length in LENGTHS) for k in range(1, len(depths) + 1)]
         means = further.detach() / torch.tensor(terms)
     total.backward()
@@ -346,7 +346,7 @@ def reference_of(model: Any, depths: torch.nn.ModuleList, samples: list[Tensor],
     with torch.no_grad():
         for parameter in parameters:
             parameter -= LEARNING_RATE * parameter.grad
-    model.save_pretrained(stepped)  # a checkpoint's names: in memory experts are fused
+    model.save_pretrained(stepped)  # to get a checkpoint's names: in memory, experts are fused
     return Reference(
         samples,
         [rows.detach() for rows in logits],

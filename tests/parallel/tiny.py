@@ -31,7 +31,7 @@ class Tiny:
 
 
 def make_tiny(folder: Path, **config) -> Tiny:
-    """Write the model and the data. config: fields of its config.json that are not the default."""
+    """Write the model and the data. config: fields of config.json that differ from the defaults."""
     tokenizer = demo.make_tokenizer()
     tiny = Tiny(folder / "model", folder / "train.jsonl", folder / "val.jsonl")
     make_model(tiny.model, tokenizer, **config)

@@ -1,4 +1,4 @@
-"""One process of a job that trains several command lines one after the other, in layouts of their own.
+"""One process of a job that runs several training command lines one after the other, each in its own layout.
 
 `main(folder)` reads `<folder>/plan.json`, a list of {"name", "do", "argv"}; see `DOES`.
 """
@@ -38,7 +38,7 @@ def run_training(argv: list[str]) -> None:
 
 
 def save_again(argv: list[str]) -> None:
-    """Load a checkpoint into this layout and save it without a step between."""
+    """Load a checkpoint into this layout and save it again without a step in between."""
     run = build(argv)
     run.log.close()
     run.state.data = run.data.state_dict(run.state.step)
@@ -46,7 +46,7 @@ def save_again(argv: list[str]) -> None:
 
 
 def read_by_megatron(argv: list[str]) -> None:
-    """megatron-core's own loader fills this layout's model with what ours has filled it with."""
+    """megatron-core's own loader gives this layout's model the same weights as ours."""
     from megatron.core import dist_checkpointing
 
     run = build(argv)
@@ -70,7 +70,7 @@ def read_by_megatron(argv: list[str]) -> None:
 
 
 def refused(argv: list[str], *, said: list[str]) -> None:
-    """The user is told, on every rank, in words that hold each of `said`."""
+    """Every rank raises a UserError whose message contains each of `said`."""
     from mcore_swift.errors import UserError
 
     try:
@@ -82,7 +82,7 @@ def refused(argv: list[str], *, said: list[str]) -> None:
 
 
 def write_logits(argv: list[str], *, rows: int, file: str) -> None:
-    """Logits `[rows, s, vocabulary]` of fixed tokens, by the model as a run would start with it."""
+    """Write logits `[rows, s, vocabulary]` of fixed tokens, from the model as a run would start with it."""
     from megatron.core import parallel_state
 
     from converters.verify import fixed_rows, mcore_logits
@@ -100,7 +100,7 @@ def write_logits(argv: list[str], *, rows: int, file: str) -> None:
 
 
 def export(argv: list[str]) -> None:
-    """`megatron export` in the processes of this job."""
+    """Run `megatron export` in this job's processes."""
     from converters.main import export
     from mcore_swift.config import MegatronExportArguments
 
@@ -108,7 +108,7 @@ def export(argv: list[str]) -> None:
 
 
 def swift_export(argv: list[str]) -> None:
-    """`swift export` of an adapter that peft cannot read."""
+    """Run `swift export` on an adapter that peft cannot read."""
     from mcore_swift.cli.merge_lora import merge
 
     merge(argv)

@@ -1,7 +1,7 @@
-"""The runs that the tests of resuming, checkpoints and reproducibility look at: a few jobs for all of them.
+"""The runs that the tests of resuming, checkpoints and reproducibility examine: a few jobs for all of them.
 
-Starting processes and importing libraries takes longer than all these runs together, so that one job of each
-world size does them in order; a later job resumes what an earlier one has saved.
+Starting processes and importing libraries takes longer than all these runs together, so one job per world size does
+them in order; a later job resumes what an earlier one has saved.
 """
 
 from pathlib import Path
@@ -30,7 +30,7 @@ CP2 = {"context_parallel_size": 2, "cp_comm_type": "a2a"}
 BF16 = {"torch_dtype": "bfloat16"}
 WHOLE = {"use_distributed_optimizer": "false"}
 OVERLAP = {"overlap_grad_reduce": "true", "overlap_param_gather": "true"}
-STILL = {"lr": 0}  # weights that do not move show which samples a step took
+STILL = {"lr": 0}  # if weights do not move, the loss shows which samples a step took
 UNPACKED = {
     "packing": "false",
     "num_train_epochs": 2,
@@ -145,12 +145,12 @@ REFUSED: dict[int, dict[str, tuple[dict, list[str]]]] = {
     },
     1: {},
 }
-# the checkpoint that the run above is refused
+# the checkpoint for the refused run above
 TRAIN[4]["dp2-no-optimizer"] = TP2 | {"no_save_optim": "true", "train_iters": 1}
 
 
 def plan(world_size: int, tiny: Tiny, folder: Path) -> list[dict]:
-    """What `train_job.py` is to do in this world size, in order."""
+    """What `train_job.py` does at this world size, in order."""
     places = {"train": str(tiny.train), "val": str(tiny.val), "runs": str(folder)}
 
     def case(name: str, do: str, flags: dict, **options) -> dict:

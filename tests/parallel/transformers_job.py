@@ -1,4 +1,4 @@
-"""One process of a job that trains several `swift sft` command lines one after the other.
+"""One process of a job that runs several `swift sft` command lines one after the other.
 
 `main(folder)` reads `<folder>/plan.json`, a list of {"name", "do", "argv"}.
 """
@@ -54,7 +54,7 @@ def merge_lora(argv: list[str]) -> None:
 
 
 def export(argv: list[str]) -> None:
-    """`megatron export` in the processes of this job."""
+    """Run `megatron export` in this job's processes."""
     from converters.main import export
     from mcore_swift.config import MegatronExportArguments
 
@@ -71,7 +71,7 @@ def refused(argv: list[str], said: list[str]) -> None:
 
 
 def called(argv: list[str]) -> dict[str, Any]:
-    """What `sft_main` returns, or the mistake it raises. It joins and leaves the other processes by itself."""
+    """What `sft_main` returns, or the mistake it raises. It joins and leaves the process group by itself."""
     from mcore_swift import TrainArguments, sft_main
 
     flags = {name.removeprefix("--"): value for name, value in zip(argv[::2], argv[1::2], strict=True)}

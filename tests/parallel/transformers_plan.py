@@ -1,6 +1,6 @@
-"""The runs on transformers' models that test_transformers_engine.py looks at: one job of two processes, one of one.
+"""The runs on transformers' models that test_transformers_engine.py examines: one job of two processes, one of one.
 
-The second job ends with runs of the Megatron engine on the same rows, which the first ones are compared with.
+The second job ends with runs of the Megatron engine on the same rows, for comparison with the others.
 """
 
 from pathlib import Path
@@ -45,7 +45,7 @@ KINDS: dict[str, dict] = {
     "boft": {"train_type": "boft"},
     "vera": {"train_type": "vera", "vera_rank": 4},
 }
-"""Adapters that all begin by changing nothing."""
+"""Adapters, all of which initially change nothing."""
 REFUSED: dict[str, tuple[dict, list[str]]] = {
     "no-such-target": (
         LORA | {"target_modules": "q_prj"},
@@ -69,7 +69,7 @@ REFUSED_SHARED: dict[str, tuple[dict, list[str]]] = {
         ["--sequence_parallel_size", "bloom gives other results"],
     ),
 }
-"""Of two processes. BLOOM tells positions apart by a bias in its own attention."""
+"""Runs of two processes. BLOOM encodes positions as a bias in its own attention."""
 
 
 def resumed(run: str, step: int = SAVED) -> dict[str, str]:
@@ -166,7 +166,7 @@ MERGED = {
     "as-peft": {"adapters": f"{{runs}}/lora-on/checkpoint-{STEPS}", "to_peft_format": "true"},
 }
 AS_HF = {"as-hf": {"mcore_model": f"{{runs}}/one/checkpoint-{STEPS}", "to_hf": "true"}}
-"""Checkpoints that were written without safetensors, in a form that others read."""
+"""Checkpoints written without safetensors, exported in a form that other programs read."""
 AFTERWARDS = {
     "llamapro-exported": STILL | {"model": f"{{runs}}/llamapro-fsdp2/checkpoint-{SAVED}"},
     "merged-still": STILL | {"model": "{runs}/merged"},
@@ -179,11 +179,11 @@ AS_CALLS = {
     "called": LORA | {"val_dataset": "{val}", "save_total_limit": 1, "create_checkpoint_symlink": "true"},
     "called-again": LORA | {"backend": "megatron", "train_type": "full", "max_steps": 1},
 }
-"""By `sft_main`, one after the other in the same two processes; the first is a mistake."""
+"""Runs through `sft_main`, one after the other in the same two processes; the first has a user's mistake."""
 
 
 def plan(world_size: int, tiny: Tiny, folder: Path) -> list[dict]:
-    """What `transformers_job.py` is to do in this world size, in order."""
+    """What `transformers_job.py` does at this world size, in order."""
     places = {
         "model": str(tiny.model),
         "models": str(folder / "models"),
@@ -228,7 +228,7 @@ def plan(world_size: int, tiny: Tiny, folder: Path) -> list[dict]:
 
 
 def make_models(folder: Path, tokenizer) -> None:
-    """Architectures that the Megatron engine does not have, or that transformers stores in another form."""
+    """Architectures that the Megatron engine lacks, or that transformers stores in another form."""
     import torch
     from transformers import (
         AutoModelForCausalLM,

@@ -50,6 +50,6 @@ def share_heads(
 
 
 def unite_heads(out: Tensor, segments: Segments, group: dist.ProcessGroup) -> Tensor:
-    """The inverse: a part of the heads of all tokens `[s, b, heads / N, d]` -> all heads `[s / N, b, heads, d]`."""
+    """The way back: a part of the heads of all tokens `[s, b, heads / N, d]` -> all heads `[s / N, b, heads, d]`."""
     message = out.index_select(0, segments.by_rank).unflatten(0, (group.size(), -1))
     return AllToAll.apply(message, group).movedim(0, 2).flatten(2, 3)
