@@ -3,17 +3,17 @@
     python benchmarks/conversion.py --gigabytes 3 --folder /tmp/conversion --repeats 3
     python benchmarks/conversion.py --gigabytes 4 --experts 128
 
-Prints, for one and for two processes and each direction: seconds, the ratio to `cp -r` measured in the same run
-(median over the repeats, taken in turns so that a busy disk hits both), and the memory peak of each process
-beside the largest tensor. Aims: ratio <= 2, peak <= largest tensor + 1 GiB. The result is compared bit for bit.
-The model is a dense Qwen3, or with --experts a Qwen3-MoE of Qwen3-30B-A3B's sizes and fewer layers, whose experts are
-tensors of their own as in the published checkpoints.
+For one and for two processes and each direction, this prints the seconds, the ratio to `cp -r` in the same run (median
+of the repeats, which alternate so that a busy disk affects both), and the memory peak per process with the size of the
+largest tensor. Aims: ratio <= 2, peak <= largest tensor + 1 GiB. The result is compared bit for bit.
+The model is a dense Qwen3, or with --experts a Qwen3-MoE with the sizes of Qwen3-30B-A3B but fewer layers, whose
+experts are separate tensors as in the published checkpoints.
 
 The source is in the page cache unless --cold (root only) empties it before every timing. A conversion ends when the
-result is on the disk, so `cp` is timed with a `sync` of its result; beside it stands `cp` alone. Before every timing
-as much page cache is written and freed as the output needs: on a virtual machine, memory that the guest has not used
-for a while comes back slowly (a factor of 5 was seen with `cp` alone), which would hit one or the other by chance.
-Imports are not part of the time; they are printed beside it.
+result is on disk, so `cp` is timed with a `sync` of its result; `cp` alone is printed too. Before every timing, as much
+page cache is written and freed as the output needs: on a virtual machine, memory that the guest has not used for a
+while is slow to return (`cp` alone was seen to take 5 times as long), which would affect one side or the other by
+chance. The times do not include imports, which are printed separately.
 """
 
 import argparse
@@ -95,7 +95,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def dense_config(parameters: float) -> Any:
-    """A Qwen3 of about so many parameters."""
+    """A Qwen3 with about this number of parameters."""
     from transformers import Qwen3Config
 
     layer = 2 * HIDDEN * HIDDEN + 2 * HIDDEN * HIDDEN // 2 + 3 * HIDDEN * INTERMEDIATE
@@ -110,7 +110,7 @@ def dense_config(parameters: float) -> Any:
 
 
 def moe_config(parameters: float, experts: int) -> Any:
-    """A Qwen3-MoE of about so many parameters, with Qwen3-30B-A3B's layers."""
+    """A Qwen3-MoE with about this number of parameters, in layers like those of Qwen3-30B-A3B."""
     from transformers import Qwen3MoeConfig
 
     layer = 2 * HIDDEN * 4096 + 2 * HIDDEN * 512 + 3 * experts * HIDDEN * EXPERT
@@ -128,7 +128,7 @@ def moe_config(parameters: float, experts: int) -> Any:
 
 
 def make_checkpoint(folder: Path, gigabytes: float, experts: int) -> int:
-    """Random bf16 weights in files of 1 GB at most; returns the bytes of the largest tensor."""
+    """Write random bf16 weights to files of at most 1 GB; returns the bytes of the largest tensor."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -160,7 +160,7 @@ def make_checkpoint(folder: Path, gigabytes: float, experts: int) -> int:
         for spec in (spec for file in files for spec in file.specs):
             left = spec.nbytes // 2
             while left:
-                # Other bytes at every place, so that a piece in the wrong place shows.
+                # Different bytes at every position, so that a misplaced piece is detected.
                 first = hash((spec.name, left)) % (len(noise) // 2)
                 part = noise[first : first + min(left, len(noise) // 2)]
                 writer.write(spec.name, part)
@@ -170,8 +170,8 @@ def make_checkpoint(folder: Path, gigabytes: float, experts: int) -> int:
 
 
 def settle(folder: Path, cold: bool) -> None:
-    """The same state before every timing: earlier writes on the disk, free memory ready for use, the source cached
-    or not."""
+    """Restore the same state before every timing: earlier writes are on disk, free memory is ready for use, and the
+    source is cached, or not if `cold`."""
     os.sync()
     if cold:
         Path("/proc/sys/vm/drop_caches").write_text("1")
@@ -200,9 +200,9 @@ def time_copy(source: Path, target: Path, cold: bool, synced: bool) -> float:
 
 
 def convert(processes: int, flags: list[str], prepare: Callable[[], None]) -> dict:
-    """Run the command's own function in `processes` processes; what the slowest and the largest needed.
+    """Run the command's own function in `processes` processes; returns the maxima of their results.
 
-    prepare: called when all of them have done their imports and wait for the word.
+    prepare: called when all of them have finished their imports and wait to start.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -245,11 +245,11 @@ def worker(flags: list[str]) -> None:
     from mcore_swift.models.reading import read_model
 
     args = parse(COMMANDS["export"], flags, notify=lambda notice: None)
-    read_model(args.model if args.to_mcore else hf_source(args))  # transformers imports when first used
+    read_model(args.model if args.to_mcore else hf_source(args))  # transformers imports lazily, on first use
     imports = time.perf_counter() - started
     print(READY, end="", flush=True)
     sys.stdin.readline()
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before = status("VmRSS")
     started = time.perf_counter()
     export_main(args)
@@ -259,7 +259,7 @@ def worker(flags: list[str]) -> None:
 
 
 def status(field: str) -> int:
-    """Bytes, from /proc/self/status."""
+    """A field of /proc/self/status, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
@@ -267,7 +267,7 @@ def status(field: str) -> int:
 
 
 def compare(first: Path, second: Path) -> None:
-    """Bit for bit: the two checkpoints hold the same tensors."""
+    """Check that two checkpoints hold the same tensors, bit for bit."""
     import torch
 
     from converters.hf_reader import HFReader
@@ -276,7 +276,7 @@ def compare(first: Path, second: Path) -> None:
         if a.shapes != b.shapes:
             raise RuntimeError("the round trip changed names or shapes")
         for name in a.names:
-            # Viewed as integers: random bits contain NaNs.
+            # Compared as integers, because random bits contain NaNs.
             x, y = (reader.read(name).view(-1).view(torch.int16) for reader in (a, b))
             if not x.equal(y):
                 raise RuntimeError(f"the round trip changed {name}")

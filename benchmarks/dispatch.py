@@ -1,19 +1,20 @@
-"""What experts cost beside a dense MLP of the same arithmetic, and what sending tokens to other processes adds.
+"""The cost of experts compared to a dense MLP with the same arithmetic, and of sending tokens to other processes.
 
     python benchmarks/dispatch.py --rounds 8
 
-Two processes train small models of random weights on the same random tokens, in turns of a few steps, so that a busy
-machine hits all alike:
+Two processes train small models with random weights on the same random tokens, taking turns of a few steps, so that
+other load on the machine affects all models alike:
 
-    dense           a Qwen3 whose MLP is as wide as the experts that a token sees are together
-    EP1             a Qwen3-MoE; every process has all experts, so no token travels: what routing, sorting and many
-                    small matrix products cost
-    EP2 alltoall    half of the experts each; tokens are sent to those who hold theirs
-    EP2 allgather   half of the experts each; all tokens are gathered on both
+    dense           a Qwen3 whose MLP is as wide as the experts of one token together
+    EP1             a Qwen3-MoE; every process has all experts and no tokens are sent, so this shows the cost of
+                    routing, sorting and many small matrix products
+    EP2 alltoall    each process has half of the experts; tokens are sent to the process that has theirs
+    EP2 allgather   each process has half of the experts; all tokens are gathered on both
 
-Attention, embeddings, tokens and data parallelism are the same in all four. Routers are random, so experts are
-unevenly loaded, as they are early in training; how much is printed too. Printed are medians of tokens/s, and of each
-round's ratios to dense and to EP1. On CPU over gloo this compares our layouts with each other; it says nothing of NCCL.
+Attention, embeddings, tokens and data parallelism are the same in all four. Routers are random, so the experts' load is
+uneven, as it is early in training; the imbalance is printed too. The results are medians of tokens/s, and of each
+round's ratios to dense and to EP1. On CPU over gloo, this compares our layouts with each other; it says nothing about
+NCCL.
 """
 
 import argparse
@@ -35,7 +36,7 @@ WAYS = {
     "EP2 alltoall": ("experts", 2, "alltoall"),
     "EP2 allgather": ("experts", 2, "allgather"),
 }
-LENGTH, STEPS = 512, 3  # tokens of a process's row; steps of a turn
+LENGTH, STEPS = 512, 3  # tokens per process and step; steps per turn
 EXPERTS, ACTIVE, WIDTH = 8, 2, 256
 SIZES = {
     "vocab_size": 1024,
@@ -72,7 +73,7 @@ def main() -> None:
 
 
 def report(speeds: dict[str, list[float]]) -> None:
-    """speeds: tokens/s by way and round."""
+    """speeds: tokens/s by model and round."""
     print(f"{'':16}{'tokens/s':>10}     of dense (rounds)                of EP1 (rounds)")
     for way, mine in speeds.items():
         columns = []
@@ -92,7 +93,7 @@ def write_configs(folder: Path) -> None:
 
 
 def worker(folder: Path, count: int) -> None:
-    """One process. Prints the tokens/s of each round as JSON, the first round left out."""
+    """One process. Prints the tokens/s of each round except the first as JSON."""
     sys.path.insert(0, str(ROOT))
     from mcore_swift.accelerator import get_accelerator
 
@@ -118,9 +119,9 @@ def worker(folder: Path, count: int) -> None:
 
 
 class Turn:
-    """A model in its own process groups, which are put in place when it is its turn.
+    """A model with its own process groups, which are installed when it is its turn.
 
-    load: tokens of the busiest expert over an even share, of the last step.
+    load: tokens of the busiest expert relative to an even share, in the last step.
     """
 
     def __init__(self, folder: Path, expert_parallel: int, dispatcher: str) -> None:
@@ -134,7 +135,7 @@ class Turn:
         from mcore_swift.models.reading import read_model
         from mcore_swift.plan.layout import Layout
 
-        # megatron-core keeps its groups in one module: those of this turn are taken out, and put back when it runs
+        # megatron-core keeps its groups in one module: save those of this turn, to restore them when it runs
         parallel_state.destroy_model_parallel()
         layout = Layout(dp=2, ep=expert_parallel)
         process_groups.start(layout, seed=1)
@@ -147,7 +148,7 @@ class Turn:
         self.engine.after_load(["weights"], optimizer_step=0)
 
     def seconds(self, batch: Any) -> float:
-        """Of STEPS steps, on the slower of the processes."""
+        """Seconds for STEPS steps on the slower process."""
         import torch.distributed as dist
         from megatron.core import parallel_state
 

@@ -1,4 +1,4 @@
-"""Starting what is measured, and saying on what machine it was measured."""
+"""Starting the measured programs, and describing the machine."""
 
 import os
 import shutil
@@ -16,12 +16,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# A benchmark that is told to stop ends what it has started, as it does on Ctrl-C.
+# On SIGTERM, a benchmark ends the processes that it has started, as on Ctrl-C.
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def machine(*packages: str) -> str:
-    """The machine, the load that others put on it (rows measured under load are to be doubted), and versions."""
+    """The machine, its current load (results under load are less reliable), and versions of packages."""
     versions = "".join(f", {name} {version(name)}" for name in packages)
     return f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}{versions}"
 
@@ -39,28 +39,28 @@ def on_this_machine(*packages: str, folder: Path | None = None) -> Iterator[None
 
 
 def spread(values: Sequence[float], form: str) -> str:
-    """The median of values, with the extremes and how many they are: `1.02 (0.99 to 1.03 in 5)`."""
+    """Median, extremes and number of the values: `1.02 (0.99 to 1.03 in 5)`."""
     return (
         f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}} in {len(values)})"
     )
 
 
 def program(name: str, *arguments: object) -> list[str]:
-    """The command line `megatron ...` or `swift ...`, by the script beside this interpreter or by the module."""
+    """The command line of `megatron ...` or `swift ...`, using the script next to this interpreter or the module."""
     script = Path(sys.executable).with_name(name)
     start = [str(script)] if script.exists() else [sys.executable, "-m", "mcore_swift.cli.main", name]
     return [*start, *map(str, arguments)]
 
 
 def flags(**values: object) -> list[str]:
-    """`--name value` of each."""
+    """`--name value` for each."""
     return [str(part) for name, value in values.items() for part in (f"--{name}", value)]
 
 
 def environment(**values: str) -> dict[str, str]:
-    """This process's environment with `values` over it, such that a child finds this checkout and looks up nothing.
+    """This process's environment updated with `values`, so that a child imports this checkout and stays offline.
 
-    Python may keep compiled files, as it does unless told otherwise: an import is then not compiled each time.
+    Python may write compiled files, as by default, so that imports are not compiled every time.
     """
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     own = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
@@ -71,10 +71,10 @@ def environment(**values: str) -> dict[str, str]:
 def stamped_lines(
     command: Sequence[str], *, limit_s: float, peaks: list[int] | None = None, **env: str
 ) -> Iterator[tuple[float, str]]:
-    """Run a command; each line it prints, with the seconds since it was started when the line arrived.
+    """Run a command; yields (seconds since its start, line) for each line that it prints.
 
-    peaks: is given the largest resident memory of the process, bytes, when it has ended.
-    Raises RuntimeError, with what it printed last, if it fails or takes longer than `limit_s`.
+    peaks: the peak resident memory of the process in bytes is appended to it at the end.
+    Raises RuntimeError, with the last output, if the command fails or takes longer than `limit_s` seconds.
     """
     started = time.perf_counter()
     process = subprocess.Popen(
@@ -106,7 +106,7 @@ def stamped_lines(
 
 
 def end(process: subprocess.Popen) -> None:
-    """Kill a process if it still runs, with those it started if it leads a session."""
+    """Kill a process if it is still running, with its children if it leads a session."""
     if process.poll() is None:
         if os.getpgid(process.pid) == process.pid:
             os.killpg(process.pid, signal.SIGKILL)
@@ -115,9 +115,9 @@ def end(process: subprocess.Popen) -> None:
 
 
 def run_ranks(command: Sequence[str], processes: int, *, threads: int | None = None, limit_s: float) -> str:
-    """Run a command in `processes` processes that torch.distributed can join; what rank 0 printed.
+    """Run a command in `processes` processes set up for torch.distributed; returns the output of rank 0.
 
-    threads: of each process; None shares the cores evenly. Raises RuntimeError if one fails or takes longer than
+    threads: per process; None divides the cores evenly. Raises RuntimeError if a process fails or takes longer than
     `limit_s` seconds.
     """
     with socket.socket() as probe:

@@ -1,4 +1,4 @@
-"""The same work done by transformers' Trainer and by TRL's SFTTrainer."""
+"""The same work with transformers' Trainer and with TRL's SFTTrainer."""
 
 import json
 from collections.abc import Callable
@@ -7,14 +7,14 @@ from typing import Any
 
 
 def cut(samples: list[Any], count: int, order: Callable[[Any], int] | None = None) -> list[list[Any]]:
-    """The samples of a step in `count` batches of as even a size as can be, sorted by `order` first."""
+    """The samples of a step, sorted by `order` if given, in `count` batches of nearly equal size."""
     samples = sorted(samples, key=order, reverse=True) if order else samples
     edges = [round(i * len(samples) / count) for i in range(count + 1)]
     return [samples[a:b] for a, b in zip(edges, edges[1:], strict=False)]
 
 
 def train(facts: dict[str, Any]) -> None:
-    """Train as `facts` say, with the peer's own defaults but for the order of the samples and what the facts name.
+    """Train with the peer's own defaults, except for the order of the samples and the settings in `facts`.
 
     facts: peer (Trainer or TRL), model, samples (file), output, accumulation, sorted, lora.
     """
@@ -65,7 +65,7 @@ def train(facts: dict[str, Any]) -> None:
 
 
 def peer(facts: dict[str, Any]) -> tuple[type, type, dict[str, Any]]:
-    """A trainer, its arguments' class, and what it wants beside them."""
+    """(trainer class, class of its arguments, its further keyword arguments)."""
     if facts["peer"] == "Trainer":
         from transformers import Trainer, TrainingArguments
 
@@ -74,7 +74,7 @@ def peer(facts: dict[str, Any]) -> tuple[type, type, dict[str, Any]]:
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    # It wants a data set, which the given batches take the place of.
+    # It requires a data set; the given batches replace it.
     rows = Dataset.from_dict({"input_ids": [[0, 1, 2]], "labels": [[0, 1, 2]]})
     return (
         SFTTrainer,
@@ -87,7 +87,7 @@ def peer(facts: dict[str, Any]) -> tuple[type, type, dict[str, Any]]:
 
 
 def padded(batch: list[tuple[list[int], list[int]]]) -> dict[str, Any]:
-    """Samples as rows, padded on the right to the longest."""
+    """Samples as rows, padded on the right to the longest one."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
 

@@ -1,11 +1,11 @@
-"""How far the planner's estimates are off: throughput against published figures.
+"""The error of the planner's throughput estimates, compared with published figures.
 
     python benchmarks/plan_accuracy.py
 
-One set of constants serves every row (mcore_swift/plan/timing.py). The published runs hid part of their tensor,
-context and expert parallel communication and some used fp8 in linear layers: so much is told to the estimate, for
-all rows alike; what else they did (CUDA graphs, DeepEP, recomputation, offload) is not, since the sources do not say
-it row by row.
+One set of constants is used for all rows (mcore_swift/plan/timing.py). The published runs overlapped part of their
+communication, and some used fp8 in linear layers. The estimate takes this into account, with the same overlap for all
+rows, but no other optimizations (CUDA graphs, DeepEP, recomputation, offload), because the sources do not state them
+row by row.
 """
 
 from statistics import geometric_mean, median
@@ -23,7 +23,7 @@ HIDDEN = Overlap(tp=0.8, cp=0.8, ep=0.0, dp=True)  # userbuffers and ring attent
 
 
 def estimate(row: Published) -> tuple[float, float, float]:
-    """(published tokens per second and GPU, estimated ones, estimated GiB of the fullest GPU) of a row."""
+    """(published tokens/s per GPU, estimated tokens/s per GPU, estimated GiB of the fullest GPU) of a row."""
     config = MODELS[row.model] | ({"num_nextn_predict_layers": 1} if row.has_mtp else {})
     shape = ModelShape.from_config_dict(config)
     gpu = GPUS[row.gpu]
@@ -44,7 +44,7 @@ def estimate(row: Published) -> tuple[float, float, float]:
 
 
 def published_tokens(row: Published, shape: ModelShape) -> float:
-    """Tokens per second and GPU; from TFLOP/s where only those are stated."""
+    """Tokens/s per GPU, computed from TFLOP/s if only those were published."""
     if row.tokens:
         return row.tokens
     causal_half = 3 * attention_flops(shape, row.length) / row.length / 2
@@ -52,7 +52,7 @@ def published_tokens(row: Published, shape: ModelShape) -> float:
 
 
 def table() -> None:
-    """Print a row for each published figure, and how far off all are."""
+    """Print a row for each published figure, and the overall error."""
     print(
         "| model | GPUs | | GBS/MBS | seq | TP PP CP VP EP | published tok/s/GPU | estimated | error | GiB | source |"
     )

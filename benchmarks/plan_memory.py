@@ -1,14 +1,14 @@
-"""The planner's memory estimate beside the peak of a real training step, for tiny models on this CPU.
+"""The planner's memory estimate compared with the peak of a real training step, for tiny models on this CPU.
 
     python benchmarks/plan_memory.py
 
-Each row is a process of its own: the resident memory once everything is imported and the process groups are there,
-then the most it has been (`memory_peak_bytes` of the accelerator) after two steps of the megatron engine on one full
-row of random tokens. The estimate is `plan.memory` without its overhead, for layers that are not fused. "live" are
-all tensors after the steps, to be compared with "states": weights, gradients, optimizer.
+Each row is measured in its own process: the resident memory after imports and creation of the process groups, and the
+peak (`memory_peak_bytes` of the accelerator) after two steps of the megatron engine on one full row of random tokens.
+The estimate is `plan.memory` without its overhead, for layers that are not fused. "live" is the memory of all tensors
+after the steps, to be compared with "states": weights, gradients, optimizer.
 
-Freed memory hides what is used: the measured peak is taken with blocks given back to the system as they are freed
-(MALLOC_MMAP_THRESHOLD_), the last column as training runs, which keeps them for speed.
+Freed blocks that the process keeps would inflate the peak, so it is measured with blocks returned to the system as soon
+as they are freed (MALLOC_MMAP_THRESHOLD_). The last column is the peak of normal training, which keeps them for speed.
 """
 
 import gc
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def measure(name: str, freed: str) -> dict[str, float]:
-    """Bytes of a row, from a process of its own."""
+    """Measured bytes of a row, from its own process."""
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": str(2**18)} if freed == "given back" else {}
     command = [sys.executable, str(Path(__file__).resolve()), name, freed]
     try:
@@ -76,7 +76,7 @@ def worker(row: dict[str, Any], returns: bool) -> None:
     from mcore_swift.accelerator import get_accelerator, install_cpu_seam
 
     if returns:
-        install_cpu_seam()  # all that `install` does, but for keeping what is freed
+        install_cpu_seam()  # everything that `install` does, except keeping freed blocks
     else:
         get_accelerator().install()
     import torch
@@ -100,7 +100,7 @@ def worker(row: dict[str, Any], returns: bool) -> None:
         "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "max_position_embeddings": tokens,
     }  # fmt: skip
     process_groups.start(Layout(), seed=1)
-    torch.ones(64, 64) @ torch.ones(64, 64)  # the threads and buffers of the first product
+    torch.ones(64, 64) @ torch.ones(64, 64)  # allocates the threads and buffers of the first product
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
         plan = read_model(folder)
@@ -118,7 +118,7 @@ def worker(row: dict[str, Any], returns: bool) -> None:
 
 
 def estimate(shape: Any, args: Any, tokens: int) -> tuple[float, float]:
-    """(weights, gradients and optimizer; activations and logits) in bytes."""
+    """(bytes of weights, gradients and optimizer; bytes of activations and logits)."""
     import dataclasses
 
     from mcore_swift.plan import Layout
@@ -133,7 +133,7 @@ def estimate(shape: Any, args: Any, tokens: int) -> tuple[float, float]:
 
 
 def live_bytes() -> int:
-    """Memory of all tensors there are."""
+    """Bytes of all existing tensors."""
     import torch
 
     tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
@@ -142,7 +142,7 @@ def live_bytes() -> int:
 
 
 def resident_bytes() -> int:
-    """Memory of this process now."""
+    """Current resident memory of this process, in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 

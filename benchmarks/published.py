@@ -1,4 +1,4 @@
-"""Published training throughput: what was run, how fast it was said to be, and where that is written."""
+"""Published training throughput: what was run, the stated speed, and the source."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -56,7 +56,7 @@ MODELS: dict[str, dict[str, Any]] = {
 class Published:
     """One row. precision: bf16, or fp8 (linear layers). vpp None: not interleaved.
 
-    tokens: per second and GPU; where a source states TFLOP/s only, they are divided by its own count of FLOPs
+    tokens: per second and GPU; if a source states only TFLOP/s, they are divided by its own count of FLOPs per token
     (causal half of attention), see `tflops`. has_fsdp: weights were sharded too, which the estimate does not model.
     """
 

@@ -1,17 +1,17 @@
-"""Ours with packing against transformers' Trainer and TRL's SFTTrainer: tokens/s on the same model and samples.
+"""`megatron sft` with packing vs. transformers' Trainer and TRL's SFTTrainer: tokens/s on the same model and samples.
 
     python benchmarks/sft_vs_trainer.py --rounds 3
     python benchmarks/sft_vs_trainer.py --rounds 3 --lora --sides ours "ours, transformers" Trainer TRL
 
-All parameters, or with --lora adapters of rank 8 on all linear layers, by peft where the peers are trained. TRL is no
-dependency of this project: `pip install trl`.
+Trains all parameters, or with --lora adapters of rank 8 on all linear layers, which are peft's for Trainer and TRL. TRL
+is not a dependency of this project: `pip install trl`.
 
 A random Qwen3 of 17 million parameters in fp32, conversations of log-normal length with half of the tokens learnt (or
---dataset), AdamW, clipping, one process. Every optimizer step takes the same samples on both sides: ours the packed
-rows of the step, Trainer the samples in them, cut into as many batches of whole samples as --accumulation says, each
-padded to its longest. Trainer gets tokens that are ready, and sums its loss over the step's tokens as we do.
+--dataset), AdamW, clipping, one process. Every optimizer step uses the same samples on all sides: ours as packed rows,
+Trainer's in --accumulation batches of whole samples, each padded to its longest. Trainer gets tokenized samples, and
+sums its loss over the step's tokens as we do.
 
-Sides, each in a process of its own, in turns:
+Sides, each in its own process, in turns:
   ours              megatron sft --packing true, nothing recomputed
   ours, default     the same with the default, selective recomputation of attention
   ours, transformers  swift sft --backend fsdp --packing true on transformers' own layers
@@ -20,10 +20,10 @@ Sides, each in a process of its own, in turns:
                     own group_by_length leaves
   TRL               SFTTrainer with the batches of "Trainer", without checkpointing of activations
 
-Tokens/s are real tokens over the time between two lines on the terminal, that of the last warm-up step and that of
-the last step; padding never counts. Memory is the largest resident size of the process, which the libraries share in
-differently. Printed are medians over the rounds and ratios within each round. The losses of
-the first step must agree to 1e-4, or the work is not the same and the benchmark fails.
+Tokens/s are real tokens, without padding, divided by the time between the terminal's lines for the last warm-up step
+and for the last step. Memory is the peak resident size of the process, which includes the imported libraries and so
+differs between sides. The output has medians over the rounds and ratios within each round. The losses of the first step
+must agree to 1e-4; otherwise the work is not the same, and the benchmark fails.
 """
 
 import argparse
@@ -124,7 +124,7 @@ def transformers_arguments(options: argparse.Namespace, workload: Workload) -> l
 
 
 def write_samples(options: argparse.Namespace, arguments: list[str]) -> list[list[Any]]:
-    """Ask our data pipeline, in a process of its own, which samples each step takes; [step][sample](ids, labels)."""
+    """The samples of each step, from our data pipeline in its own process; [step][sample] -> (ids, labels)."""
     command = [
         sys.executable,
         str(Path(__file__).resolve()),
@@ -143,7 +143,7 @@ def samples_file(options: argparse.Namespace) -> Path:
 def time_side(
     side: str, options: argparse.Namespace, workload: Workload, arguments: list[str]
 ) -> tuple[float, float, float]:
-    """Seconds of the steps that count, the loss of the first step, and the peak of resident memory in GiB."""
+    """(seconds of the steps after warm-up, loss of the first step, peak of resident memory in GiB)."""
     adapters = flags(tuner_type="lora", lora_rank=8, lora_alpha=32, lora_dropout=0.0) if options.lora else []
     if side == "ours, transformers":
         command = program("swift", "sft", *transformers_arguments(options, workload), *adapters)
@@ -207,14 +207,14 @@ def report(results: dict[str, list[tuple[float, float, float]]]) -> None:
             f"{spread(ratios, '.2f')}",
             flush=True,
         )
-    if max(losses.values()) - min(losses.values()) > 1.5e-4:  # both print four decimals
+    if max(losses.values()) - min(losses.values()) > 1.5e-4:  # both sides print four decimals
         raise SystemExit("the losses of the first step differ: the sides do not do the same work")
 
 
 def export_samples(path: Path, argv: list[str]) -> None:
-    """Write the samples of every step as JSON, labels as transformers takes them (not shifted, -100: no loss).
+    """Write the samples of every step as JSON, with labels as in transformers (not shifted, -100: no loss).
 
-    Shuffled within the step: packing puts samples of like length together, which batches of them would gain from.
+    Samples are shuffled within the step, because packing orders them by length, which would benefit padded batches.
     """
     sys.path.insert(0, str(ROOT))
     from transformers import AutoTokenizer

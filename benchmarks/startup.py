@@ -1,10 +1,10 @@
-"""Seconds from a command to its first training step, and to its help.
+"""Seconds from starting a command to its first training step, and to its help.
 
     python benchmarks/startup.py --repeats 5
 
-The training run is of a tiny model on one process, as a user types it: `megatron sft`. Its first step is done when
-its line arrives on the terminal. Printed are medians; the first run of each command, which fills the page cache and
-the token cache, is told apart. Aims: first step <= 10 s, help <= 0.5 s.
+The training run is `megatron sft` with a tiny model on one process, as a user would type it. The time is taken when the
+line of the first step arrives on the terminal. The output has medians; the first run of each command, which fills the
+page cache and the token cache, is listed separately. Aims: first step <= 10 s, help <= 0.5 s.
 
 To see where the time goes, `--imports` prints the slowest imports of one run (python -X importtime).
 """
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def training_command(workload: Workload, folder: Path) -> list[str]:
-    """One step of a tiny model, everything else as it is by default."""
+    """The command for one step of a tiny model, with defaults for everything else."""
     return program(
         "megatron",
         "sft",
@@ -76,7 +76,7 @@ def training_command(workload: Workload, folder: Path) -> list[str]:
 
 
 def run_command(command: list[str], limit_s: float) -> tuple[float | None, float]:
-    """Seconds until the command printed the line of its first step (None: it has none), and until it had ended."""
+    """(seconds until the line of the first step, or None if there is none; seconds until the command ended)."""
     started = time.perf_counter()
     first_step = None
     for seconds, line in stamped_lines(command, limit_s=limit_s):
@@ -86,7 +86,7 @@ def run_command(command: list[str], limit_s: float) -> tuple[float | None, float
 
 
 def slowest_imports(command: list[str], limit_s: float, count: int = 25) -> Iterator[str]:
-    """The imports of a run with the most time of their own, milliseconds; all that they import is not in it."""
+    """The slowest imports of a run, in milliseconds, without the time of nested imports."""
     own: dict[str, float] = {}
     for _, line in stamped_lines(command, limit_s=limit_s, PYTHONPROFILEIMPORTTIME="1"):
         found = re.match(r"import time:\s+(\d+) \|\s+\d+ \|\s+(\S+)", line)

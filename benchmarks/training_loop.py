@@ -1,14 +1,14 @@
-"""Our training loop against a bare megatron-core loop on the same model and the same batches.
+"""Our training loop compared with a bare megatron-core loop on the same model and the same batches.
 
     python benchmarks/training_loop.py --rounds 15
 
-Ours is `mcore_swift.training.loop.train` with a whole Run: batches made ahead by threads, learning rate schedule,
-checks, a log line every 5 steps to the terminal, logging.jsonl and tensorboard. Bare is zero gradients,
-megatron-core's forward-backward function, optimizer step: batches ready beforehand, nothing checked, nothing said.
+Ours is `mcore_swift.training.loop.train` with a complete Run: batches prefetched by threads, learning rate schedule,
+checks, a log line every 5 steps to the terminal, logging.jsonl and tensorboard. The bare loop zeroes gradients, calls
+megatron-core's forward-backward function and steps the optimizer, with prepared batches, no checks and no logging.
 
-Both run in the same process on the same engine, in turns of a second or two, so that a busy machine hits both. Printed
-are medians of real tokens/s over the rounds, and the ratio ours / bare: the median of the rounds' own ratios.
-Aim: >= 0.97. The checkpoint that ends a run is left out.
+Both run in the same process on the same engine, in turns of a second or two, so that other load affects both alike.
+The output has medians of real tokens/s over the rounds, and the ratio ours / bare as the median of each round's ratio.
+Aim: >= 0.97. The final checkpoint of a run is not included.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from measuring import ROOT, flags, on_this_machine, run_ranks, spread
 from workload import SIZES, make_workload
 
 LENGTH = 512  # tokens of a packed row; two rows a step
-STEPS = {"small": 2, "tiny": 10}  # of a turn: a second or two
+STEPS = {"small": 2, "tiny": 10}  # per turn, which takes a second or two
 
 
 def main() -> None:
@@ -74,7 +74,7 @@ def measure(options: argparse.Namespace, workload: Any, processes: int, steps: i
 
 
 def worker(steps: int, argv: list[str]) -> None:
-    """One process of a row. Prints the tokens/s of each round as JSON, the first round left out."""
+    """One process of a row. Prints the tokens/s of each round except the first as JSON."""
     sys.path.insert(0, str(ROOT))
     from mcore_swift.accelerator import get_accelerator
 
@@ -107,7 +107,7 @@ def worker(steps: int, argv: list[str]) -> None:
 
 
 class OpenLog:
-    """The run's own log, not closed at the end of a turn. Knows when it had taken the last step's report."""
+    """The run's own log, kept open at the end of a turn. Records the time of the last step's report."""
 
     def __init__(self, log: Any) -> None:
         self._log = log
@@ -126,7 +126,7 @@ class OpenLog:
 
 
 def time_ours(run: Any, until: int, ranks: Any) -> float:
-    """Seconds of the run's steps before step `until`."""
+    """Seconds that the run takes up to step `until`."""
     from mcore_swift.training.loop import train
 
     run.data.total_steps = until
@@ -137,7 +137,7 @@ def time_ours(run: Any, until: int, ranks: Any) -> float:
 
 
 def time_bare(engine: Any, batches: list[list[Any]], ranks: Any) -> float:
-    """Seconds of a loop of nothing but what training is, on the engine's own model and optimizer."""
+    """Seconds of a bare training loop on the engine's own model and optimizer."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from mcore_swift.engines.megatron.forward_backward import to_device

@@ -1,9 +1,9 @@
-"""Models and data for the benchmarks, made from a seed: a random Qwen3, a tokenizer, conversations of many lengths.
+"""Models and data for the benchmarks, generated from a seed: a random Qwen3, a tokenizer, and conversations.
 
     workload = make_workload(Path("/tmp/benchmark"), "small")
 
-"small" has 17 million parameters and a vocabulary of 16384: large enough that matrix products dominate a step.
-"tiny" has 1.5 million: a step is so short that whatever a loop does around it shows.
+"small" has 17 million parameters and a vocabulary of 16384, so that matrix products dominate a step.
+"tiny" has 1.5 million parameters; its steps are so short that the overhead of a loop shows.
 """
 
 import json
@@ -35,7 +35,7 @@ SIZES: dict[str, dict[str, int]] = {
     },
 }
 
-LONGEST_TURN = 900  # words; two turns and the marks around them fit into 2048 tokens
+LONGEST_TURN = 900  # words; two turns and their special tokens fit into 2048 tokens
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
@@ -47,14 +47,14 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Workload:
-    """model: a folder with fp32 weights and a tokenizer. train: rows of messages, or the file that was given."""
+    """model: folder with fp32 weights and a tokenizer. train: JSONL file of messages, or the file that was given."""
 
     model: Path
     train: Path
 
 
 def make_workload(folder: Path, size: str, *, rows: int = 4000, train: Path | None = None) -> Workload:
-    """Write the model of a size (a key of SIZES), and `rows` conversations unless a file `train` is given.
+    """Write a model of size `size` (a key of SIZES), and `rows` conversations unless a file `train` is given.
 
     The tokenizer is trained on the conversations, or on the lines of the file.
     """
@@ -73,9 +73,10 @@ def make_workload(folder: Path, size: str, *, rows: int = 4000, train: Path | No
 
 
 def write_conversations(path: Path, rows: int, seed: int = 0) -> None:
-    """One question and one answer a row, their lengths log-normal as in instruction data: half the tokens learnt.
+    """Write one question and answer per row, with log-normal lengths as in instruction data. Half of the tokens are
+    learnt.
 
-    A sample has 210 tokens in the mean, 150 in the median; one in fifty has more than 700.
+    The mean sample has 210 tokens, the median 150; one in fifty has more than 700.
     """
     draw = random.Random(seed)
     words = list(make_words(draw, 8000))

@@ -1,8 +1,8 @@
 """The embedded demo: a tiny random Qwen3 checkpoint, its tokenizer, and an addition task with a score.
 
-Everything is made here from a seed, nothing is downloaded. The task is the sum of two numbers below 100.
-The answer is written the way it is worked out on paper, units first, so that each token follows from few
-others and a model of under a million parameters learns it in a minute or two on two cores:
+Everything is generated from a seed, nothing is downloaded. The task is the sum of two numbers below 100.
+The answer spells out the addition as done on paper, units first, so that each token depends on only a few others.
+A model of under a million parameters learns it in a minute or two on two cores:
 
     user:       What is 37+45?
     assistant:  7+5=12, 3+4+1=8, 82
@@ -11,7 +11,7 @@ others and a model of under a million parameters learns it in a minute or two on
     >>> score(demo.model, demo.val)
     Score(correct=0, total=300)
 
-As a program: `python examples/arithmetic_demo.py DIR [--seed N]` makes the folder,
+As a program: `python examples/arithmetic_demo.py DIR [--seed N]` creates the folder,
 `python examples/arithmetic_demo.py --score MODEL VAL_JSONL` prints the accuracy of a checkpoint.
 """
 
@@ -41,7 +41,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Demo:
-    """Where the parts of the demo are: a checkpoint folder and two JSONL files of messages."""
+    """Paths of the demo: a checkpoint folder and two JSONL files of messages."""
 
     model: Path
     train: Path
@@ -75,10 +75,10 @@ def make_demo(folder: str | Path, *, seed: int = 0, num_val: int = 300) -> Demo:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer: every digit a token, a few words in one piece, ChatML around the turns.
+    """A byte-level tokenizer: every digit is a token, a few words are one token each, and turns are in ChatML.
 
-    Merges are written down, not learned, so that the vocabulary never changes by itself. Any text can be
-    encoded and comes back unchanged.
+    Merges are fixed, not learned, so that the vocabulary never changes by itself. Any text can be encoded and is
+    decoded unchanged.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -112,7 +112,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(folder: Path, tokenizer: PreTrainedTokenizerFast, *, seed: int) -> None:
-    """Save a random Qwen3 of about 0.8 million fp32 parameters; it divides by 2 in every parallel way."""
+    """Save a random Qwen3 of about 0.8 million fp32 parameters; every kind of parallelism can divide it by 2."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -135,13 +135,13 @@ def make_model(folder: Path, tokenizer: PreTrainedTokenizerFast, *, seed: int) -
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen3ForCausalLM(config)
-    # not in the config itself, where it would freeze that row of the embedding at zero
+    # not in the model's config, where it would fix that row of the embedding at zero
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
 
 
 def split_pairs(seed: int, num_val: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Shuffle all (a, b) into train and validation; a pair held out is held out in both orders."""
+    """Shuffle all pairs (a, b) into (train, validation); a validation pair is not in train in either order."""
     numbers = range(LARGEST + 1)
     pairs = [(a, b) for a in numbers for b in numbers]
     random.Random(seed).shuffle(pairs)
@@ -162,7 +162,7 @@ def answer(a: int, b: int) -> str:
 
 
 def write_rows(path: Path, pairs: list[tuple[int, int]]) -> None:
-    """One JSON object a line, in the `messages` format."""
+    """Write one JSON object per line, in the `messages` format."""
     with path.open("w", encoding="utf-8") as file:
         for a, b in pairs:
             messages = [
@@ -179,7 +179,7 @@ def last_number(text: str) -> str | None:
 
 
 def score(model_dir: str | Path, val_file: str | Path, *, batch_size: int = 100) -> Score:
-    """Greedy answers of the checkpoint to every question of `val_file`; right if the last number is."""
+    """Answer every question of `val_file` by greedy decoding; an answer is right if its last number is."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -3,7 +3,7 @@
     python examples/moe_demo.py DIR
 
 writes DIR/model (config.json of a Qwen3-MoE of half a million parameters and a byte-level tokenizer, no weights),
-DIR/stories.jsonl (rows of {"text": ...}) and DIR/sums.txt (a document a line). Everything is made from a seed.
+DIR/stories.jsonl (rows of {"text": ...}) and DIR/sums.txt (one document per line). Everything is generated from a seed.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ def make_demo(folder: str | Path, *, seed: int = 0) -> MoEDemo:
 
 
 def model_config(vocab_size: int, eos_token_id: int) -> dict:
-    """config.json of a Qwen3-MoE: four layers of eight experts, of which each token takes two."""
+    """config.json of a Qwen3-MoE: four layers of eight experts, two per token."""
     return {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
         "dtype": "float32",
         "vocab_size": vocab_size,
         "hidden_size": 64,
-        "intermediate_size": 128,  # of dense layers, of which there are none
+        "intermediate_size": 128,  # unused: there are no dense layers
         "moe_intermediate_size": 64,
         "num_hidden_layers": 4,
         "num_experts": 8,

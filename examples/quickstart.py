@@ -2,9 +2,9 @@
 
     python examples/quickstart.py [--output quickstart_output]
 
-Makes the demo (examples/arithmetic_demo.py), runs the command a user would type, `megatron sft`, loads the
-exported Hugging Face checkpoint with transformers, and prints the accuracy on held-out questions before and
-after with the tokens/s of the training. Exit code 0 when the accuracy rose by MIN_GAIN, else 1.
+Creates the demo (examples/arithmetic_demo.py), runs `megatron sft` as a user would, loads the exported Hugging Face
+checkpoint with transformers, and prints the accuracy on held-out questions before and after, and the tokens/s of the
+training. The exit code is 0 if the accuracy rose by MIN_GAIN, else 1.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from arithmetic_demo import Demo, Score, make_demo, score
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 210
-# Runs end near 90 % or above, from 0 %; half of that cannot be luck on 300 questions.
+# Accuracy rises from 0 % to 90 % or more; half of that cannot be chance on 300 questions.
 MIN_GAIN = 0.5
 
 
 class Failed(Exception):
-    """The quick start did not get to its end; the text says why."""
+    """The quick start could not be completed; the text says why."""
 
 
 def command(demo: Demo, output: Path) -> list[str]:
-    """The fine-tuning command. Two packed rows of 1024 tokens, some fifty samples, are one step."""
+    """The fine-tuning command. A step is two packed rows of 1024 tokens, about fifty samples."""
     flags = {
         "model": demo.model,
         "dataset": demo.train,
@@ -60,7 +60,7 @@ def command(demo: Demo, output: Path) -> list[str]:
 
 
 def run(arguments: list[str], *, processes: int, limit_s: float) -> None:
-    """Print the command and run it. Raises Failed when it fails or takes longer than `limit_s`."""
+    """Print the command and run it. Raises Failed if it fails or takes longer than `limit_s` seconds."""
     print(f"\n$ NPROC_PER_NODE={processes} {shlex.join(arguments)}\n", flush=True)
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"NPROC_PER_NODE": str(processes), "PYTHONPATH": os.pathsep.join(paths)}
@@ -78,7 +78,7 @@ def run(arguments: list[str], *, processes: int, limit_s: float) -> None:
 
 
 def stop(process: subprocess.Popen) -> None:
-    """End a process and all that it started."""
+    """End a process and everything that it started."""
     for sign in (signal.SIGTERM, signal.SIGKILL):
         os.killpg(process.pid, sign)
         try:
@@ -89,7 +89,7 @@ def stop(process: subprocess.Popen) -> None:
 
 
 def installed(arguments: list[str]) -> list[str]:
-    """The command by the script beside this interpreter, or by the module where it is not installed."""
+    """The command with the script next to this interpreter, or with the module if that is not installed."""
     script = Path(sys.executable).with_name(arguments[0])
     if script.exists():
         return [str(script), *arguments[1:]]
@@ -106,7 +106,7 @@ def exported(output: Path) -> Path:
 
 
 def tokens_per_s(log_file: Path) -> float:
-    """Median of the logged tokens/s; the first line, which holds the warm-up, is left out."""
+    """Median of the logged tokens/s, without the first line, which includes the warm-up."""
     rows = [json.loads(line) for line in log_file.read_text(encoding="utf-8").splitlines()]
     rates = [row["tokens_per_s"] for row in rows if "tokens_per_s" in row]
     if not rates:

@@ -1,4 +1,4 @@
-"""A training command of `swift` on the engine that its `--backend` means."""
+"""A training command of `swift` on the engine that `--backend` selects."""
 
 import os
 from typing import Any
@@ -15,9 +15,9 @@ def train_on_backend(args: SwiftSftArguments) -> int:
 
 
 def loop_arguments(args: SwiftSftArguments) -> Any:
-    """The arguments as the training loop reads them, for the processes of this run; says which engine and why.
+    """The arguments as the training loop reads them, for the processes of this run; prints which engine and why.
 
-    Raises UserError(s) if the Megatron engine is asked for what it cannot do.
+    Raises UserError(s) if the arguments ask the Megatron engine for something that it cannot do.
     """
     from ..plan.backend import choose_backend
     from ..plan.preflight import preflight
@@ -38,7 +38,7 @@ def loop_arguments(args: SwiftSftArguments) -> Any:
 
 
 def _memory_of_a_process() -> float:
-    """Bytes of the device of this process: of its GPU, or its share of the host's memory."""
+    """Memory of this process's device in bytes: its GPU, or its share of the host's memory."""
     import torch
 
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""What the doctor finds in packages and machine, what follows from it, and how it reads."""
+"""What the doctor finds in packages and machine, what follows from it, and the report of both."""
 
 import dataclasses
 import textwrap
@@ -13,7 +13,7 @@ from .packages import Finding
 
 @dataclasses.dataclass
 class Diagnosis:
-    """All that the doctor found. clashes: one line each. can_run: what follows from it, one line each."""
+    """Everything that the doctor found. clashes: one line each. can_run: what can run here, one line each."""
 
     python: Finding
     required: list[Finding]
@@ -24,7 +24,7 @@ class Diagnosis:
 
     @property
     def is_healthy(self) -> bool:
-        """Whether everything required is there, in range, and torch imports."""
+        """Whether everything required is installed and in the supported range, and torch can be imported."""
         fine = all(finding.status == "ok" for finding in [self.python, *self.required])
         return fine and "error" not in self.machine.torch
 
@@ -33,7 +33,7 @@ class Diagnosis:
 
 
 def diagnose() -> Diagnosis:
-    """Look at the packages and the machine; takes as long as importing torch, in another process."""
+    """Examine the packages and the machine; takes as long as importing torch, which happens in another process."""
     probe = TorchProbe() if packages.version_of("torch") else None
     needs_python, requirements = packages.our_requirements()
     required = packages.required_findings(requirements, packages.tested_versions())
@@ -71,7 +71,7 @@ def _can_run(machine: Machine, optional: dict[str, Finding]) -> Iterator[str]:
 
 
 def report(diagnosis: Diagnosis) -> Iterator[str]:
-    """The lines a person reads."""
+    """The diagnosis as lines of text."""
     yield f"mcore-swift {__version__}"
     yield ""
     yield "required"

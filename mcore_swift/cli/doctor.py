@@ -1,4 +1,4 @@
-"""`mcore-swift doctor`: what is installed, what is missing, what clashes, what can run here."""
+"""`mcore-swift doctor`: what is installed, what is missing, what conflicts, and what can run here."""
 
 import importlib.util
 import json
@@ -15,7 +15,7 @@ or clashes."""
 
 
 def run(argv: Sequence[str]) -> int:
-    """Print the diagnosis; 1 when something required is missing or clashes, else 0."""
+    """Print the diagnosis; returns 1 if something required is missing or conflicts, else 0."""
     if any(word in ("-h", "--help") for word in argv):
         print(HELP)
         return 0

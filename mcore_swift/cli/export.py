@@ -29,7 +29,7 @@ def convert(argv: Sequence[str]) -> int | None:
 
 
 def dry_run(argv: Sequence[str]) -> int | None:
-    """With `--dry_run true` all that the command does, in one process that speaks for all; otherwise None."""
+    """With `--dry_run true`, run the whole command in one process on behalf of all; otherwise return None."""
     args = arguments("export", argv)
     if not args.dry_run:
         return None

@@ -1,4 +1,4 @@
-"""`list-models`: the model families that can be trained, what they have, and in which layouts that is proven."""
+"""`list-models`: the model families that can be trained, their features, and the tested kinds of parallelism."""
 
 import json
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from ..models.catalog import FEATURES, SUPPORTED_ARCHITECTURES, proven
 
 
 def run(argv: Sequence[str]) -> int:
-    """Print each family with the architectures of config.json it covers; `--json` for programs."""
+    """Print each family with the architectures in config.json that it covers; `--json` for programs."""
     rows = families()
     if list(argv) == ["--json"]:
         print(json.dumps(rows, indent=2))
@@ -35,7 +35,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def families() -> list[dict[str, Any]]:
-    """For each family its architectures, features, and kinds of parallelism that tests prove."""
+    """For each family, its architectures, features, and the kinds of parallelism that tests cover."""
     found: dict[str, list[str]] = {}
     for architecture, family in SUPPORTED_ARCHITECTURES.items():
         found.setdefault(family, []).append(architecture)

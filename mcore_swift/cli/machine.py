@@ -15,7 +15,7 @@ TORCH_SECONDS = 60
 
 _GIB = 2**30
 
-# asked of a process of its own: importing torch takes seconds and may fail
+# runs in a separate process: importing torch takes seconds and may fail
 _TORCH_QUESTIONS = """
 import json, torch, torch.distributed as dist
 there = dist.is_available()
@@ -31,9 +31,9 @@ print(json.dumps({
 
 @dataclasses.dataclass
 class Machine:
-    """What `look` saw.
+    """The result of `look`.
 
-    cores: that this process may use. gpus: name and memory of each. torch: its answers, or {"error": ...}.
+    cores: number that this process may use. gpus: name and memory of each. torch: its answers, or {"error": ...}.
     """
 
     system: str
@@ -45,7 +45,7 @@ class Machine:
 
 
 class TorchProbe:
-    """Asks torch in a process of its own, which runs while other questions are answered."""
+    """Queries torch in a separate process, which runs in parallel with the other checks."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -56,7 +56,7 @@ class TorchProbe:
         )
 
     def answer(self) -> dict[str, object]:
-        """The answers, or {"error": ...} when torch does not import within a minute."""
+        """The answers, or {"error": ...} if torch cannot be imported within a minute."""
         try:
             out, err = self._process.communicate(timeout=TORCH_SECONDS)
         except subprocess.TimeoutExpired:
@@ -70,7 +70,7 @@ class TorchProbe:
 
 
 def look(probe: TorchProbe | None) -> Machine:
-    """This machine. probe: None where torch is not installed."""
+    """Describe this machine. probe: None if torch is not installed."""
     total, free = _memory()
     gpus = nvidia_smi()
     answers = probe.answer() if probe else {"error": "torch is not installed"}
@@ -85,7 +85,7 @@ def look(probe: TorchProbe | None) -> Machine:
 
 
 def _memory() -> tuple[float | None, float | None]:
-    """(total, free) memory in GiB; the limit of a container counts where it is the lower."""
+    """(total, free) memory in GiB, or the container's limit where that is lower."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         kib = {line.split(":")[0]: int(line.split()[1]) for line in lines}

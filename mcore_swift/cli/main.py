@@ -1,6 +1,6 @@
 """Entry points of the console commands `mcore-swift`, `megatron` and `swift`.
 
-A sub-command is a module with `run(argv) -> exit code`, imported when it is asked for.
+A subcommand is a module with `run(argv) -> exit code`, imported on demand.
 """
 
 import os
@@ -13,7 +13,7 @@ from ..errors import UserError
 from .routes import MCORE_SWIFT, MEGATRON, SWIFT, Program
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
-BROKEN_PIPE = 141  # 128 + SIGPIPE: whoever read our output went away
+BROKEN_PIPE = 141  # 128 + SIGPIPE: the reader of our output has closed the pipe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,7 +35,7 @@ def _guarded(program: Program, argv: Sequence[str] | None) -> int:
     """Run a program; a user's mistake is printed and gives exit code 2, without a traceback."""
     try:
         code = _dispatch(program, list(sys.argv[1:] if argv is None else argv))
-        sys.stdout.flush()  # here, where a reader that has gone away can be caught
+        sys.stdout.flush()  # here, where a broken pipe can be caught
         return code
     except UserError as error:
         from launch.report import print_user_error

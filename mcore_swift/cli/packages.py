@@ -1,6 +1,6 @@
-"""What is installed, by package metadata alone: nothing is imported.
+"""What is installed, according to package metadata: nothing is imported.
 
-Supported ranges are those of our own package metadata, so that they stand in one place.
+Supported ranges are read from our own package metadata, so that they are defined in one place.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ Status = Literal["ok", "missing", "clash", "foreign"]
 
 @dataclasses.dataclass(frozen=True)
 class OptionalPackage:
-    """A package we can do without. gives: what is there only with it. install: how to get it."""
+    """An optional package. gives: what requires it. install: how to get it."""
 
     name: str
     gives: str
@@ -69,9 +69,9 @@ OPTIONAL = (
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One package as found. needs: the range we support. note: why it clashes, or what it would give.
+    """One package as found. needs: the range we support. note: why it conflicts, or what it would add.
 
-    install: how to get it. tested: the version the test suite runs with, where that is known.
+    install: how to get it. tested: the version that the test suite runs with, if known.
     """
 
     name: str
@@ -95,7 +95,7 @@ def version_of(*names: str) -> str | None:
 
 
 def our_requirements(root: Path = ROOT) -> tuple[str, list[Requirement]]:
-    """(range of Python, packages we cannot do without).
+    """(range of Python, required packages).
 
     From pyproject.toml in a checkout, else from the metadata of the installed package.
     """
@@ -106,20 +106,20 @@ def our_requirements(root: Path = ROOT) -> tuple[str, list[Requirement]]:
             return project["requires-python"], [Requirement(text) for text in project["dependencies"]]
     metadata = importlib.metadata.distribution(OURSELVES)
     requirements = [Requirement(text) for text in metadata.requires or []]
-    # those of an extra do not hold without it
+    # requirements of an extra do not apply without it
     always = [one for one in requirements if one.marker is None or one.marker.evaluate({"extra": ""})]
     return metadata.metadata["Requires-Python"], always
 
 
 def python_finding(needs: str) -> Finding:
-    """Whether this Python is one we support."""
+    """Whether this Python is supported. needs: the range."""
     version = platform.python_version()
     is_fine = SpecifierSet(needs).contains(version, prereleases=True)
     return Finding("python", True, "ok" if is_fine else "clash", version, needs)
 
 
 def tested_versions(root: Path = ROOT) -> dict[str, str]:
-    """Version of each package that the test suite runs with on this Python; empty outside a checkout."""
+    """Package -> version that the test suite runs with on this Python; empty outside a checkout."""
     tag = "py" + "".join(platform.python_version_tuple()[:2])
     versions = {}
     for path in sorted((root / "tested-versions").glob(f"*{tag}.txt")):
@@ -131,7 +131,7 @@ def tested_versions(root: Path = ROOT) -> dict[str, str]:
 
 
 def required_findings(requirements: Iterable[Requirement], tested: Mapping[str, str]) -> list[Finding]:
-    """Each package we cannot do without: there, missing, or outside the range. tested: by name."""
+    """Each required package: installed, missing, or outside the range. tested: see `tested_versions`."""
     findings = []
     for requirement in requirements:
         version, needs = version_of(requirement.name), str(requirement.specifier)
@@ -147,7 +147,7 @@ def required_findings(requirements: Iterable[Requirement], tested: Mapping[str, 
 
 
 def optional_findings() -> list[Finding]:
-    """Each package that would add something: there, missing, or another project of the same name."""
+    """Each optional package: installed, missing, or a different project of the same name."""
     findings = []
     for package in OPTIONAL:
         version = version_of(package.name, *package.other_names)
@@ -162,16 +162,16 @@ def optional_findings() -> list[Finding]:
 
 
 def is_nvidia_apex() -> bool:
-    """Whether the `apex` that Python would import is NVIDIA's: it has optimizers, the other has not."""
+    """Whether the `apex` that Python would import is NVIDIA's, the only one that has optimizers."""
     spec = importlib.util.find_spec("apex")
     folders = list(spec.submodule_search_locations or []) if spec else []
     return any((Path(folder) / "optimizers").is_dir() for folder in folders)
 
 
 def conflicts(names: Iterable[str]) -> list[str]:
-    """Where one of these packages forbids the installed version of another, one line each.
+    """One line for each package that forbids the installed version of another one.
 
-    names: distributions; those that are not installed say nothing.
+    names: the distributions to check; those that are not installed are skipped.
     """
     installed = {canonicalize_name(name): version for name in names if (version := version_of(name))}
     lines = []
@@ -191,13 +191,13 @@ def conflicts(names: Iterable[str]) -> list[str]:
 
 
 def all_names(requirements: Iterable[Requirement]) -> list[str]:
-    """Every distribution the doctor looks at."""
+    """Every distribution that the doctor checks."""
     optional = [name for package in OPTIONAL for name in (package.name, *package.other_names)]
     return [requirement.name for requirement in requirements] + optional
 
 
 def cpu_torch_companions() -> list[str]:
-    """Packages beside a CPU build of torch that were built for CUDA and fail when imported, one line each."""
+    """With a CPU build of torch, one line for each package built for CUDA, which would fail when imported."""
     torch = version_of("torch") or ""
     if not torch.endswith("+cpu"):
         return []

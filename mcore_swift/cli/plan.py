@@ -1,4 +1,4 @@
-"""`mcore-swift plan`: which layouts of a model fit on so many GPUs, and how fast they should be."""
+"""`mcore-swift plan`: which layouts of a model fit on a number of GPUs, and how fast they should be."""
 
 import json
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ NOTHING_FITS = 2
 
 
 def run(argv: Sequence[str]) -> int:
-    """Print the plan; 2 when no layout fits into memory."""
+    """Print the plan; returns 2 if no layout fits into memory, else 0."""
     argv = list(argv)
     if wants_help(argv):
         print(help_text(PlanArguments, "mcore-swift plan", EXAMPLES), end="")

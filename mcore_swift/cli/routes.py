@@ -1,4 +1,4 @@
-"""Which commands there are, and which names of ms-swift are refused for now, with what to use instead."""
+"""The commands, and ms-swift's commands that are refused for now, with alternatives."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 @dataclasses.dataclass(frozen=True)
 class Route:
-    """A sub-command: the module whose `run` does it, and a line for `--help`."""
+    """A subcommand: the module with its `run`, and a line for `--help`."""
 
     module: str
     about: str
@@ -14,7 +14,7 @@ class Route:
 
 @dataclasses.dataclass(frozen=True)
 class Refusal:
-    """A sub-command of ms-swift we do not have yet."""
+    """A subcommand of ms-swift that we do not have yet."""
 
     reason: str
     instead: str

@@ -1,4 +1,4 @@
-"""Arguments of every command: the one source of the flags, the YAML keys, `--help` and the docs.
+"""Arguments of every command: the single source of the flags, the YAML keys, `--help` and the docs.
 
     from mcore_swift.config import MegatronSftArguments, parse
     args = parse(MegatronSftArguments, ["run.yaml", "--lr", "1e-4"])

@@ -114,12 +114,12 @@ class MegatronExportArguments(
 
     @property
     def adapter(self) -> str | None:
-        """The folder of the adapter, whatever it is given as."""
+        """The folder of the adapter, whichever flag gives it; None without one."""
         return self.mcore_adapter or (self.adapters[0] if self.adapters else None)
 
     @property
     def needs_base(self) -> bool:
-        """Whether weights of the model are read, and not of an adapter alone."""
+        """Whether the model's weights are read, and not only an adapter's."""
         return not self.adapter or bool(self.merge_lora)
 
     def fill(self) -> None:

@@ -63,7 +63,7 @@ class Arguments:
         return cls(**known)
 
     def save(self, folder: str | Path) -> Path:
-        """Write `folder`/args.json; returns its path. Folders in it are found from wherever it is read."""
+        """Write `folder`/args.json; returns its path. The model's folder is made absolute."""
         path = Path(folder) / ARGS_FILE
         values = self.to_dict()
         if values.get("model"):
@@ -91,7 +91,7 @@ _EXAMPLES = {
 
 
 def found_from_anywhere(model: str) -> str:
-    """The absolute path of a folder; other names as they are."""
+    """The absolute path if `model` is a folder; otherwise `model` unchanged."""
     path = Path(model).expanduser()
     return str(path.resolve()) if path.is_dir() else model
 

@@ -62,7 +62,7 @@ def _parse_json(path: str, text: str) -> Any:
 
 
 def _parse_yaml(path: str, text: str) -> Any:
-    import yaml  # only those who give a YAML file wait for it
+    import yaml  # imported only if a YAML file is given
 
     try:
         tree = yaml.compose(text, yaml.SafeLoader)
@@ -77,7 +77,7 @@ def _parse_yaml(path: str, text: str) -> Any:
 
 
 def _refuse_twice(path: str, names: list[Any], lines: list[int] | None = None) -> None:
-    """Raise UserError for a name that stands twice, of which parsers silently take the last."""
+    """Raise UserError for a name that occurs twice: parsers would silently use the last one."""
     for index, name in enumerate(names):
         if name in names[:index]:
             place = f"{path}:{lines[index]}" if lines else path

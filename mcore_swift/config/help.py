@@ -38,14 +38,14 @@ def help_text(cls: type[Arguments], command: str, examples: str = "") -> str:
 
 
 def flag_lines(flag: Flag, width: int, *, is_required: bool = False) -> list[str]:
-    """One flag: its name, what it takes and its default on a line, its help below."""
+    """One flag: a line with its name, values and default, and its help below."""
     default = "required" if is_required else f"default: {default_of(flag)}"
     text = textwrap.wrap(flag.help, width, initial_indent=_INDENT, subsequent_indent=_INDENT)
     return [f"  --{flag.name} {takes(flag)}  ({default})", *text]
 
 
 def takes(flag: Flag) -> str:
-    """What to write after the flag: a kind of value or the choices."""
+    """What follows the flag: the kind of value, or the choices."""
     if flag.kind == "bool":
         return "true|false"
     word = "|".join(flag.choices) if flag.choices else _KINDS[flag.kind]
@@ -53,7 +53,7 @@ def takes(flag: Flag) -> str:
 
 
 def default_of(flag: Flag) -> str:
-    """The default as a user would write it, or the words that explain it."""
+    """The default as a user would write it, or the text that explains it."""
     if flag.default_text:
         return flag.default_text
     if flag.default is None or flag.default == []:

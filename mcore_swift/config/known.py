@@ -1,4 +1,4 @@
-"""How a flag that we know and do not have yet is judged; the tables are in `not_yet` and `not_yet_swift`."""
+"""Handling of known flags that we do not support yet; the tables are in `not_yet` and `not_yet_swift`."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ ANY = object()  # every value is accepted, with a notice that it has no effect
 class NotYet:
     """One flag of the table.
 
-    harmless: values that ask for nothing, or ANY. reason: why any other is refused, or why it has no effect.
+    harmless: values that request nothing, or ANY. reason: why any other is refused, or why the flag has no effect.
     remedy: what to do instead.
     """
 
@@ -24,20 +24,20 @@ class NotYet:
 
     @property
     def is_moot(self) -> bool:
-        """Accepted whatever it says, since it has no effect here; the user is told so."""
+        """Whether any value is accepted, with a notice that the flag has no effect here."""
         return self.harmless is ANY
 
     def accepts(self, value: Any) -> bool:
         return self.is_moot or any(same_value(value, fine) for fine in self.harmless)
 
     def refusal(self, label: str, value: Any) -> UserError:
-        """The error for a value that asks for something. label: the flag as the user wrote it."""
+        """The error for a value that is not harmless. label: the flag as the user wrote it."""
         shown = "" if value is True else f" {' '.join(map(str, value)) if isinstance(value, list) else value}"
         return UserError(f"{label}{shown}: {self.reason}", self.remedy or f"drop {label}")
 
 
 def settings(reason: str, remedy: str = "", **defaults: Any) -> Iterator[tuple[str, NotYet]]:
-    """An entry for each keyword: a flag, and the value that asks for nothing (a tuple: several values)."""
+    """An entry for each keyword: a flag and its harmless value (a tuple: several values)."""
     for name, harmless in defaults.items():
         values = harmless if isinstance(harmless, tuple) or harmless is ANY else (harmless,)
         yield name, NotYet(values, reason, remedy)

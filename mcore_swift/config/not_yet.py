@@ -1,7 +1,7 @@
-"""Flags of ms-swift that we know and do not have yet.
+"""Flags of ms-swift that we know but do not support yet.
 
-A value that asks for nothing (a size of 1, a switch that is off, the default of a feature's setting) is
-accepted; any other is refused by name with the reason. So no flag is read and then ignored.
+A value that requests nothing (a size of 1, a switch that is off, the default of a feature's setting) is
+accepted; any other is refused by name, with the reason. So no flag is parsed and then ignored.
 """
 
 from collections.abc import Mapping

@@ -1,10 +1,10 @@
-"""Flags of ms-swift that `megatron export` and `swift export` know and do not have."""
+"""Flags of ms-swift that `megatron export` and `swift export` know but do not support."""
 
 from collections.abc import Mapping
 
 from .known import ANY, NotYet, refused, settings, table
 
-# what users repeat from training or from ms-swift's notes when they export, and what export does anyway
+# flags that users copy from training or from ms-swift's documentation, or whose effect export always has
 EXPORT_HARMLESS: Mapping[str, NotYet] = table(
     settings(
         "export saves no state of training and runs no backward pass",

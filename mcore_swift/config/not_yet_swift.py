@@ -1,4 +1,4 @@
-"""Flags that are known and not there yet: those of RL, those shared with `swift`, and those v4 took out."""
+"""Known but unsupported flags: those of RL, those shared with `swift`, and those that v4 removed."""
 
 from .known import ANY, NotYet, refused, settings, table
 
@@ -136,7 +136,7 @@ SWIFT_NAMES = {
 }
 """A flag of `megatron sft` -> the flag of `swift sft` that does it."""
 
-# what v4 took out of v3
+# flags of v3 that v4 removed
 REMOVED = table(
     settings("implied by --model", load_safetensors=(True,)),
     settings("checkpoints have one form, torch_dist", ckpt_format="torch_dist"),

@@ -1,4 +1,4 @@
-"""Flags of `swift`'s training commands that are known and not there, beside those that no command has yet."""
+"""Known but unsupported flags of `swift`'s training commands, in addition to those that no command supports yet."""
 
 from collections.abc import Mapping
 

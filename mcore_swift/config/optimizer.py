@@ -13,7 +13,7 @@ ADAPTER_LR = 1e-4
 
 
 def default_lr(args: Arguments) -> float:
-    """The learning rate of a run that names none, by what it trains."""
+    """The default learning rate, which depends on what is trained."""
     return FULL_PARAMETER_LR if getattr(args, "tuner_type", "full") == "full" else ADAPTER_LR
 
 

@@ -35,7 +35,7 @@ from .values import BadValue, at_home, convert, same_value
 _FLAG = re.compile(r"--([A-Za-z0-9_]+)")
 _DASHES = re.compile(
     r"[-\u2010-\u2015]+([A-Za-z]\w*)(=.*)?"
-)  # one dash, or those that word processors make of two
+)  # a single dash, or dashes that word processors put in place of two
 
 _NO_FLAG = ""
 _PATHS = (
@@ -50,7 +50,7 @@ T = TypeVar("T", bound=Arguments)
 class Given:
     """One flag as the user wrote it.
 
-    name: the flag's name of today. label: how a message calls it. values: texts, or the one value of a file.
+    name: the flag's current name. label: the flag in messages. values: texts, or the single value from a file.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Given:
 class Reading(Generic[T]):
     """The result of reading a command line.
 
-    args: the arguments; a flag named in `bad` has its default. errors: all that is wrong.
+    args: the arguments; a flag named in `bad` has its default. errors: everything that is wrong.
     notices: lines the user should see even when nothing is wrong.
     """
 
@@ -109,7 +109,7 @@ def _told(reading: "Reading[T]", notify: Callable[[str], None] | None) -> T:
 
 
 def from_values(cls: type[T], values: Mapping[str, Any], *, notify: Callable[[str], None] | None = None) -> T:
-    """`parse` of flags that Python gives: names without dashes, values of any type that says the same."""
+    """`parse` for flags given in Python: names without dashes, values of any equivalent type."""
     reader = _Reader(cls)
     reader.take_values(values)
     return _told(reader.reading(), notify)
@@ -134,7 +134,7 @@ def read(cls: type[T], argv: Sequence[str]) -> Reading[T]:
 
 
 def named_flags(argv: Sequence[str]) -> set[str]:
-    """Names of the flags that a command line gives, itself or by its file, whatever command they are for."""
+    """Names of the flags on a command line or in its configuration file, whichever command they belong to."""
     reader = _Reader(Arguments)
     reader.collect(argv, with_env=False)
     return set(reader.given)
@@ -166,7 +166,7 @@ class _Reader:
                 values, env = read_config(config)
             except UserError as error:
                 self.errors.append(error)
-                self.bad |= set(self.cls.REQUIRED)  # they may be in there
+                self.bad |= set(self.cls.REQUIRED)  # they may be in the unreadable file
             else:
                 self.notices += apply_env(env, config) if with_env else []
                 self._take([(f"{config}: {name}", name, [value]) for name, value in values.items()])
@@ -204,7 +204,7 @@ class _Reader:
         return (files[0] if files else None), [pair for pair in pairs if pair[0] not in ("config", _NO_FLAG)]
 
     def _misspelt(self, token: str) -> str | None:
-        """The flag that a word with the wrong dashes means; None if it may be a value."""
+        """The flag meant by a word with the wrong dashes; None if the word may be a value."""
         match = _DASHES.fullmatch(token)
         name = match[1].replace("-", "_") if match else None
         return name if name in self.flags or name in ALIASES else None
@@ -317,7 +317,7 @@ class _Reader:
         resumed = typed.get("resume", typed.get("resume_from_checkpoint"))
         resumed = [] if resumed in (None, "none", "auto", "true") else [resumed]
         if any(not Path(folder).is_dir() for folder in (*resumed, *starts_of(typed))):
-            self.bad.add("model")  # may be told there; that the folder is missing says enough
+            self.bad.add("model")  # args.json might name it; the error for the missing folder suffices
 
     def _take_saved(self, typed: dict[str, Any], path: Path) -> None:
         try:
@@ -368,7 +368,7 @@ def _plain_value(value: Any) -> Any:
 
 def nearest(name: str, flags: dict[str, Flag]) -> str | None:
     """The flag whose name is most similar to `name`: of this command, else of all that are known."""
-    import difflib  # only those who mistype wait for it
+    import difflib  # imported only after a typing mistake
 
     for known in (flags, ALIASES, NOT_YET):
         close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.7)

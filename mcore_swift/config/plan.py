@@ -1,4 +1,4 @@
-"""What `mcore-swift plan` is asked: a model, GPUs, a batch, and sizes that are fixed beforehand."""
+"""The arguments of `mcore-swift plan`: a model, GPUs, a batch, and sizes that are fixed in advance."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -94,12 +94,12 @@ class PlanArguments(MachineArguments, WorkloadArguments, FixedSizeArguments):
 
     @property
     def quant_method(self) -> str | None:
-        """As the training commands name it."""
+        """The quantization method under the name of the training commands' flag."""
         return "bnb" if self.load_in_4bit else None
 
     @property
     def bnb_4bit_use_double_quant(self) -> bool:
-        """Their default."""
+        """The default of the training commands' flag."""
         return True
 
     def check(self) -> Iterator[UserError]:

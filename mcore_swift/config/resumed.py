@@ -68,7 +68,7 @@ def resumed_from(cls: type[Arguments], typed: Mapping[str, Any]) -> str | Path |
 
 
 def named_base(typed: Mapping[str, Any]) -> str | None:
-    """The model that a PEFT adapter says it is for, where nothing else says it and it is a folder."""
+    """The base model that a PEFT adapter names, if it is a folder and no flag names a model; else None."""
     if typed.get("model") or not typed.get("load_args", True):
         return None
     for folder in typed.get("adapters") or []:
@@ -79,7 +79,7 @@ def named_base(typed: Mapping[str, Any]) -> str | None:
 
 
 def overruled(typed: Mapping[str, Any]) -> list[str]:
-    """A line for each flag that describes another adapter than the one in `--adapters`, whose own settings count."""
+    """A line for each flag that contradicts the adapter in `--adapters`, whose own settings apply."""
     notices = []
     for folder in typed.get("adapters") or []:
         config = _adapter_config(folder)
@@ -92,10 +92,10 @@ def overruled(typed: Mapping[str, Any]) -> list[str]:
 
 
 def of_today(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of an args.json, also of one that ms-swift has written.
+    """The values of an args.json under today's names, even if ms-swift wrote it.
 
-    There names may be those of v3, the folder of a model is `model_dir` beside the `model` it was found by, and the
-    type of the model is a name of its own.
+    ms-swift may use names of v3, keeps the model's folder in `model_dir` and the name that the user gave in `model`,
+    and has its own names for types of models.
     """
     if "mcore_swift_version" in saved:
         return dict(saved)
@@ -112,7 +112,7 @@ def _is_renamed(name: str) -> bool:
 
 
 def _adapter_config(folder: str) -> dict[str, Any]:
-    """adapter_config.json; {} where it cannot be read, which is said when the adapter is."""
+    """adapter_config.json; {} if it cannot be read, which is reported when the adapter itself is read."""
     try:
         config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -121,11 +121,11 @@ def _adapter_config(folder: str) -> dict[str, Any]:
 
 
 def taken_over(cls: type[Arguments], given: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
-    """Names of the flags whose values come from `saved`, an args.json, since the command line does not give them."""
+    """Names of the flags that the command line does not give and that are taken from `saved`, an args.json."""
     flags = flags_of(cls)
     silent = [name for name in (*_MODEL_AND_TEXT, *_LORA, *_QUANTIZED) if name in flags and name not in given]
     if cls.COMMAND == "export" and given.keys() & {"adapters", "mcore_adapter"}:
-        silent.remove("torch_dtype")  # a merged model has its base's
+        silent.remove("torch_dtype")  # a merged model has the dtype of its base
     taken = [name for name in silent if saved.get(name) is not None]
     if issubclass(cls, TrainedParametersArguments):  # a run continues to train the same parameters
         taken += [

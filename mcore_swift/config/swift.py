@@ -1,4 +1,4 @@
-"""Arguments of `swift sft` and `swift pt`, and what the training loop reads of them."""
+"""Arguments of `swift sft` and `swift pt`, and their form for the training loop."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -26,9 +26,9 @@ from .tuner import TunerArguments
 
 
 class LoopArguments(SimpleNamespace):
-    """The arguments under the names that the training loop and the engines know.
+    """The arguments under the names that the training loop and the engines use.
 
-    source: as the user gave them; they are what args.json keeps.
+    source: the arguments as the user gave them, which are saved to args.json.
     """
 
     source: "SwiftSftArguments"
@@ -66,7 +66,7 @@ class SwiftSftArguments(
 
     def fill(self) -> None:
         if self.packing:
-            self.padding_free = True  # ms-swift's rule: packed rows are end to end
+            self.padding_free = True  # as in ms-swift: packing implies padding-free rows
 
     def check(self) -> Iterator[UserError]:
         if self.backend == "megatron" and self.num_train_epochs != int(self.num_train_epochs):
@@ -129,9 +129,9 @@ class SwiftSftArguments(
                 )
 
     def for_loop(self, world_size: int, backend: str) -> Any:
-        """The same for the training loop on `world_size` processes.
+        """These arguments for the training loop on `world_size` processes.
 
-        backend: megatron, fsdp or ddp: what 'auto' has become.
+        backend: 'megatron', 'fsdp' or 'ddp', already chosen if the flag was 'auto'.
         """
         shared = self.sequence_parallel_size
         values = dict(vars(self)) | self.loop_settings(max(1, world_size // shared)) | self.save_settings()
@@ -195,7 +195,7 @@ class SwiftExportArguments(HFSaveArguments, CommonArguments):
                 "--merge_lora and --to_peft_format: the result is one or the other", "give one of them"
             )
         if not asked:
-            # --quant_method and its kin are named too: where one is given, that it is refused says enough
+            # flags such as --quant_method are listed too: if one is given, its refusal is message enough
             yield UserError(
                 "nothing is asked for that is there: --merge_lora, --to_peft_format, --to_mcore or --to_hf "
                 "(--quant_method, --to_cached_dataset, --to_ollama and --push_to_hub are not supported yet)",
@@ -212,7 +212,7 @@ class SwiftExportArguments(HFSaveArguments, CommonArguments):
             )
 
     def as_megatron(self) -> MegatronExportArguments:
-        """The same as `megatron export` takes it: it reads what peft does not."""
+        """These arguments for `megatron export`, which can read adapters that peft cannot."""
         return MegatronExportArguments(
             model=self.model,
             adapters=self.adapters,

@@ -115,7 +115,7 @@ class TunerArguments(TrainedParametersArguments):
 
 
 def without_effect(given: Iterable[str], tuner_type: str) -> list[str]:
-    """Flags among `given` that describe adapters, and not those of this tuner."""
+    """Flags among `given` that describe other adapters than those of this tuner."""
     adapters = ("target_modules", "target_regex", "modules_to_save")
     names = [name for name in adapters if name in given and tuner_type in ("full", "llamapro")]
     for name in given:

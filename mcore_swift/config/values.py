@@ -25,7 +25,7 @@ class BadValue(ValueError):
 def convert(flag: Flag, given: list[Any]) -> Any:
     """The typed value of a flag.
 
-    given: what followed the flag: texts from the command line, or the one value that YAML or JSON held.
+    given: the texts that followed the flag on the command line, or the single value from YAML or JSON.
     Raises BadValue.
     """
     if flag.is_list:
@@ -90,7 +90,7 @@ def _means_none(flag: Flag, value: Any) -> bool:
 def _list(flag: Flag, given: list[Any]) -> list[Any] | None:
     if len(given) == 1 and isinstance(given[0], str) and given[0].lstrip().startswith("["):
         given = [_json(given[0])]
-    is_empty = given == [[]]  # written as a list: `[]` is no value forgotten
+    is_empty = given == [[]]  # an explicit empty list `[]`, not a missing value
     if len(given) == 1 and isinstance(given[0], list):
         given = given[0]
     if not given:
