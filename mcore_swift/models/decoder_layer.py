@@ -104,6 +104,7 @@ class NormsThenAttention(MegatronModule):
         self.q_layernorm, self.k_layernorm = query_norm, key_norm
 
     def forward(self, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """query `[s, b, heads / TP, d]`, key `[s, b, groups / TP, d]`; other arguments and result: the core's."""
         return self.core(self.q_layernorm(query), self.k_layernorm(key), *args, **kwargs)
 
 

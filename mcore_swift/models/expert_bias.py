@@ -26,6 +26,7 @@ class ExpertRowLinear(RowParallelLinear):
             self.bias.shared = self.tp_group.rank() > 0
 
     def forward(self, input_: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """`[tokens, ffn / ETP]` -> output `[tokens, h]` without bias, and the bias `[h]` (ETP ranks > 0: zeros)."""
         output, bias = super().forward(input_, **kwargs)
         if bias is not None and self.bias.shared:
             bias = _NoneOfIt.apply(bias)

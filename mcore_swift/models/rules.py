@@ -49,14 +49,17 @@ class Block:
 
 
 def full_region(shape: Shape) -> Region:
+    """The region that covers a whole tensor."""
     return tuple((0, size) for size in shape)
 
 
 def region_shape(region: Region) -> Shape:
+    """Shape of the values in a region."""
     return tuple(stop - start for start, stop in region)
 
 
 def as_slices(region: Region) -> tuple[slice, ...]:
+    """The region as an index into a tensor."""
     return tuple(slice(start, stop) for start, stop in region)
 
 

@@ -180,14 +180,17 @@ class Llama(Family):
 
 
 def query_groups(hf: HFConfig) -> int:
+    """Number of key and value heads; as many as query heads if the config names none."""
     return getattr(hf, "num_key_value_heads", None) or hf.num_attention_heads
 
 
 def head_dim(hf: HFConfig) -> int:
+    """Width of one head."""
     return getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
 
 
 def tied(hf: HFConfig) -> bool:
+    """Whether the output layer shares the embedding's weight."""
     return bool(getattr(hf, "tie_word_embeddings", False))
 
 
