@@ -86,6 +86,7 @@ def _without_multi_token_layers(
             "%s holds no weights of the %d multi-token layers that its config.json tells of: they are left out",
             model_dir,
             told,
+            extra={"on_all_ranks": True},
         )
     setattr(hf, family.multi_token_key, 0)
     return {family.multi_token_key: 0}

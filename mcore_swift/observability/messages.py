@@ -55,6 +55,8 @@ class _Handler(logging.StreamHandler):
 def configure_logging(rank: int | None = None, *, level: str | None = None) -> logging.Logger:
     """Set up the logger `mcore_swift` and quiet other libraries; calling it again replaces the set-up.
 
+    A message logged with `extra={"on_all_ranks": True}` is one that every rank would log: only rank 0 prints it.
+
     rank: None reads RANK. Ranks other than 0 log only warnings and worse, since they would repeat rank 0.
     level: None reads LOG_LEVEL, INFO if unset; at DEBUG every rank and every library logs.
     Raises UserError for an unknown level.
@@ -71,6 +73,8 @@ def configure_logging(rank: int | None = None, *, level: str | None = None) -> l
         logger.removeHandler(old)
     handler = _Handler()
     handler.setFormatter(_Formatter(rank))
+    if rank and chosen > logging.DEBUG:
+        handler.addFilter(lambda record: not getattr(record, "on_all_ranks", False))
     logger.addHandler(handler)
     if chosen > logging.DEBUG:
         _quiet()

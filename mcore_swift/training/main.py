@@ -122,7 +122,8 @@ def model_dtype(args: Any, plan: Any) -> torch.dtype:
     stored = getattr(plan.hf, "dtype", None) or torch.float32
     stored = getattr(torch, stored) if isinstance(stored, str) else stored
     if stored is torch.float16:
-        logger.warning("the checkpoint is in float16, which training does not support: using bfloat16")
+        told = "the checkpoint is in float16, which training does not support: using bfloat16"
+        logger.warning(told, extra={"on_all_ranks": True})
         return torch.bfloat16
     return stored
 
@@ -229,7 +230,7 @@ def _fill(
         manifest = load_checkpoint(resume, engine, parts=parts, notify=logger.info)
         state = TrainState(**manifest.train_state)
         for warning in data.train.load_state_dict(state.data):
-            logger.warning(warning)
+            logger.warning(warning, extra={"on_all_ranks": True})
         logger.info(f"resumed from {resume}: step {state.step}")
         return state
     if start is not None:

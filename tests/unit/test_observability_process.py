@@ -137,6 +137,12 @@ def test_messages_carry_the_rank_only_where_it_is_not_zero(project_logger, capsy
     assert capsys.readouterr().err == "saved\n[rank 2] WARNING: slow\n[rank 2] very\n"
 
 
+def test_what_all_ranks_come_to_is_said_once(project_logger, capsys):
+    for rank in range(3):
+        configure_logging(rank).warning("left out", extra={"on_all_ranks": True})
+    assert capsys.readouterr().err == "WARNING: left out\n"
+
+
 def test_log_level_comes_from_the_environment(project_logger, capsys, monkeypatch):
     monkeypatch.setenv("LOG_LEVEL", "error")
     configure_logging(0).warning("quiet")
