@@ -83,7 +83,7 @@ def _without_multi_token_layers(
         )
     if not held:
         logger.warning(
-            "%s holds no weights of the %d multi-token layers that its config.json tells of: they are left out",
+            "%s holds no weights of the %d multi-token layers that its config.json describes: they are left out",
             model_dir,
             told,
             extra={"on_all_ranks": True},
