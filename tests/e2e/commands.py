@@ -152,3 +152,18 @@ def _is_zombie(process: psutil.Process) -> bool:
         return process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
+
+
+def run_example(script: str, output: Path, *flags: str) -> str:
+    """What a script of examples/ prints, which has to succeed; `output` takes the demo and all that it writes."""
+    environment = os.environ | {
+        "PYTHON": sys.executable,
+        "OUTPUT": str(output),
+        "MCORE_SWIFT_CACHE": str(output / "cache"),
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{output / 'no-commands'}:/usr/bin:/bin",  # the checkout, whatever else is installed
+    }
+    command = ["bash", str(REPOSITORY / "examples" / script), *flags]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-6000:]
+    return ended.stdout + ended.stderr

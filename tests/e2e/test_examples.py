@@ -4,36 +4,19 @@ Shared is one folder of outputs, so that the demo is made once. `pretrain_moe.sh
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from commands import run_example
 from safetensors.torch import load_file
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 FEW_STEPS = ["--save_steps", "2", "--eval_steps", "2", "--logging_steps", "1", "--report_to", "none"]
 
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("examples")
-
-
-def run(example: str, output: Path, *flags: str) -> str:
-    environment = os.environ | {
-        "PYTHON": sys.executable,
-        "OUTPUT": str(output),
-        "MCORE_SWIFT_CACHE": str(output / "cache"),
-        "OMP_NUM_THREADS": "1",
-        "PATH": f"{output / 'no-commands'}:/usr/bin:/bin",  # the checkout, whatever else is installed
-    }
-    command = ["bash", str(REPOSITORY / "examples" / example), *flags]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-6000:]
-    return ended.stdout + ended.stderr
 
 
 def losses(folder: Path) -> list[float]:
@@ -45,7 +28,7 @@ def losses(folder: Path) -> list[float]:
     ("example", "steps"), [("lora.sh", "--train_iters"), ("lora_one_device.sh", "--max_steps")]
 )
 def test_an_adapter_is_trained_and_merged(output, example, steps):
-    run(example, output, steps, "2", *FEW_STEPS)
+    run_example(example, output, steps, "2", *FEW_STEPS)
     folder = output / example.removesuffix(".sh")
     assert len(losses(folder)) == 2
     base = load_file(output / "demo" / "model" / "model.safetensors")
@@ -65,10 +48,10 @@ def test_an_adapter_is_trained_and_merged(output, example, steps):
 def test_four_processes_train_and_plain_text_is_learnt(output):
     schedule = ["--lr_wsd_decay_iters", "1", "--lr_warmup_iters", "1"]
     for example, more in (("sft_tp_pp", []), ("pretrain", schedule)):
-        run(f"{example}.sh", output, "--train_iters", "2", *more, *FEW_STEPS)
+        run_example(f"{example}.sh", output, "--train_iters", "2", *more, *FEW_STEPS)
         (last,) = (output / example).glob("v*")
         assert list((last / "checkpoint-2").glob("model*.safetensors")) and len(losses(last)) == 2
 
 
 def test_a_checkpoint_comes_back_bit_for_bit(output):
-    assert "tensors are equal bit for bit" in run("convert.sh", output)
+    assert "tensors are equal bit for bit" in run_example("convert.sh", output)

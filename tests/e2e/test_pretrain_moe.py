@@ -1,36 +1,24 @@
 """The example of MoE pre-training as it is typed: random weights, two corpora, experts on two processes."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
+from commands import run_example
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 ROW = 256  # max_length of examples/pretrain_moe.yaml
 SHORTER = ["--train_iters", "30", "--global_batch_size", "4", "--eval_steps", "15", "--save_steps", "30"]
 
 
 def test_the_example_learns_and_its_export_is_the_model_that_was_evaluated(tmp_path):
-    environment = os.environ | {
-        "PYTHON": sys.executable,
-        "OUTPUT": str(tmp_path),
-        "MCORE_SWIFT_CACHE": str(tmp_path / "cache"),
-        "OMP_NUM_THREADS": "1",
-        "PATH": f"{tmp_path / 'no-commands'}:/usr/bin:/bin",  # the checkout, whatever else is installed
-    }
-    command = ["bash", str(REPOSITORY / "examples" / "pretrain_moe.sh"), "--add_version", "false", *SHORTER]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-6000:]
+    said = run_example("pretrain_moe.sh", tmp_path, "--add_version", "false", *SHORTER)
     run = tmp_path / "pretrain_moe"
     logged = [json.loads(line) for line in (run / "logging.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in logged if "loss" in row]
     evaluated = [row["eval_loss"] for row in logged if "eval_loss" in row]
     # letters drawn evenly cost ln(300) = 5.7 nats; the frequencies of letters alone bring that to about 3
     assert losses[0] > 4 and losses[-1] < 3.5 and evaluated[-1] < evaluated[0]
-    assert "weight 0.7, " in ended.stdout + ended.stderr
+    assert "weight 0.7, " in said
     assert abs(transformers_loss(run / "checkpoint-30", run / "val_dataset.jsonl") - evaluated[-1]) < 1e-3
 
 
